@@ -1,0 +1,112 @@
+// The only C++ that sees Python: checks arrays, names keywords, releases the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mel.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using singerembed::CropState;
+using singerembed::MelOptions;
+using singerembed::MelOutput;
+using singerembed::MelPlan;
+
+namespace {
+
+template <class Sample>
+using Crops = nb::ndarray<const Sample, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // [crops, crop_samples]
+using Interleaved = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // [frames, channels]
+
+template <class T>
+nb::ndarray<nb::numpy, T> to_numpy(std::unique_ptr<T[]> values, std::initializer_list<std::size_t> shape) {
+  nb::capsule owner(values.get(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::ndarray<nb::numpy, T>(values.release(), shape, owner);
+}
+
+// Uninitialised, so that pages are touched once, by the kernel.
+template <class T>
+std::unique_ptr<T[]> allocate(std::size_t n) {
+  return std::unique_ptr<T[]>(new T[n]);
+}
+
+template <class Sample>
+nb::tuple run(const MelPlan& plan, Crops<Sample> pcm, bool power) {
+  const MelOptions& options = plan.options();
+  const std::size_t crops = pcm.shape(0);
+  if (pcm.shape(1) != static_cast<std::size_t>(options.crop_samples)) {
+    throw nb::value_error(("crops have " + std::to_string(pcm.shape(1)) + " samples each; this plan takes " +
+                           std::to_string(options.crop_samples))
+                              .c_str());
+  }
+  auto mel = allocate<float>(crops * options.mel_size());
+  auto peak = allocate<float>(crops);
+  auto rms = allocate<float>(crops);
+  auto state = allocate<std::uint8_t>(crops);
+  std::size_t loud = 0;
+  {
+    nb::gil_scoped_release release;  // nothing in this scope touches a Python object
+    const MelOutput output = power ? MelOutput::kPower : MelOutput::kLog;
+    for (std::size_t i = 0; i < crops; ++i) {
+      const auto level =
+          plan.run(pcm.data() + i * pcm.shape(1), output, mel.get() + loud * options.mel_size());
+      peak[i] = level.peak;
+      rms[i] = level.rms;
+      state[i] = static_cast<std::uint8_t>(level.state);
+      loud += level.state == CropState::kLoud;
+    }
+  }
+  const auto n_mels = static_cast<std::size_t>(options.n_mels);
+  const auto n_frames = static_cast<std::size_t>(options.n_frames());
+  return nb::make_tuple(to_numpy(std::move(mel), {loud, n_mels, n_frames}), to_numpy(std::move(peak), {crops}),
+                        to_numpy(std::move(rms), {crops}), to_numpy(std::move(state), {crops}));
+}
+
+nb::ndarray<nb::numpy, float> mix_down(Interleaved pcm) {
+  const std::size_t frames = pcm.shape(0), channels = pcm.shape(1);
+  if (channels < 1) throw nb::value_error("there are no channels to mix");
+  auto mono = allocate<float>(frames);
+  {
+    nb::gil_scoped_release release;
+    singerembed::mix_down(pcm.data(), frames, static_cast<int>(channels), mono.get());
+  }
+  return to_numpy(std::move(mono), {frames});
+}
+
+}  // namespace
+
+NB_MODULE(_csrc, m) {
+  m.attr("FFT_SIZE") = singerembed::kFftSize;
+  m.attr("HOP_SAMPLES") = singerembed::kHopSamples;
+  m.attr("LOUD") = static_cast<int>(CropState::kLoud);
+  m.attr("SILENT") = static_cast<int>(CropState::kSilent);
+  m.attr("INVALID") = static_cast<int>(CropState::kInvalid);
+
+  m.def("available_isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : singerembed::available_isas()) names.emplace_back(name);
+    return names;
+  });
+  m.def("mix_down", &mix_down, "pcm"_a);
+
+  nb::class_<MelPlan>(m, "MelPlan")
+      .def(
+          "__init__",
+          [](MelPlan* self, int crop_samples, int n_mels, double mel_sample_rate, double mel_fmin, double mel_fmax,
+             float log_offset, float log_divisor, float silence_peak, const std::string& isa) {
+            new (self) MelPlan(MelOptions{crop_samples, n_mels, mel_sample_rate, mel_fmin, mel_fmax, log_offset,
+                                          log_divisor, silence_peak},
+                               isa.c_str());
+          },
+          nb::kw_only(), "crop_samples"_a, "n_mels"_a, "mel_sample_rate"_a, "mel_fmin"_a, "mel_fmax"_a,
+          "log_offset"_a, "log_divisor"_a, "silence_peak"_a, "isa"_a = "")
+      .def_prop_ro("isa", &MelPlan::isa)
+      .def("run", &run<std::int16_t>, "pcm"_a, nb::kw_only(), "power"_a = false)
+      .def("run", &run<float>, "pcm"_a, nb::kw_only(), "power"_a = false);
+}

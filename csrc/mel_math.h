@@ -1,0 +1,102 @@
+// The arithmetic of the mel front end, written once for every target: V is float in a CUDA thread, and a vector
+// holding one frame in each lane on the CPU. Nothing here allocates, branches on data or knows where it runs.
+#pragma once
+
+#ifdef __CUDACC__
+#define SE_HD static __host__ __device__ __forceinline__
+#else
+// Internal linkage and forced inlining: the CPU sources are compiled for different instruction sets, and a shared
+// out-of-line copy could be the one that the processor cannot run.
+#define SE_HD static inline __attribute__((always_inline))
+#endif
+
+namespace singerembed {
+
+// Index into the crop of sample i of the signal that is reflected about its first and last samples (neither is
+// repeated); for -n < i < 2n - 1.
+SE_HD int reflect(int i, int n) {
+  i = i < 0 ? -i : i;
+  return i < n ? i : 2 * (n - 1) - i;
+}
+
+template <class V>
+struct Complex {
+  V re, im;
+};
+
+template <class V>
+SE_HD Complex<V> operator+(Complex<V> a, Complex<V> b) {
+  return {a.re + b.re, a.im + b.im};
+}
+
+template <class V>
+SE_HD Complex<V> operator-(Complex<V> a, Complex<V> b) {
+  return {a.re - b.re, a.im - b.im};
+}
+
+template <class V>
+SE_HD Complex<V> times(Complex<V> a, float re, float im) {
+  return {a.re * re - a.im * im, a.re * im + a.im * re};
+}
+
+template <class V>
+SE_HD Complex<V> times_minus_i(Complex<V> a) {
+  return {a.im, -a.re};
+}
+
+// a * exp(-i pi / 4) and a * exp(-3 i pi / 4)
+template <class V>
+SE_HD Complex<V> times_w8(Complex<V> a) {
+  constexpr float r = 0.70710678118654752440f;
+  return {(a.re + a.im) * r, (a.im - a.re) * r};
+}
+
+template <class V>
+SE_HD Complex<V> times_w8_cubed(Complex<V> a) {
+  constexpr float r = 0.70710678118654752440f;
+  return {(a.im - a.re) * r, (a.re + a.im) * -r};
+}
+
+// In place: x[k] = sum_n x[n] exp(-2 pi i n k / 4), in natural order.
+template <class V>
+SE_HD void dft4(Complex<V>& x0, Complex<V>& x1, Complex<V>& x2, Complex<V>& x3) {
+  const Complex<V> s02 = x0 + x2, d02 = x0 - x2;
+  const Complex<V> s13 = x1 + x3, d13 = times_minus_i(x1 - x3);
+  x0 = s02 + s13;
+  x1 = d02 + d13;
+  x2 = s02 - s13;
+  x3 = d02 - d13;
+}
+
+// In place: x[k] = sum_n x[n] exp(-2 pi i n k / 8), in natural order: two DFTs of four (even and odd n), joined.
+template <class V>
+SE_HD void dft8(Complex<V> (&x)[8]) {
+  dft4(x[0], x[2], x[4], x[6]);
+  dft4(x[1], x[3], x[5], x[7]);
+  const Complex<V> e0 = x[0], e1 = x[2], e2 = x[4], e3 = x[6];
+  const Complex<V> o0 = x[1], o1 = times_w8(x[3]), o2 = times_minus_i(x[5]), o3 = times_w8_cubed(x[7]);
+  x[0] = e0 + o0;
+  x[1] = e1 + o1;
+  x[2] = e2 + o2;
+  x[3] = e3 + o3;
+  x[4] = e0 - o0;
+  x[5] = e1 - o1;
+  x[6] = e2 - o2;
+  x[7] = e3 - o3;
+}
+
+// The real transform from the half-length complex one. z[n] = x[2n] + i x[2n + 1] has the transform Z of length
+// M = kFftSize / 2, and X[k] = E + W O, X[M - k] = conj(E - W O), with 2 E = Z[k] + conj Z[M - k],
+// 2 i O = Z[k] - conj Z[M - k], W = exp(-2 pi i k / kFftSize). The halves are in the window. Writes |X[k]|^2 and
+// |X[M - k]|^2; for k = 0 pass Z[0] twice, which gives bins 0 and M.
+template <class V>
+SE_HD void split_power(Complex<V> z, Complex<V> z_mirror, float w_re, float w_im, V& power, V& power_mirror) {
+  const Complex<V> even = {z.re + z_mirror.re, z.im - z_mirror.im};
+  const Complex<V> odd = {z.im + z_mirror.im, z_mirror.re - z.re};
+  const Complex<V> turned = times(odd, w_re, w_im);
+  const Complex<V> x = even + turned, x_mirror = even - turned;
+  power = x.re * x.re + x.im * x.im;
+  power_mirror = x_mirror.re * x_mirror.re + x_mirror.im * x_mirror.im;
+}
+
+}  // namespace singerembed

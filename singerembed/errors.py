@@ -1,0 +1,69 @@
+"""Everything singerembed raises on purpose.
+
+SingerEmbedError                a person has to act: the CLI prints one line and exits with `exit_code`
+├── UsageError                  the command or an argument is wrong (exit 2)
+├── MissingDependencyError      a package is not installed; the message names the extra
+├── CatalogError                the catalogue cannot be read as one
+├── CheckpointError             a checkpoint is damaged, malicious, or not this model
+├── EngineError                 an engine file is damaged or foreign, or the back end failed
+├── OutputError                 the output cannot be written, or holds something else
+└── InterruptedRun              a signal stopped the run (exit 128 + signal)
+
+TrackError                      one recording cannot be embedded: it becomes a row, never the end of a run
+"""
+
+from __future__ import annotations
+
+
+class SingerEmbedError(Exception):
+    """Base of all errors that end a command. The message says what was met, where, and what to do."""
+
+    exit_code = 1
+
+
+class UsageError(SingerEmbedError):
+    """A command-line argument or option has a value that cannot work."""
+
+    exit_code = 2
+
+
+class MissingDependencyError(SingerEmbedError):
+    """An optional package is needed and not installed."""
+
+    def __init__(self, purpose: str, package: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs the package {package}: pip install 'singerembed[{extra}]'")
+
+
+class CatalogError(SingerEmbedError):
+    """The catalogue is missing, is not of a known format, or lacks a column."""
+
+
+class CheckpointError(SingerEmbedError):
+    """A checkpoint is damaged, would run code, or holds another model."""
+
+
+class EngineError(SingerEmbedError):
+    """An engine file is damaged, comes from another version, or its back end failed."""
+
+
+class OutputError(SingerEmbedError):
+    """The output cannot be written, or belongs to another run."""
+
+
+class InterruptedRun(SingerEmbedError):
+    """A signal stopped the run; what was finished is safe."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class TrackError(Exception):
+    """One recording, or one row of the catalogue, cannot be embedded.
+
+    `code` is stable and fit for a query; the message is for people and does not repeat the path.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code

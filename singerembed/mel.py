@@ -1,0 +1,77 @@
+"""The one Python door to the mel extension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed import _csrc
+from singerembed.spec import ModelSpec
+
+LOUD, SILENT, INVALID = _csrc.LOUD, _csrc.SILENT, _csrc.INVALID
+
+DEFAULT_SILENCE_DBFS = -60.0
+
+Pcm = NDArray[np.int16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class MelBatch:
+    """What the front end says of a batch of n crops."""
+
+    mel: NDArray[np.float32]  # [loud crops, n_mels, n_frames], in the order of the loud crops
+    peak: NDArray[np.float32]  # [n], full scale is 1; NaN in an invalid crop
+    rms: NDArray[np.float32]  # [n]
+    state: NDArray[np.uint8]  # [n] of LOUD, SILENT (peak not above the threshold), INVALID (NaN or infinity)
+
+
+class MelExtractor:
+    """Compute log-mel spectrograms of crops on the CPU, as csrc/mel.h defines them. Threads may share one."""
+
+    def __init__(self, spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, isa: str = "") -> None:
+        """Prepare the tables for `spec`.
+
+        `silence_dbfs`: crops whose peak is not above it are silent. `isa`: one of `available_isas()`, or empty for the
+        widest this processor runs. Raises ValueError for a spec the kernels were not compiled for.
+        """
+        if (spec.n_fft, spec.hop_samples) != (_csrc.FFT_SIZE, _csrc.HOP_SAMPLES):
+            raise ValueError(
+                f"the mel extension computes {_csrc.FFT_SIZE}-sample frames {_csrc.HOP_SAMPLES} apart; "
+                f"this model has {spec.n_fft} and {spec.hop_samples}"
+            )
+        self._plan = _csrc.MelPlan(
+            crop_samples=spec.crop_samples,
+            n_mels=spec.n_mels,
+            mel_sample_rate=spec.mel_sample_rate,
+            mel_fmin=spec.mel_fmin,
+            mel_fmax=spec.mel_fmax,
+            log_offset=spec.log_offset,
+            log_divisor=spec.log_divisor,
+            silence_peak=10 ** (silence_dbfs / 20),
+            isa=isa,
+        )
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._plan.isa
+
+    def log_mel(self, crops: Pcm) -> MelBatch:
+        """Normalised log-mel spectrograms of `crops`, int16 or float32, shape [n, crop_samples], C-contiguous."""
+        return MelBatch(*self._plan.run(crops))
+
+    def power(self, crops: Pcm) -> MelBatch:
+        """Mel power spectrograms before the logarithm, otherwise as `log_mel`."""
+        return MelBatch(*self._plan.run(crops, power=True))
+
+
+def available_isas() -> list[str]:
+    """Instruction sets the extension can use on this processor, narrowest first."""
+    return _csrc.available_isas()
+
+
+def mix_down(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean over channels: float32 [frames, channels] to float32 [frames]."""
+    return _csrc.mix_down(pcm)

@@ -1,0 +1,82 @@
+"""The model spec: what a checkpoint, an engine file and a Parquet file have to agree on.
+
+The numbers of the official pipeline (github SonyCSLParis/ssl-singer-identity) are named here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+UNKNOWN_SHA256 = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """One encoder and its front end, stored as JSON in engine files and in Parquet metadata.
+
+    The defaults are those of the official pipeline. Other sizes are derived, never stored twice.
+    """
+
+    name: str  # where the weights come from, as a person would say it
+    method: str  # byol, contrastive, contrastive-vc, unif-align, vicreg, ..., or "untrained"
+    weights_sha256: str = UNKNOWN_SHA256  # over the encoder's tensors, see checkpoint.weights_sha256
+    precision: str = "fp32"  # arithmetic of the encoder: "fp32" or "fp16"
+    sample_rate: int = 44_100  # Hz, of the audio
+    crop_samples: int = 176_400  # 4 s
+    n_fft: int = 2048  # samples; periodic Hann window, centred frames, reflected at both ends
+    hop_samples: int = 512
+    n_mels: int = 128  # Slaney scale and area norm
+    # Hz, that the mel basis is built for. The audio is at 44 100 Hz, but nnAudio's default was left as it is when the
+    # weights were trained, so they expect this basis: it is not to be "corrected".
+    mel_sample_rate: int = 22_050
+    mel_fmin: float = 0.0  # Hz, on the scale of mel_sample_rate, as mel_fmax
+    mel_fmax: float = 11_025.0
+    log_offset: float = 1e-8  # added to the mel power before the logarithm
+    # "crop": the log-mel spectrogram is divided by its own maximum; a number: by that constant.
+    normalise: str | float = "crop"
+    image_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of the three (equal) channels of the encoder
+    image_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    backbone: str = "efficientnet_b0"
+    embedding_dim: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.normalise != "crop" and not (isinstance(self.normalise, int | float) and self.normalise > 0):
+            raise ValueError(f"normalise must be 'crop' or a positive number, got {self.normalise!r}")
+        if self.precision not in {"fp32", "fp16"}:
+            raise ValueError(f"precision must be 'fp32' or 'fp16', got {self.precision!r}")
+
+    @property
+    def n_frames(self) -> int:
+        """Frames of a crop's mel spectrogram."""
+        return 1 + self.crop_samples // self.hop_samples
+
+    @property
+    def crop_seconds(self) -> float:
+        """Length of a crop in seconds."""
+        return self.crop_samples / self.sample_rate
+
+    @property
+    def log_divisor(self) -> float:
+        """`normalise` as the mel kernels take it: 0 for the crop's own maximum, else the constant."""
+        return 0.0 if self.normalise == "crop" else float(self.normalise)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON types."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
+        """Rebuild a spec from `to_dict`. Raises ValueError naming fields that are missing, unknown or out of range."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if fields.keys() != known:
+            raise ValueError(f"model spec: missing {sorted(known - fields.keys())}, unknown {sorted(fields.keys() - known)}")
+        tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
+        return cls(**{**fields, **tuples})
+
+    def differences(self, other: ModelSpec) -> list[str]:
+        """Say how `other` differs, one `field: mine, other theirs` a field."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return [f"{key}: {mine[key]}, other {theirs[key]}" for key in mine if mine[key] != theirs[key]]
