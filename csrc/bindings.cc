@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -79,6 +80,17 @@ nb::ndarray<nb::numpy, float> mix_down(Interleaved pcm) {
   return to_numpy(std::move(mono), {frames});
 }
 
+nb::ndarray<nb::numpy, float> mel_basis(const MelPlan& plan) {
+  const auto& tables = plan.tables();
+  const std::size_t n_mels = tables.bands.size();
+  std::unique_ptr<float[]> basis(new float[n_mels * singerembed::kBins]());
+  for (std::size_t m = 0; m < n_mels; ++m) {
+    const auto& band = tables.bands[m];
+    std::copy_n(&tables.weights[band.first_weight], band.n_bins, &basis[m * singerembed::kBins + band.first_bin]);
+  }
+  return to_numpy(std::move(basis), {n_mels, static_cast<std::size_t>(singerembed::kBins)});
+}
+
 }  // namespace
 
 NB_MODULE(_csrc, m) {
@@ -107,6 +119,7 @@ NB_MODULE(_csrc, m) {
           nb::kw_only(), "crop_samples"_a, "n_mels"_a, "mel_sample_rate"_a, "mel_fmin"_a, "mel_fmax"_a,
           "log_offset"_a, "log_divisor"_a, "silence_peak"_a, "isa"_a = "")
       .def_prop_ro("isa", &MelPlan::isa)
+      .def_prop_ro("mel_basis", &mel_basis, nb::rv_policy::automatic)
       .def("run", &run<std::int16_t>, "pcm"_a, nb::kw_only(), "power"_a = false)
       .def("run", &run<float>, "pcm"_a, nb::kw_only(), "power"_a = false);
 }

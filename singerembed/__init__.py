@@ -1,0 +1,32 @@
+"""Singer identity embeddings for whole music libraries."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from singerembed.embedder import Embedder, load_engine
+    from singerembed.engine.build import BuildOptions, build_engine
+    from singerembed.pipeline import RunOptions, RunSummary, run
+    from singerembed.spec import ModelSpec
+
+__all__ = ["BuildOptions", "Embedder", "ModelSpec", "RunOptions", "RunSummary", "build_engine", "load_engine", "run"]
+
+_HOMES = {
+    "BuildOptions": "singerembed.engine.build",
+    "Embedder": "singerembed.embedder",
+    "ModelSpec": "singerembed.spec",
+    "RunOptions": "singerembed.pipeline",
+    "RunSummary": "singerembed.pipeline",
+    "build_engine": "singerembed.engine.build",
+    "load_engine": "singerembed.embedder",
+    "run": "singerembed.pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when it is first used: `import singerembed` alone costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'singerembed' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -58,6 +58,11 @@ class MelExtractor:
         """The instruction set in use."""
         return self._plan.isa
 
+    @property
+    def basis(self) -> NDArray[np.float32]:
+        """The mel basis, [n_mels, n_fft / 2 + 1], in 1/Hz."""
+        return self._plan.mel_basis
+
     def log_mel(self, crops: Pcm) -> MelBatch:
         """Normalised log-mel spectrograms of `crops`, int16 or float32, shape [n, crop_samples], C-contiguous."""
         return MelBatch(*self._plan.run(crops))
@@ -70,6 +75,11 @@ class MelExtractor:
 def available_isas() -> list[str]:
     """Instruction sets the extension can use on this processor, narrowest first."""
     return _csrc.available_isas()
+
+
+def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
+    """The mel basis of `spec`, [n_mels, n_fft / 2 + 1], in 1/Hz: triangles on Slaney's mel scale, of equal area."""
+    return MelExtractor(spec).basis
 
 
 def mix_down(pcm: NDArray[np.float32]) -> NDArray[np.float32]:

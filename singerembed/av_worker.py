@@ -1,0 +1,117 @@
+"""The PyAV decoder process: `python -m singerembed.av_worker`, driven by audio.py over its standard streams.
+
+One JSON request a line comes in; a reply is two little-endian uint32 sizes, a JSON head and a binary body (float32
+mono samples). It imports nothing heavy, and may crash or be killed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.mel import mix_down
+
+
+class _Recording:
+    """One open file: decodes frame by frame and counts samples by the container's time stamps."""
+
+    def __init__(self, path: str) -> None:
+        self._container = av.open(path, metadata_errors="ignore")
+        if not self._container.streams.audio:
+            self._container.close()
+            raise ValueError("the file has no audio stream")
+        self._stream = self._container.streams.audio[0]
+        self.sample_rate: int = self._stream.rate
+        self.channels: int = self._stream.channels
+        duration = self._stream.duration
+        self.n_samples = round(duration * self._stream.time_base * self.sample_rate) if duration else 0
+        self._start_pts = self._stream.start_time or 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._resampler = av.AudioResampler(format="flt", layout=self._stream.layout, rate=self.sample_rate)
+        self._frames = self._decode()
+        self._rest: NDArray[np.float32] = np.empty(0, np.float32)
+
+    def _decode(self) -> Iterator[tuple[int | None, NDArray[np.float32]]]:
+        """Yield each frame's first sample (None if it carries no time stamp) and its mono samples."""
+        for frame in self._container.decode(self._stream):
+            start = None
+            if frame.pts is not None:
+                start = round((frame.pts - self._start_pts) * self._stream.time_base * self.sample_rate)
+            for packed in self._resampler.resample(frame):
+                yield start, mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self.channels)))
+
+    def read(self, n: int) -> NDArray[np.float32]:
+        chunks, have = [self._rest], len(self._rest)
+        while have < n:
+            _, pcm = next(self._frames, (None, None))
+            if pcm is None:
+                break
+            chunks.append(pcm)
+            have += len(pcm)
+        joined = np.concatenate(chunks)
+        self._rest = joined[n:]
+        return joined[:n]
+
+    def seek(self, sample: int) -> None:
+        """Go back to a packet well before `sample`, decode, and drop what comes before it."""
+        early = max(0, sample - self.sample_rate)
+        time_base = self._stream.time_base
+        self._container.seek(self._start_pts + int(early / self.sample_rate / time_base), stream=self._stream)
+        self._restart()
+        for start, pcm in self._frames:
+            if start is None:
+                raise ValueError("the container has no time stamps to seek by")
+            if start + len(pcm) > sample:
+                self._rest = pcm[max(0, sample - start) :]
+                return
+
+    def close(self) -> None:
+        self._container.close()
+
+
+def _answer(recording: _Recording | None, request: dict[str, Any]) -> tuple[_Recording | None, dict[str, Any], bytes]:
+    if request["op"] == "open":
+        if recording:
+            recording.close()
+        recording = _Recording(request["path"])
+        head = {"sample_rate": recording.sample_rate, "channels": recording.channels, "n_samples": recording.n_samples}
+        return recording, head, b""
+    if recording is None:
+        raise ValueError("no file is open")
+    if request["op"] == "read":
+        return recording, {}, recording.read(request["n"]).tobytes()
+    if request["op"] == "seek":
+        recording.seek(request["sample"])
+        return recording, {}, b""
+    recording.close()
+    return None, {}, b""
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    av.logging.set_level(None)
+    recording: _Recording | None = None
+    for line in sys.stdin.buffer:
+        body = b""
+        try:
+            recording, head, body = _answer(recording, json.loads(line))
+        except (ValueError, MemoryError, OSError, av.error.FFmpegError) as exc:
+            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+            head = {"code": "no_audio" if "no audio stream" in reason else "decode_failed", "error": f"cannot decode: {reason}"}
+        encoded = json.dumps(head).encode()
+        sys.stdout.buffer.write(struct.pack("<II", len(encoded), len(body)) + encoded + body)
+        sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""The command line: options, help and one-line errors; no logic."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from singerembed.errors import SingerEmbedError, UsageError
+
+if TYPE_CHECKING:
+    from singerembed.pipeline import RunSummary
+
+EXIT_WITH_ERROR_ROWS = 3
+
+
+class _Group(click.Group):
+    """Turns the errors of singerembed into one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SingerEmbedError as exc:
+            if _verbosity(ctx) > 0:
+                traceback.print_exc()
+            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(str(exc), err=True)
+            ctx.exit(exc.exit_code)
+
+
+def _verbosity(ctx: click.Context) -> int:
+    return int(ctx.meta.get("singerembed.verbosity", 0))
+
+
+def _verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    def add(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta["singerembed.verbosity"] = 1 if parameter.name == "verbose" else -1
+
+    for name, help_text in (("--quiet/-q", "Print results and errors only."), ("--verbose/-v", "Print tracebacks of errors.")):
+        long, short = name.split("/")
+        command = click.option(long, short, is_flag=True, expose_value=False, callback=add, help=help_text)(command)
+    return command
+
+
+def _note(what: str, text: str) -> None:
+    """One line on stderr: what it is about, and what there is to say."""
+    if _verbosity(click.get_current_context()) >= 0:
+        click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
+        click.echo(text, err=True)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="singerembed")
+def cli() -> None:
+    """Singer identity embeddings for whole music libraries.
+
+    \b
+    singerembed run catalog.csv out.parquet     embed every recording of a catalogue
+    singerembed build-engine ckpt.pt            make an engine of a trained encoder
+    """
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def _count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int | None:
+    if value == "all":
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter("give 'all' or a number of crops")
+
+
+def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = dict(value.partition("=")[::2] for value in values)
+    if not all(pairs) or not all(pairs.values()):
+        raise click.BadParameter("write OLD=NEW")
+    return pairs
+
+
+@cli.command()
+@click.argument("catalog")
+@click.argument("output")
+@click.option("--engine", metavar="FILE", help="Engine file made by build-engine.  [default: the bundled one]")
+@click.option("--crops", default="all", metavar="all|N", callback=_count_or_all, show_default=True,
+              help="All consecutive 4 s crops of a track, or N of them, evenly spaced and read by seeking.")
+@click.option("--hop", type=click.FloatRange(min=0.01), metavar="SECONDS", help="From the start of one crop to the next.  [default: 4]")
+@click.option("--pool", type=click.Choice(["none", "mean"]), default="none", show_default=True, help="One row a crop, or one a track: the mean.")
+@click.option("--embedding-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Type of the stored numbers.")
+@click.option("--silence-dbfs", type=click.FloatRange(max=0), default=-60.0, show_default=True, help="Crops whose peak is not above this are not embedded.")
+@click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
+@click.option("--id-column", default="track_id", show_default=True, help="The catalogue's column of track names.")
+@click.option("--rename", multiple=True, metavar="OLD=NEW", callback=_pairs, help="Store the catalogue's column OLD as NEW; may be repeated.")
+@click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and embed.  [default: the cores of this process]")
+@click.option("--unit-minutes", type=click.FloatRange(min=0, min_open=True), default=240.0, show_default=True, metavar="M",
+              help="Minutes of audio that are published together; a crash costs no more. Rows without an end count as 4.")
+@click.option("--track-timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, metavar="S",
+              help="Seconds of decoding after which a track is given up.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@_verbosity_options
+def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:  # fmt: skip
+    """Embed every recording of CATALOG into the Parquet file OUTPUT.
+
+    CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
+    "end" (seconds); its other columns are passed through. Relative paths count from the catalogue's folder. A run that
+    was stopped goes on when the same command is given again.
+
+    Exit codes: 0 all well, 3 finished with error rows, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
+
+    \b
+    singerembed run library.csv library.parquet --engine byol.engine
+    """
+    from singerembed.catalog import Columns
+    from singerembed.pipeline import RunOptions
+    from singerembed.pipeline import run as run_pipeline
+    from singerembed.progress import ProgressBar
+
+    options = RunOptions(
+        crops=values["crops"],
+        hop_seconds=values["hop"],
+        pool=values["pool"],
+        embedding_dtype=values["embedding_dtype"],
+        silence_dbfs=values["silence_dbfs"],
+        columns=Columns(values["path_column"], values["id_column"], values["rename"]),
+        unit_minutes=values["unit_minutes"],
+        track_timeout_seconds=values["track_timeout"],
+        workers=values["workers"],
+        restart=values["restart"],
+    )
+    quiet = _verbosity(click.get_current_context()) < 0
+    with _stop_signals() as stop, ProgressBar(_note, quiet=quiet) as progress:
+        summary = run_pipeline(catalog, output, engine=values["engine"], options=options, listener=progress, stop=stop)
+    if as_json:
+        click.echo(json.dumps(_summary_fields(summary)))
+    _say_summary(summary)
+    if summary.counts.errors:
+        click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
+
+
+def _summary_fields(summary: RunSummary) -> dict[str, Any]:
+    return {
+        "output": summary.output,
+        **json.loads(summary.counts.to_json()),
+        "embedded_tracks": summary.embedded.tracks,
+        "embedded_crops": summary.embedded.crops,
+        "seconds": round(summary.seconds, 3),
+        "already_done": summary.already_done,
+    }
+
+
+def _say_summary(summary: RunSummary) -> None:
+    counts = summary.counts
+    n_errors = counts.errors.total()
+    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
+    if summary.already_done:
+        _note("done", f"{summary.output} was finished before, by the same command: {what}. Nothing to do (--restart does it again)")
+    else:
+        rate = summary.embedded.crops / summary.seconds
+        real_time = summary.embedded.audio_seconds / summary.seconds
+        _note("wrote", f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)")
+    if n_errors:
+        _note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()))
+        _note("", f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block, SIGINT and SIGTERM are noted for the run to stop on; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        os.write(2, b"\nstopping after the tracks in hand; press again to stop now\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- build-engine ---------------------------------------------------------------------------------------------------
+
+
+def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | float | None:
+    if value is None or value == "crop":
+        return value
+    try:
+        constant = float(value)
+    except ValueError:
+        constant = 0.0
+    if not 0 < constant < float("inf"):
+        raise click.BadParameter("give 'crop' or a positive number")
+    return constant
+
+
+@cli.command("build-engine")
+@click.argument("checkpoint")
+@click.option("-o", "--output", metavar="FILE", help="Where to write it.  [default: the checkpoint's name, .engine]")
+@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="onnxruntime (CPU), or auto: the best for this machine.")
+@click.option("--normalise", metavar="crop|VALUE", callback=_normalisation,
+              help="Divide a log-mel spectrogram by its own maximum, or by VALUE (9.2 is nearest to how the official weights were trained).  [default: as trained]")
+@click.option("--force", is_flag=True, help="Replace an existing engine.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON on stdout.")
+@_verbosity_options
+def build_engine(
+    checkpoint: str, output: str | None, backend: str, normalise: str | float | None, force: bool, as_json: bool
+) -> None:  # fmt: skip
+    """Make an engine file of CHECKPOINT.
+
+    CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of either
+    training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or hf:OWNER/REPO/FOLDER;
+    the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is ever run.
+
+    \b
+    singerembed build-engine ckpt.pt            writes ckpt.engine
+    singerembed build-engine byol               the official weights
+    """
+    from pathlib import Path
+
+    from singerembed.describe import describe
+    from singerembed.engine.build import BuildOptions
+    from singerembed.engine.build import build_engine as build
+
+    target = output or f"{Path(checkpoint.rstrip('/').removeprefix('hf:')).stem}.engine"
+    build(checkpoint, target, BuildOptions(backend, normalise), force=force, say=_note)
+    if as_json:
+        click.echo(json.dumps(describe(target)))
+
+
+# --- inspect, doctor ------------------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("file")
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@_verbosity_options
+def inspect(file: str, as_json: bool) -> None:
+    """Say what FILE is, from what it was made, and how it was verified.
+
+    FILE is an engine, a checkpoint, a Parquet file written by run, or the .parts folder of an unfinished run.
+    """
+    from singerembed.describe import describe
+
+    facts = describe(file)
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    for line in _outline(facts):
+        click.echo(line)
+
+
+def _outline(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
+    width = max((len(key) for key in facts), default=0)
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            yield f"{indent}{key}"
+            yield from _outline(value, indent + "  ")
+        else:
+            yield f"{indent}{key:<{width}}  {value}"
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+@_verbosity_options
+def doctor(as_json: bool) -> None:
+    """Say what this machine can do, and what to install for what it cannot."""
+    from singerembed.doctor import examine
+
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps([finding.__dict__ for finding in findings]))
+        return
+    for finding in findings:
+        click.secho("ok   " if finding.ok else "-    ", fg="green" if finding.ok else "yellow", nl=False)
+        click.echo(f"{finding.subject:<18}{finding.text}")
+
+
+def main() -> None:
+    """Entry point of the `singerembed` command."""
+    try:
+        cli(prog_name="singerembed")
+    except UsageError as exc:  # raised while options are parsed
+        click.echo(f"Error: {exc}", err=True)
+        sys.exit(exc.exit_code)

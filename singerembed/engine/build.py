@@ -1,0 +1,195 @@
+"""Turns a checkpoint into an engine file: fold, export, compare with the oracle, publish. Needs torch and onnx."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.checkpoint import Checkpoint, load_checkpoint
+from singerembed.engine.base import Engine
+from singerembed.engine.file import EngineFile
+from singerembed.engine.load import open_engine
+from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
+from singerembed.spec import ModelSpec
+
+BACKENDS = ("onnxruntime",)
+_OPSET = 18
+_VERIFY_CROPS = 16
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far an engine may be from the FP32 torch encoder."""
+
+    cosine: float  # at least
+    difference: float  # at most; largest |difference| of a number, as a share of the embedding's norm
+
+
+# FP32 differs by rounding alone: independent implementations reach 2.5e-6. FP16 keeps 11 bits through 81 convolutions.
+TOLERANCES = {"fp32": Tolerance(0.999999, 1e-3), "fp16": Tolerance(0.9995, 3e-2)}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What `build-engine` lets a user choose."""
+
+    backend: str = "auto"
+    normalise: str | float | None = None  # None: as the checkpoint's spec has it
+
+
+def build_engine(
+    source: str, output: str, options: BuildOptions | None = None, *, force: bool = False, say: Callable[[str, str], None]
+) -> EngineFile:
+    """Build the engine of the checkpoint `source` and publish it as `output`.
+
+    `say(what, text)` is told each step. Raises CheckpointError, UsageError, MissingDependencyError, OutputError when
+    `output` exists and not `force`, and EngineError when the engine is further from the oracle than TOLERANCES allow.
+    """
+    options = options or BuildOptions()
+    if Path(output).exists() and not force:
+        raise OutputError(f"{output} exists. Give another name with -o, or --force to replace it")
+    backend = _choose_backend(options.backend)
+    checkpoint = load_checkpoint(source)
+    if options.normalise is not None:
+        checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, normalise=options.normalise))
+    spec = checkpoint.spec
+    n_parameters = sum(t.numel() for name, t in checkpoint.state_dict.items() if not _is_statistic(name))
+    say("checkpoint", f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}")
+    say("target", backend)
+
+    engine = EngineFile(
+        spec=spec,
+        backend=backend,
+        payload=export_onnx(checkpoint),
+        build={
+            "checkpoint": source,
+            "layout": checkpoint.layout,
+            "training": checkpoint.facts,
+            "versions": {name: version(name) for name in ("singerembed", "torch", "torchvision", "onnx")},
+        },
+        verification={},
+    )
+    engine = replace(engine, verification=_verify(checkpoint, open_engine(engine), say))
+    engine.write(output)
+    say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
+    return engine
+
+
+def _choose_backend(wanted: str) -> str:
+    if wanted == "auto":
+        return "onnxruntime"
+    if wanted not in BACKENDS:
+        raise UsageError(f"unknown back end {wanted!r}; there are: auto, {', '.join(BACKENDS)}")
+    return wanted
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+# --- export ---------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(checkpoint: Checkpoint) -> bytes:
+    """The encoder as an ONNX model, batch norm folded: log_mel [batch, n_mels, n_frames] -> embedding [batch, dim]."""
+    try:
+        import onnx  # noqa: F401  (torch's exporter needs it)
+        import torch
+
+        from singerembed.engine.torch import load_encoder
+    except ImportError as exc:
+        raise MissingDependencyError("building an engine", exc.name or "torch", "build") from exc
+    from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
+
+    encoder = fold_batch_norm(load_encoder(checkpoint))
+    example = torch.zeros(1, checkpoint.spec.n_mels, checkpoint.spec.n_frames)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's notes on itself
+        torch.onnx.export(
+            encoder,
+            (example,),
+            buffer,
+            input_names=[INPUT_NAME],
+            output_names=[OUTPUT_NAME],
+            dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
+            opset_version=_OPSET,
+            dynamo=False,  # keeps GlobalAveragePool, which ONNX Runtime runs in its blocked layout; ReduceMean it does not
+        )
+    return buffer.getvalue()
+
+
+def fold_batch_norm(encoder: torch.nn.Module) -> torch.nn.Module:  # noqa: F821
+    """A copy of `encoder` with every batch norm folded into the convolution before it, computed in float64."""
+    import torch
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+    from torchvision.ops.misc import Conv2dNormActivation
+
+    folded = copy.deepcopy(encoder)
+    for module in folded.modules():
+        if isinstance(module, Conv2dNormActivation) and isinstance(module[1], torch.nn.BatchNorm2d):
+            convolution: torch.nn.Module = module[0]
+            module[0] = fuse_conv_bn_eval(convolution.double(), module[1].double()).float()
+            module[1] = torch.nn.Identity()
+    return folded
+
+
+# --- verification ---------------------------------------------------------------------------------------------------
+
+
+def verification_crops(spec: ModelSpec) -> NDArray[np.float32]:
+    """Crops to compare engines on, [16, crop_samples]: sung-like tones from bass to soprano, noises, a sawtooth, a fall to silence.
+
+    No lone click: its log-mel maximum is nearly 0, and dividing by that (as the official pipeline does) magnifies any
+    rounding without bound.
+    """
+    rng = np.random.default_rng(0)
+    t = np.arange(spec.crop_samples) / spec.sample_rate
+    crops = []
+    for i in range(_VERIFY_CROPS - 4):
+        f0 = 80.0 * 2 ** (i / 3)
+        phase = 2 * np.pi * np.cumsum(f0 * (1 + 0.02 * np.sin(2 * np.pi * 5.5 * t))) / spec.sample_rate
+        partials = range(1, max(2, min(40, int(8000 / f0))))
+        tone = sum(np.sin(k * phase) / (k ** (0.6 + 0.1 * i)) for k in partials)
+        crops.append(tone * (0.2 + np.abs(np.sin(2 * np.pi * 0.3 * t + i))) + 0.003 * rng.standard_normal(t.size))
+    crops.append(rng.standard_normal(t.size))
+    crops.append(np.cumsum(rng.standard_normal(t.size)))
+    crops.append(2 * (t * 300 % 1) - 1)
+    crops.append(np.where(t < 1.5, crops[0], 1e-4 * rng.standard_normal(t.size)))
+    return np.stack([crop / np.abs(crop).max() * 0.9 for crop in crops]).astype(np.float32)
+
+
+def compare(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> Tolerance:
+    """Smallest cosine, and largest difference as a share of the expected norm, over rows [n, dim]."""
+    a, b = embedding.astype(np.float64), expected.astype(np.float64)
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    cosine = (a * b).sum(axis=1) / (norm_a * norm_b)
+    return Tolerance(float(cosine.min()), float((np.abs(a - b).max(axis=1) / norm_b).max()))
+
+
+def _verify(checkpoint: Checkpoint, engine: Engine, say: Callable[[str, str], None]) -> dict[str, object]:
+    from singerembed.engine.torch import TorchEngine
+
+    crops = verification_crops(checkpoint.spec)
+    reached = compare(engine.embed(crops).embedding, TorchEngine(checkpoint).embed(crops).embedding)
+    engine.close()
+    allowed = TOLERANCES[checkpoint.spec.precision]
+    say(
+        "verify",
+        f"{len(crops)} crops against FP32 torch: cosine >= {reached.cosine:.7f}, "
+        f"largest difference {reached.difference:.1e} of the norm",
+    )
+    if not (reached.cosine >= allowed.cosine and reached.difference <= allowed.difference):
+        raise EngineError(
+            f"the engine is too far from the FP32 torch encoder: cosine {reached.cosine:.6f} (at least {allowed.cosine}), "
+            f"difference {reached.difference:.1e} (at most {allowed.difference:.0e}). Nothing was written"
+        )
+    return {"crops": len(crops), "against": "FP32 torch", "cosine": reached.cosine, "difference": reached.difference}

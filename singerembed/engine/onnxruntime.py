@@ -1,0 +1,54 @@
+"""The CPU back end: ONNX Runtime, one session that all worker threads share.
+
+Each call of the session runs one crop on the calling thread. Threads of a session's own would fight with the workers,
+batches are no faster (the activations of one crop fill the cache), and a crop on its own gives the same bits whatever
+else is embedded.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+
+from singerembed.engine.base import EmbeddedCrops
+from singerembed.engine.file import EngineFile
+from singerembed.errors import EngineError
+from singerembed.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
+
+INPUT_NAME = "log_mel"
+OUTPUT_NAME = "embedding"
+_LOG_ERRORS_ONLY = 3
+
+
+class OnnxRuntimeEngine:
+    """An engine whose payload is an ONNX model, run on the CPU."""
+
+    batch = 4  # crops: enough that the cost of a call does not show, few enough to stay in the cache
+
+    def __init__(self, file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> None:
+        """Load `file`. Raises EngineError when ONNX Runtime refuses it."""
+        self.spec = file.spec
+        self.description = f"{file.spec.name}, {file.spec.precision}, ONNX Runtime {onnxruntime.__version__}"
+        self._mel = MelExtractor(file.spec, silence_dbfs)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        try:
+            self._session = onnxruntime.InferenceSession(file.payload, options, providers=["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's exceptions share no base class
+            raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
+
+    def embed(self, crops: Pcm) -> EmbeddedCrops:
+        """See `Engine.embed`."""
+        mel = self._mel.log_mel(crops)
+        embedding = np.empty((len(mel.mel), self.spec.embedding_dim), np.float32)
+        try:
+            for i, log_mel in enumerate(mel.mel):
+                (embedding[i],) = self._session.run([OUTPUT_NAME], {INPUT_NAME: log_mel[np.newaxis]})[0]
+        except Exception as exc:
+            raise EngineError(f"ONNX Runtime failed: {exc}") from exc
+        return EmbeddedCrops(embedding, mel.peak, mel.rms, mel.state)
+
+    def close(self) -> None:
+        """Nothing to free: the session goes with its last user."""

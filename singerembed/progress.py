@@ -1,0 +1,61 @@
+"""The progress bar of a run, and the notes around it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from singerembed.catalog import Track
+from singerembed.engine.base import Engine
+from singerembed.parquet import Counts, TrackRows
+
+_BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{postfix} | {remaining} left"
+
+
+class ProgressBar:
+    """A `Listener` that draws on stderr; silent where that is no terminal, or when asked to be."""
+
+    def __init__(self, note: Callable[[str, str], None], *, quiet: bool) -> None:
+        self._note, self._quiet = note, quiet
+        self._bar: tqdm[None] | None = None
+        self._counts = Counts()
+        self._started = time.monotonic()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def started(self, engine: Engine, workers: int, total_tracks: int) -> None:
+        """Say what runs, and draw an empty bar."""
+        advice = " - an untrained stand-in: build a real one with singerembed build-engine" if engine.spec.method == "untrained" else ""
+        self._note("engine", f"{engine.description}, {workers} workers{advice}")
+        self._started = time.monotonic()
+        show = not self._quiet and sys.stderr.isatty()
+        self._bar = tqdm(total=total_tracks, bar_format=_BAR_FORMAT, disable=not show, leave=False, dynamic_ncols=True)
+
+    def resumed(self, units: int) -> None:
+        """Say that an earlier run's work is used."""
+        self._note("resume", f"{units:,} units were done before (same catalogue, engine and options)")
+
+    def skipped(self, counts: Counts) -> None:
+        """Count a unit that was done before."""
+        if self._bar is not None:
+            self._bar.update(counts.tracks)
+            self._bar.initial += counts.tracks  # they say nothing about this run's speed
+
+    def embedded(self, track: Track, rows: TrackRows) -> None:  # noqa: ARG002
+        """Count a track."""
+        self._counts.add(rows)
+        if self._bar is not None and not self._bar.disable:
+            elapsed = time.monotonic() - self._started
+            crops, seconds, errors = self._counts.crops, self._counts.audio_seconds, self._counts.errors.total()
+            self._bar.set_postfix_str(
+                f"{crops / elapsed:.0f} crops/s | {seconds / elapsed:.0f}x real time | {errors} errors", refresh=False
+            )
+            self._bar.update()
