@@ -22,5 +22,7 @@ with tempfile.TemporaryDirectory() as folder:
     checkpoint = Path(folder) / "untrained-reference"
     tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.state_dict().items()}
     spec = ModelSpec(name="untrained-reference", method="untrained").to_dict()
-    torch.save({"format": FORMAT, "version": FORMAT_VERSION, "spec": spec, "state_dict": tensors, "training": {}}, checkpoint)
+    torch.save(
+        {"format": FORMAT, "version": FORMAT_VERSION, "spec": spec, "state_dict": tensors, "training": {}}, checkpoint
+    )
     build_engine(str(checkpoint), bundled_engine_path(), force=True, say=lambda what, text: print(f"{what:<12}{text}"))

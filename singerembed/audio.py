@@ -58,8 +58,8 @@ class PcmReader(Protocol):
         """Go to `sample`, counted from the beginning of the recording; past the end, nothing is left to read."""
         ...
 
-    def shortfall(self) -> str:
-        """After everything was read: what is missing against what the file promised, or an empty string."""
+    def check_complete(self) -> None:
+        """After everything was read: raise TrackError if the file broke off, or promised more than there was."""
         ...
 
     def close(self) -> None: ...
@@ -145,15 +145,19 @@ def _reason(exc: Exception) -> str:
 
 def _check_format(sample_rate: int, channels: int) -> None:
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        raise TrackError("unsupported", f"sample rate {sample_rate} Hz is outside {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
+        raise TrackError(
+            "unsupported", f"sample rate {sample_rate} Hz is outside {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+        )
     if not 1 <= channels <= MAX_CHANNELS:
         raise TrackError("unsupported", f"{channels} channels; at most {MAX_CHANNELS} are read")
 
 
-def _shortfall(promised: int, read: int, sample_rate: int) -> str:
-    if promised - read <= _SHORTFALL_SECONDS * sample_rate:
-        return ""
-    return f"the header promises {promised / sample_rate:.1f} s, decoding ended at {read / sample_rate:.1f} s"
+def _check_length(promised: int, read: int, sample_rate: int) -> None:
+    if promised - read > _SHORTFALL_SECONDS * sample_rate:
+        raise TrackError(
+            "truncated",
+            f"the header promises {promised / sample_rate:.1f} s, decoding ended at {read / sample_rate:.1f} s",
+        )
 
 
 # --- soundfile ------------------------------------------------------------------------------------------------------
@@ -166,6 +170,7 @@ class _SoundFileReader:
         self._file = soundfile.SoundFile(path)
         self._limit = limit
         self._position = 0
+        self._failure: TrackError | None = None
         self.sample_rate = self._file.samplerate
         self.n_samples = self._file.frames
         try:
@@ -178,35 +183,51 @@ class _SoundFileReader:
 
     def read(self, n: int) -> Pcm:
         self._limit.remaining()
+        if self._failure:
+            raise self._failure
+        n = min(
+            n, max(0, self.n_samples - self._position)
+        )  # a buffer by what the header promises, not by what is asked
+        pcm = np.empty((n, self._file.channels), self._dtype)
         try:
-            pcm = self._file.read(n, dtype=self._dtype, always_2d=self._file.channels > 1)
+            got = len(self._file.read(out=pcm))
         except soundfile.LibsndfileError as exc:
-            raise TrackError("decode_failed", f"decoding failed after {self._seconds()}: {exc.error_string}") from exc
-        self._position += len(pcm)
-        return mix_down(pcm) if pcm.ndim == 2 else pcm
+            # What was decoded before the damage is good and lies in the buffer; the failure comes with the next call.
+            got = max(0, self._file.tell() - self._position)
+            self._failure = TrackError(
+                "decode_failed", f"decoding failed after {self._seconds(got)}: {exc.error_string}"
+            )
+        self._position += got
+        return pcm[:got, 0] if pcm.shape[1] == 1 else mix_down(pcm[:got])
 
     def seek(self, sample: int) -> None:
         sample = min(sample, self.n_samples)
         try:
             self._file.seek(sample)
         except soundfile.LibsndfileError as exc:
-            raise TrackError("decode_failed", f"seeking to {sample / self.sample_rate:.1f} s failed: {exc.error_string}") from exc
+            raise TrackError(
+                "decode_failed", f"seeking to {sample / self.sample_rate:.1f} s failed: {exc.error_string}"
+            ) from exc
         self._position = sample
 
-    def shortfall(self) -> str:
+    def check_complete(self) -> None:
+        if self._failure:
+            raise self._failure
         log = self._file.extra_info
         # RIFF and AIFF: libsndfile corrects the length in silence and leaves a line of this form in its log. Sizes of
         # 0 and of 2 GiB and above are what programs write that stream to a pipe.
         for promised, actual in re.findall(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
             if 0 < int(actual) < int(promised) < 2**31 - 1:
-                share = int(actual) / int(promised)
-                return f"the file is cut: {share:.0%} of its audio is there, decoding ended at {self._seconds()}"
+                share = f"{int(actual) / int(promised):.0%} of its audio is there"
+                raise TrackError("truncated", f"the file is cut: {share}, decoding ended at {self._seconds()}")
         if re.search(r"lacks an end-of-stream bit|without an End-Of-Stream", log):
-            return f"the file is cut: its stream has no end, decoding ended at {self._seconds()}"
-        return _shortfall(self.n_samples, self._position, self.sample_rate)
+            raise TrackError(
+                "truncated", f"the file is cut: its stream has no end, decoding ended at {self._seconds()}"
+            )
+        _check_length(self.n_samples, self._position, self.sample_rate)
 
-    def _seconds(self) -> str:
-        return f"{self._position / self.sample_rate:.1f} s"
+    def _seconds(self, more: int = 0) -> str:
+        return f"{(self._position + more) / self.sample_rate:.1f} s"
 
     def close(self) -> None:
         self._file.close()
@@ -251,8 +272,8 @@ class _ResamplingReader:
         self._restart()
         self.read(sample - steps * out_step)
 
-    def shortfall(self) -> str:
-        return self._source.shortfall()
+    def check_complete(self) -> None:
+        self._source.check_complete()
 
     def close(self) -> None:
         self._source.close()
@@ -266,7 +287,10 @@ class _AvProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "singerembed.av_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            [sys.executable, "-m", "singerembed.av_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
             start_new_session=True,  # a Ctrl-C in the terminal is for the run to handle
         )
         atexit.register(self.kill)
@@ -348,11 +372,10 @@ class _AvReader:
         self._process.call({"op": "seek", "sample": sample}, self._limit)
         self._position = sample
 
-    def shortfall(self) -> str:
-        return _shortfall(self.n_samples, self._position, self.sample_rate)
+    def check_complete(self) -> None:
+        _check_length(self.n_samples, self._position, self.sample_rate)
 
     def close(self) -> None:
         if self._process.alive():
             with contextlib.suppress(TrackError):
                 self._process.call({"op": "close"}, TimeLimit(10.0))
-

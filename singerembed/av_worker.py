@@ -10,6 +10,7 @@ import json
 import struct
 import sys
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import av
@@ -24,15 +25,19 @@ class _Recording:
     """One open file: decodes frame by frame and counts samples by the container's time stamps."""
 
     def __init__(self, path: str) -> None:
-        self._container = av.open(path, metadata_errors="ignore")
+        self._path = path
+        self._open()
+
+    def _open(self) -> None:
+        self._container = av.open(self._path, metadata_errors="ignore")
         if not self._container.streams.audio:
             self._container.close()
             raise ValueError("the file has no audio stream")
         self._stream = self._container.streams.audio[0]
         self.sample_rate: int = self._stream.rate
         self.channels: int = self._stream.channels
-        duration = self._stream.duration
-        self.n_samples = round(duration * self._stream.time_base * self.sample_rate) if duration else 0
+        self._time_base = self._stream.time_base or Fraction(1, self.sample_rate)
+        self.n_samples = round((self._stream.duration or 0) * self._time_base * self.sample_rate)
         self._start_pts = self._stream.start_time or 0
         self._restart()
 
@@ -46,7 +51,7 @@ class _Recording:
         for frame in self._container.decode(self._stream):
             start = None
             if frame.pts is not None:
-                start = round((frame.pts - self._start_pts) * self._stream.time_base * self.sample_rate)
+                start = round((frame.pts - self._start_pts) * self._time_base * self.sample_rate)
             for packed in self._resampler.resample(frame):
                 yield start, mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self.channels)))
 
@@ -64,10 +69,14 @@ class _Recording:
 
     def seek(self, sample: int) -> None:
         """Go back to a packet well before `sample`, decode, and drop what comes before it."""
-        early = max(0, sample - self.sample_rate)
-        time_base = self._stream.time_base
-        self._container.seek(self._start_pts + int(early / self.sample_rate / time_base), stream=self._stream)
-        self._restart()
+        early = sample - self.sample_rate
+        if early > 0:
+            offset = int(early / self.sample_rate / self._time_base)
+            self._container.seek(self._start_pts + offset, stream=self._stream)
+            self._restart()
+        else:  # a decoder that is sent back to the start drops its delay another way than one that starts there
+            self.close()
+            self._open()
         for start, pcm in self._frames:
             if start is None:
                 raise ValueError("the container has no time stamps to seek by")
@@ -107,7 +116,10 @@ def main() -> None:
             recording, head, body = _answer(recording, json.loads(line))
         except (ValueError, MemoryError, OSError, av.error.FFmpegError) as exc:
             reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            head = {"code": "no_audio" if "no audio stream" in reason else "decode_failed", "error": f"cannot decode: {reason}"}
+            head = {
+                "code": "no_audio" if "no audio stream" in reason else "decode_failed",
+                "error": f"cannot decode: {reason}",
+            }
         encoded = json.dumps(head).encode()
         sys.stdout.buffer.write(struct.pack("<II", len(encoded), len(body)) + encoded + body)
         sys.stdout.buffer.flush()

@@ -74,7 +74,8 @@ class Fingerprint:
 class _Rows(Protocol):
     """One format: the names of its columns, and its rows in batches."""
 
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]: ...
 
     def batches(self) -> Iterator[tuple[list[_RawRow], pa.Table]]: ...
 
@@ -105,7 +106,9 @@ class Catalog:
                 f'{path} has no column "{self._columns.path}"; it has: {", ".join(names)}. Name it with --path-column'
             )
         if self._columns.track_id != Columns.track_id and self._columns.track_id not in names:
-            raise CatalogError(f'{path} has no column "{self._columns.track_id}" (--id-column); it has: {", ".join(names)}')
+            raise CatalogError(
+                f'{path} has no column "{self._columns.track_id}" (--id-column); it has: {", ".join(names)}'
+            )
         used = {self._columns.path, self._columns.track_id, "start", "end"}
         self._extra = {name: self._columns.rename.get(name, name) for name in names if name not in used}
         unknown = self._columns.rename.keys() - self._extra.keys()
@@ -172,7 +175,9 @@ class Catalog:
             if end is not None and end <= start:
                 raise ValueError(f"end {end:g} s is not after start {start:g} s")
         except ValueError as exc:
-            return Track(row, track_id, path, location, problem=TrackError("bad_row", f"row {row} of the catalogue: {exc}"))
+            return Track(
+                row, track_id, path, location, problem=TrackError("bad_row", f"row {row} of the catalogue: {exc}")
+            )
         return Track(row, track_id, path, location, start, end)
 
 
@@ -253,7 +258,9 @@ class _DelimitedRows:
                 try:
                     fields = next(reader, None)
                 except csv.Error as exc:
-                    raise CatalogError(f"{self._path} line {reader.line_num}: {exc}. Is a quote left open there?") from exc
+                    raise CatalogError(
+                        f"{self._path} line {reader.line_num}: {exc}. Is a quote left open there?"
+                    ) from exc
                 if fields is not None and not fields:
                     continue  # a blank line
                 if fields is not None:
@@ -312,6 +319,17 @@ class _JsonRows:
         return _string_table(self.names, [[as_text(row.values.get(name)) for name in self.names] for row in raw])
 
 
+# What the used columns (path, track_id, start, end) may hold; others need not become Python objects.
+_SIMPLE_KINDS = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_dictionary,
+    pa.types.is_integer,
+    pa.types.is_floating,
+    pa.types.is_decimal,
+)
+
+
 class _ParquetRows:
     """Parquet: other columns are passed through with their types."""
 
@@ -329,12 +347,7 @@ class _ParquetRows:
 
     @staticmethod
     def _used(table: pa.Table) -> pa.Table:
-        simple = [
-            field.name
-            for field in table.schema
-            if pa.types.is_string(field.type) or pa.types.is_large_string(field.type) or pa.types.is_dictionary(field.type)
-            or pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type)
-        ]  # fmt: skip
+        simple = [field.name for field in table.schema if any(is_kind(field.type) for is_kind in _SIMPLE_KINDS)]
         return table.select(simple)
 
 

@@ -38,10 +38,12 @@ MEL_BASIS_TOLERANCE = 1e-7
 # Objects of these packages appear in the hyper-parameters that Lightning pickles. They are replaced by inert
 # stand-ins: nothing of theirs is imported or run.
 INERT_PACKAGES = {
-    "singer_identity", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics",
-    "omegaconf", "jsonargparse", "argparse", "collections", "pathlib", "numpy", "typing", "functools",
+    "singer_identity", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities",
+    "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "pathlib", "numpy", "typing", "functools",
 }  # fmt: skip
-INERT_BUILTINS = {f"builtins.{name}" for name in ("object", "set", "frozenset", "slice", "range", "complex", "bytearray")}
+INERT_BUILTINS = {
+    f"builtins.{name}" for name in ("object", "set", "frozenset", "slice", "range", "complex", "bytearray")
+}
 MAX_NAMES_SHOWN = 3
 
 
@@ -65,7 +67,9 @@ def load_checkpoint(source: str) -> Checkpoint:
     model_path = path / "model.pt" if path.is_dir() else path
     content = _load_safely(model_path)
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{model_path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary")
+        raise CheckpointError(
+            f"{model_path} is not a checkpoint: it holds a {type(content).__name__}, not a dictionary"
+        )
     if content.get("format") == FORMAT:
         return _own_checkpoint(model_path, content)
     return _official_checkpoint(model_path, content, method)
@@ -122,11 +126,13 @@ def _fetch_release(repo: str, folder: str) -> Path:
         return Path(hf_hub_download(repo, f"{folder}/model.pt")).parent
     except LocalEntryNotFoundError as exc:
         raise CheckpointError(
-            f"{repo}/{folder} is not in the local cache and the Hugging Face hub cannot be reached. Download model.pt and "
-            "hyperparams.yaml on another machine and give their folder, or set HF_ENDPOINT to a mirror"
+            f"{repo}/{folder} is not in the local cache and the Hugging Face hub cannot be reached. Download model.pt "
+            "and hyperparams.yaml on another machine and give their folder, or set HF_ENDPOINT to a mirror"
         ) from exc
     except (HfHubHTTPError, HFValidationError, OSError) as exc:
-        raise CheckpointError(f"{repo}/{folder} could not be fetched from the Hugging Face hub: {_first_line(exc)}") from exc
+        raise CheckpointError(
+            f"{repo}/{folder} could not be fetched from the Hugging Face hub: {_first_line(exc)}"
+        ) from exc
 
 
 # --- reading it without running it ----------------------------------------------------------------------------------
@@ -172,7 +178,9 @@ def _load_safely(path: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as exc:  # a damaged file may raise anything at all
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {type(exc).__name__}: {_first_line(exc)}") from exc
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint: {type(exc).__name__}: {_first_line(exc)}"
+        ) from exc
 
 
 def _refuse_compression(path: Path) -> None:
@@ -180,7 +188,9 @@ def _refuse_compression(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
-                raise CheckpointError(f"{path}: entry {entry.filename!r} is compressed; torch never writes that, so it is refused")
+                raise CheckpointError(
+                    f"{path}: entry {entry.filename!r} is compressed; torch never writes that, so it is refused"
+                )
 
 
 def _refuse_code(path: Path, names: list[str]) -> None:
@@ -202,7 +212,9 @@ def _first_line(exc: BaseException) -> str:
 def _own_checkpoint(path: Path, content: Mapping[str, Any]) -> Checkpoint:
     version = content.get("version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path}: checkpoint format {version}, but this singerembed reads {FORMAT_VERSION}. Upgrade singerembed")
+        raise CheckpointError(
+            f"{path}: checkpoint format {version}, but this singerembed reads {FORMAT_VERSION}. Upgrade singerembed"
+        )
     try:
         spec = ModelSpec.from_dict(content["spec"])
         state_dict = dict(content["state_dict"])
@@ -229,12 +241,16 @@ def _official_checkpoint(path: Path, content: Mapping[str, Any], method: str) ->
         layout, method = "Lightning checkpoint, BYOL (online network)", method or "byol"
     else:
         layout = "Lightning checkpoint"
-    facts = {key: content[key] for key in ("epoch", "global_step") if is_lightning and isinstance(content.get(key), int)}
+    facts = {
+        key: content[key] for key in ("epoch", "global_step") if is_lightning and isinstance(content.get(key), int)
+    }
     own_spec = hyper_parameters.get("spec")
     if isinstance(own_spec, Mapping):  # written by this project's training
         spec = _spec_from(path, own_spec)
     else:
-        spec = ModelSpec(name=f"{path.parent.name}/{path.name}" if path.parent.name else path.name, method=method or "unknown")
+        spec = ModelSpec(
+            name=f"{path.parent.name}/{path.name}" if path.parent.name else path.name, method=method or "unknown"
+        )
     return _checked(path, spec, encoder, layout, facts)
 
 
@@ -259,18 +275,22 @@ def _checked(
             for what, names in (("missing", missing), ("unknown", extra))
             if names
         ]
-        raise CheckpointError(f"{path} is not a singer encoder with average pooling (efficientnet_b0): {'; '.join(parts)}")
+        raise CheckpointError(
+            f"{path} is not a singer encoder with average pooling (efficientnet_b0): {'; '.join(parts)}"
+        )
     for name, expected in template.items():
         if not isinstance(state_dict[name], torch.Tensor):
             raise CheckpointError(f"{path}: {name} is not a tensor")
         if state_dict[name].shape != expected.shape:
             raise CheckpointError(
-                f"{path} is not this encoder: {name} has shape {tuple(state_dict[name].shape)}, expected {tuple(expected.shape)}"
+                f"{path} is not this encoder: {name} has shape {tuple(state_dict[name].shape)}, "
+                f"expected {tuple(expected.shape)}"
             )
         if not torch.isfinite(state_dict[name]).all():
             raise CheckpointError(f"{path}: {name} holds NaN or infinity; the training went wrong")
     floats = {
-        name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach() for name, tensor in state_dict.items()
+        name: tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+        for name, tensor in state_dict.items()
     }
     return Checkpoint(replace(spec, weights_sha256=weights_sha256(floats)), floats, layout, facts)
 
@@ -322,7 +342,9 @@ def _check_mel_basis(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     ours = mel_basis(ModelSpec(name="", method=""))
     theirs = stored.detach().float().numpy()
     if theirs.shape != ours.shape:
-        raise CheckpointError(f"{path} was trained on another mel basis: shape {theirs.shape}, supported is {ours.shape}")
+        raise CheckpointError(
+            f"{path} was trained on another mel basis: shape {theirs.shape}, supported is {ours.shape}"
+        )
     difference = float(np.abs(theirs - ours).max())
     if difference > MEL_BASIS_TOLERANCE:
         raise CheckpointError(

@@ -44,7 +44,10 @@ def _verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
         if value:
             ctx.meta["singerembed.verbosity"] = 1 if parameter.name == "verbose" else -1
 
-    for name, help_text in (("--quiet/-q", "Print results and errors only."), ("--verbose/-v", "Print tracebacks of errors.")):
+    for name, help_text in (
+        ("--quiet/-q", "Print results and errors only."),
+        ("--verbose/-v", "Print tracebacks of errors."),
+    ):
         long, short = name.split("/")
         command = click.option(long, short, is_flag=True, expose_value=False, callback=add, help=help_text)(command)
     return command
@@ -90,24 +93,73 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
 @click.argument("catalog")
 @click.argument("output")
 @click.option("--engine", metavar="FILE", help="Engine file made by build-engine.  [default: the bundled one]")
-@click.option("--crops", default="all", metavar="all|N", callback=_count_or_all, show_default=True,
-              help="All consecutive 4 s crops of a track, or N of them, evenly spaced and read by seeking.")
-@click.option("--hop", type=click.FloatRange(min=0.01), metavar="SECONDS", help="From the start of one crop to the next.  [default: 4]")
-@click.option("--pool", type=click.Choice(["none", "mean"]), default="none", show_default=True, help="One row a crop, or one a track: the mean.")
-@click.option("--embedding-dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True, help="Type of the stored numbers.")
-@click.option("--silence-dbfs", type=click.FloatRange(max=0), default=-60.0, show_default=True, help="Crops whose peak is not above this are not embedded.")
+@click.option(
+    "--crops",
+    default="all",
+    metavar="all|N",
+    callback=_count_or_all,
+    show_default=True,
+    help="All consecutive 4 s crops of a track, or N of them, evenly spaced and read by seeking.",
+)
+@click.option(
+    "--hop",
+    type=click.FloatRange(min=0.01),
+    metavar="SECONDS",
+    help="From the start of one crop to the next.  [default: 4]",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["none", "mean"]),
+    default="none",
+    show_default=True,
+    help="One row a crop, or one a track: the mean.",
+)
+@click.option(
+    "--embedding-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the stored numbers.",
+)
+@click.option(
+    "--silence-dbfs",
+    type=click.FloatRange(max=0),
+    default=-60.0,
+    show_default=True,
+    help="Crops whose peak is not above this are not embedded.",
+)
 @click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
 @click.option("--id-column", default="track_id", show_default=True, help="The catalogue's column of track names.")
-@click.option("--rename", multiple=True, metavar="OLD=NEW", callback=_pairs, help="Store the catalogue's column OLD as NEW; may be repeated.")
-@click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and embed.  [default: the cores of this process]")
-@click.option("--unit-minutes", type=click.FloatRange(min=0, min_open=True), default=240.0, show_default=True, metavar="M",
-              help="Minutes of audio that are published together; a crash costs no more. Rows without an end count as 4.")
-@click.option("--track-timeout", type=click.FloatRange(min=0, min_open=True), default=600.0, show_default=True, metavar="S",
-              help="Seconds of decoding after which a track is given up.")
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="OLD=NEW",
+    callback=_pairs,
+    help="Store the catalogue's column OLD as NEW; may be repeated.",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Threads that decode and embed.  [default: the cores of this process]"
+)
+@click.option(
+    "--unit-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=240.0,
+    show_default=True,
+    metavar="M",
+    help="Minutes of audio that are published together; a crash costs no more. Rows without an end count as 4.",
+)
+@click.option(
+    "--track-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds of decoding after which a track is given up.",
+)
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @_verbosity_options
-def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:  # fmt: skip
+def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     """Embed every recording of CATALOG into the Parquet file OUTPUT.
 
     CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
@@ -137,7 +189,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:  # 
         restart=values["restart"],
     )
     quiet = _verbosity(click.get_current_context()) < 0
-    with _stop_signals() as stop, ProgressBar(_note, quiet=quiet) as progress:
+    with _quiet_libraries(), _stop_signals() as stop, ProgressBar(_note, quiet=quiet) as progress:
         summary = run_pipeline(catalog, output, engine=values["engine"], options=options, listener=progress, stop=stop)
     if as_json:
         click.echo(json.dumps(_summary_fields(summary)))
@@ -162,14 +214,46 @@ def _say_summary(summary: RunSummary) -> None:
     n_errors = counts.errors.total()
     what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
     if summary.already_done:
-        _note("done", f"{summary.output} was finished before, by the same command: {what}. Nothing to do (--restart does it again)")
+        _note(
+            "done",
+            f"{summary.output} was finished before, by the same command: {what}. --restart does it again",
+        )
     else:
         rate = summary.embedded.crops / summary.seconds
         real_time = summary.embedded.audio_seconds / summary.seconds
-        _note("wrote", f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)")
+        _note(
+            "wrote",
+            f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)",
+        )
     if n_errors:
         _note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()))
-        _note("", f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"")
+        _note(
+            "",
+            f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"",
+        )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Within the block, what C libraries print on their own to file descriptor 2 is dropped; Python's stderr stays."""
+    if _verbosity(click.get_current_context()) > 0:
+        yield
+        return
+    sys.stderr.flush()
+    own = os.dup(2)
+    before, sys.stderr = (
+        sys.stderr,
+        os.fdopen(own, "w", encoding=sys.stderr.encoding, errors="backslashreplace", buffering=1),
+    )
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        sys.stderr.close()
+        sys.stderr = before
 
 
 @contextmanager
@@ -181,7 +265,7 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
         if received:
             os._exit(128 + number)
         received.append(number)
-        os.write(2, b"\nstopping after the tracks in hand; press again to stop now\n")
+        click.echo("\nstopping after the tracks in hand; press again to stop now", err=True)
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -209,20 +293,30 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @cli.command("build-engine")
 @click.argument("checkpoint")
 @click.option("-o", "--output", metavar="FILE", help="Where to write it.  [default: the checkpoint's name, .engine]")
-@click.option("--backend", default="auto", show_default=True, metavar="NAME", help="onnxruntime (CPU), or auto: the best for this machine.")
-@click.option("--normalise", metavar="crop|VALUE", callback=_normalisation,
-              help="Divide a log-mel spectrogram by its own maximum, or by VALUE (9.2 is nearest to how the official weights were trained).  [default: as trained]")
+@click.option(
+    "--backend",
+    default="auto",
+    show_default=True,
+    metavar="NAME",
+    help="onnxruntime (CPU), or auto: the best for this machine.",
+)
+@click.option(
+    "--normalise",
+    metavar="crop|VALUE",
+    callback=_normalisation,
+    help="Divide log-mel by its maximum, or by VALUE (9.2: nearest to official training).  [default: as trained]",
+)
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON on stdout.")
 @_verbosity_options
 def build_engine(
     checkpoint: str, output: str | None, backend: str, normalise: str | float | None, force: bool, as_json: bool
-) -> None:  # fmt: skip
+) -> None:
     """Make an engine file of CHECKPOINT.
 
-    CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of either
-    training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or hf:OWNER/REPO/FOLDER;
-    the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is ever run.
+    CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of
+    either training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or
+    hf:OWNER/REPO/FOLDER; the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is ever run.
 
     \b
     singerembed build-engine ckpt.pt            writes ckpt.engine

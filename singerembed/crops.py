@@ -113,7 +113,7 @@ def _joined(held: Pcm, more: Pcm) -> Pcm:
 
 def _block(pcm: Pcm, index: list[int], plan: CropPlan) -> CropBlock:
     if plan.hop_samples == plan.crop_samples:
-        crops = pcm[: len(index) * plan.crop_samples].reshape(len(index), plan.crop_samples)
+        crops: Any = pcm[: len(index) * plan.crop_samples].reshape(len(index), plan.crop_samples)
     else:
         windows: Any = np.lib.stride_tricks.sliding_window_view(pcm, plan.crop_samples)
         crops = np.ascontiguousarray(windows[:: plan.hop_samples][: len(index)])
@@ -123,7 +123,9 @@ def _block(pcm: Pcm, index: list[int], plan: CropPlan) -> CropBlock:
 
 def _padded(pcm: Pcm, plan: CropPlan) -> CropBlock:
     if len(pcm) == 0:
-        raise TrackError("no_audio", "there is no audio after its start" if plan.start else "the recording has no samples")
+        raise TrackError(
+            "no_audio", "there is no audio after its start" if plan.start else "the recording has no samples"
+        )
     crop = np.zeros((1, plan.crop_samples), pcm.dtype)
     crop[0, : len(pcm)] = pcm
     start = np.array([plan.start], np.int64)

@@ -23,8 +23,12 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at this machine: processor, codecs, back ends and optional packages."""
     return [
-        Finding("singerembed", True, f"{version('singerembed')}, Python {platform.python_version()}, {platform.platform()}"),
-        Finding("processor", True, f"{available_cores()} cores for this process; mel kernels: {', '.join(available_isas())}"),
+        Finding(
+            "singerembed", True, f"{version('singerembed')}, Python {platform.python_version()}, {platform.platform()}"
+        ),
+        Finding(
+            "processor", True, f"{available_cores()} cores for this process; mel kernels: {', '.join(available_isas())}"
+        ),
         _soundfile(),
         _package("PyAV", "av", "m4a, aac and whatever else FFmpeg reads", "av"),
         _package("ONNX Runtime", "onnxruntime", "CPU back end", "onnxruntime"),

@@ -48,7 +48,9 @@ class Embedder:
         if audio.dtype != np.int16 and not np.issubdtype(audio.dtype, np.floating):
             raise ValueError(f"audio must be int16 or float, got {audio.dtype}")
         if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-            raise ValueError(f"sample_rate must lie between {MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz, got {sample_rate}")
+            raise ValueError(
+                f"sample_rate must lie between {MIN_SAMPLE_RATE} and {MAX_SAMPLE_RATE} Hz, got {sample_rate}"
+            )
         mono = audio.astype(np.float32) / (32768 if audio.dtype == np.int16 else 1)
         if mono.ndim == 2:
             mono = mono.mean(axis=1)

@@ -202,7 +202,8 @@ def _with_error_rows(tracks: list[tuple[Track, TrackRows]], name: str, kind: pa.
 
 def _dbfs(tracks: list[tuple[Track, TrackRows]], name: str) -> pa.Array:
     levels = [
-        getattr(rows, name) if rows.error is None else np.append(getattr(rows, name), np.float32(np.nan)) for _, rows in tracks
+        getattr(rows, name) if rows.error is None else np.append(getattr(rows, name), np.float32(np.nan))
+        for _, rows in tracks
     ]
     level = np.concatenate(levels)
     with np.errstate(divide="ignore"):  # digital silence is -inf dBFS
@@ -214,4 +215,6 @@ def _embedding_column(rows: list[TrackRows], kind: pa.FixedSizeListType) -> pa.A
     present = np.concatenate([np.asarray([*(s == OK for s in r.status), False][: r.n_rows], bool) for r in rows])
     values = np.zeros((len(present), kind.list_size), kind.value_type.to_pandas_dtype())
     values[present] = np.concatenate([r.embedding for r in rows])
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel(), kind.value_type), type=kind, mask=pa.array(~present))
+    return pa.FixedSizeListArray.from_arrays(
+        pa.array(values.ravel(), kind.value_type), type=kind, mask=pa.array(~present)
+    )

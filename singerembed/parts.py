@@ -26,14 +26,14 @@ _RUN_FILE = "run.json"
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested dictionaries differ: `name (old, now new)`."""
+    """Where two nested dictionaries differ: `name (was old, now new)`."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differences(a, b, f"{prefix}{key} ")
         elif a != b:
-            found.append(f"{prefix}{key} ({_short(a)}, now {_short(b)})")
+            found.append(f"{prefix}{key} (was {_short(a)}, now {_short(b)})")
     return found
 
 
@@ -75,8 +75,8 @@ class PartStore:
             if found:
                 done = count_parts(self.folder)
                 raise OutputError(
-                    f"{self.folder} was made with another {', '.join(found)}. Give another output, or --restart to throw "
-                    f"{done:,} finished units away"
+                    f"{self.folder} belongs to another run: {', '.join(found)}. "
+                    f"Give another output, or --restart to throw {done:,} finished units away"
                 )
         else:
             with storage.publishing(run_file) as temporary:
@@ -98,8 +98,8 @@ class PartStore:
                 writer.close()
         except OSError as exc:
             raise OutputError(
-                f"{exc.strerror or exc} while writing unit {unit + 1:,} to {self.folder}; {len(self.done):,} units are safe. "
-                "Mend that and run the same command again"
+                f"{exc.strerror or exc} while writing unit {unit + 1:,} to {self.folder}; "
+                f"{len(self.done):,} units are safe. Mend that and run the same command again"
             ) from exc
         self.done.add(unit)
 
@@ -113,19 +113,21 @@ class PartStore:
         total = Counts()
         schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         try:
-            with storage.publishing(self.output) as temporary:
-                with pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer:
-                    for unit in sorted(self.done):
-                        with storage.open_input(self._part(unit)) as file:
-                            part = pq.ParquetFile(file)
-                            for group in range(part.num_row_groups):
-                                writer.write_table(part.read_row_group(group).cast(schema))
-                            total.merge(Counts.from_json(part.metadata.metadata[COUNTS_KEY]))
-                    writer.add_key_value_metadata({COUNTS_KEY: total.to_json()})
+            with (
+                storage.publishing(self.output) as temporary,
+                pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer,
+            ):
+                for unit in sorted(self.done):
+                    with storage.open_input(self._part(unit)) as file:
+                        part = pq.ParquetFile(file)
+                        for group in range(part.num_row_groups):
+                            writer.write_table(part.read_row_group(group).cast(schema))
+                        total.merge(Counts.from_json(part.metadata.metadata[COUNTS_KEY]))
+                writer.add_key_value_metadata({COUNTS_KEY: total.to_json()})
         except OSError as exc:
             raise OutputError(
-                f"{exc.strerror or exc} while writing {self.output}; all {len(self.done):,} units are safe in {self.folder}. "
-                "Mend that and run the same command again"
+                f"{exc.strerror or exc} while writing {self.output}; "
+                f"all {len(self.done):,} units are safe in {self.folder}. Mend that and run the same command again"
             ) from exc
         storage.remove_folder(self.folder)
         return total
@@ -144,14 +146,16 @@ class PartStore:
             return
         import fcntl
 
-        self._lock = Path(self.folder, "lock").open("a+", encoding="utf-8")
+        self._lock = Path(self.folder, "lock").open("a+", encoding="utf-8")  # noqa: SIM115  (held for the run)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
             owner = self._lock.read().strip()
             self._lock.close()
-            raise OutputError(f"another run is writing {self.output} (process {owner}). Wait for it, or stop it") from None
+            raise OutputError(
+                f"another run is writing {self.output} (process {owner}). Wait for it, or stop it"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -170,7 +174,9 @@ def read_output(output: str) -> tuple[dict[str, Any], Counts] | None:
         with storage.open_input(output) as file:
             metadata = pq.read_metadata(file).metadata or {}
     except (pa.ArrowException, OSError) as exc:
-        raise OutputError(f"{output} exists and is not a Parquet file ({exc}). Give another name, or remove it") from exc
+        raise OutputError(
+            f"{output} exists and is not a Parquet file ({exc}). Give another name, or remove it"
+        ) from exc
     if METADATA_KEY not in metadata:
         raise OutputError(f"{output} exists and was not written by singerembed. Give another name, or remove it")
     return json.loads(metadata[METADATA_KEY]), Counts.from_json(metadata[COUNTS_KEY])

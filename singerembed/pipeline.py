@@ -23,7 +23,7 @@ from singerembed.crops import CropBlock, CropPlan, read_crops
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import bundled_engine_path, open_engine
-from singerembed.errors import EngineError, InterruptedRun, OutputError, SingerEmbedError, TrackError
+from singerembed.errors import InterruptedRun, OutputError, SingerEmbedError, TrackError
 from singerembed.parquet import ERROR, OK, RESERVED_COLUMNS, SILENT, Counts, TrackRows, output_schema
 from singerembed.parts import PartStore, differences, read_output
 
@@ -134,7 +134,9 @@ def _finished(output: str, identity: dict[str, Any]) -> Counts | None:
     metadata, counts = found
     different = differences({key: metadata.get(key) for key in identity}, identity)
     if different:
-        raise OutputError(f"{output} was made with another {', '.join(different)}. Give another output, or --restart to replace it")
+        raise OutputError(
+            f"{output} comes from another run: {', '.join(different)}. Give another output, or --restart to replace it"
+        )
     return counts
 
 
@@ -142,9 +144,14 @@ class _Run:
     """One run in progress."""
 
     def __init__(
-        self, catalog: Catalog, parts: PartStore, engine_file: EngineFile, options: RunOptions, listener: Listener | None,
+        self,
+        catalog: Catalog,
+        parts: PartStore,
+        engine_file: EngineFile,
+        options: RunOptions,
+        listener: Listener | None,
         stop: Callable[[], int],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._catalog, self._parts, self._options, self._listener, self._stop = catalog, parts, options, listener, stop
         self._engine_file = engine_file
         self._units_before = len(parts.done)
@@ -220,9 +227,8 @@ def embed_track(track: Track, engine: Engine, options: RunOptions, stop: Callabl
                 if stop():
                     raise _Stopped
                 gathered.add(block)
-            whole = track.end is None and options.crops is None
-            if whole and (missing := reader.shortfall()):
-                raise TrackError("truncated", missing)
+            if track.end is None and options.crops is None:
+                reader.check_complete()
     except TrackError as exc:
         error = exc
     except (SingerEmbedError, _Stopped):
@@ -260,7 +266,9 @@ class _Gathered:
             status=[_STATUS[int(s)] for s in state],
             peak=_concatenate([e.peak for _, e in self._blocks], np.float32),
             rms=_concatenate([e.rms for _, e in self._blocks], np.float32),
-            embedding=np.concatenate([np.empty((0, spec.embedding_dim), np.float32), *(e.embedding for _, e in self._blocks)]),
+            embedding=np.concatenate(
+                [np.empty((0, spec.embedding_dim), np.float32), *(e.embedding for _, e in self._blocks)]
+            ),
             error=error,
         )
         return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
@@ -320,12 +328,14 @@ def ordered_map(
             waiting -= weight(result)
         return item, result
 
+    def wait_for_head_or_room() -> bool:
+        """Return whether the oldest item's result is there; if not, there is room for another call."""
+        with changed:
+            changed.wait_for(lambda: queue[0][1].done() or (running < max_running and waiting <= max_waiting))
+        return queue[0][1].done()
+
     for item in items:
-        while queue:
-            with changed:
-                changed.wait_for(lambda: queue[0][1].done() or (running < max_running and waiting <= max_waiting))
-            if not queue[0][1].done():
-                break
+        while queue and wait_for_head_or_room():
             yield collect()
         with changed:
             running += 1

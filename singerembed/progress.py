@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from typing import Never
 
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ class ProgressBar:
 
     def __init__(self, note: Callable[[str, str], None], *, quiet: bool) -> None:
         self._note, self._quiet = note, quiet
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Never] | None = None
         self._counts = Counts()
         self._started = time.monotonic()
 
@@ -33,7 +34,11 @@ class ProgressBar:
 
     def started(self, engine: Engine, workers: int, total_tracks: int) -> None:
         """Say what runs, and draw an empty bar."""
-        advice = " - an untrained stand-in: build a real one with singerembed build-engine" if engine.spec.method == "untrained" else ""
+        advice = (
+            " - an untrained stand-in: build a real one with singerembed build-engine"
+            if engine.spec.method == "untrained"
+            else ""
+        )
         self._note("engine", f"{engine.description}, {workers} workers{advice}")
         self._started = time.monotonic()
         show = not self._quiet and sys.stderr.isatty()
@@ -49,7 +54,7 @@ class ProgressBar:
             self._bar.update(counts.tracks)
             self._bar.initial += counts.tracks  # they say nothing about this run's speed
 
-    def embedded(self, track: Track, rows: TrackRows) -> None:  # noqa: ARG002
+    def embedded(self, track: Track, rows: TrackRows) -> None:
         """Count a track."""
         self._counts.add(rows)
         if self._bar is not None and not self._bar.disable:

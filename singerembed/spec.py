@@ -6,7 +6,6 @@ The numbers of the official pipeline (github SonyCSLParis/ssl-singer-identity) a
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,14 +64,17 @@ class ModelSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
         """Rebuild a spec from `to_dict`. Raises ValueError naming fields that are missing, unknown or out of range."""
         known = {field.name for field in dataclasses.fields(cls)}
         if fields.keys() != known:
-            raise ValueError(f"model spec: missing {sorted(known - fields.keys())}, unknown {sorted(fields.keys() - known)}")
+            raise ValueError(
+                f"model spec: missing {sorted(known - fields.keys())}, unknown {sorted(fields.keys() - known)}"
+            )
         tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         return cls(**{**fields, **tuples})
 

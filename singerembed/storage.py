@@ -65,7 +65,7 @@ def names_in(folder: str) -> list[str]:
         with contextlib.suppress(FileNotFoundError):
             return [PurePosixPath(entry).name for entry in fs.ls(name, detail=False)]
         return []
-    return os.listdir(folder) if Path(folder).is_dir() else []
+    return [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
 
 
 def make_folder(path: str) -> None:

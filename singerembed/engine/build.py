@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import io
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from singerembed.engine.file import EngineFile
 from singerembed.engine.load import open_engine
 from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
 from singerembed.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from singerembed.engine.torch import EncoderNet
 
 BACKENDS = ("onnxruntime",)
 _OPSET = 18
@@ -46,7 +50,12 @@ class BuildOptions:
 
 
 def build_engine(
-    source: str, output: str, options: BuildOptions | None = None, *, force: bool = False, say: Callable[[str, str], None]
+    source: str,
+    output: str,
+    options: BuildOptions | None = None,
+    *,
+    force: bool = False,
+    say: Callable[[str, str], None],
 ) -> EngineFile:
     """Build the engine of the checkpoint `source` and publish it as `output`.
 
@@ -62,7 +71,10 @@ def build_engine(
         checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, normalise=options.normalise))
     spec = checkpoint.spec
     n_parameters = sum(t.numel() for name, t in checkpoint.state_dict.items() if not _is_statistic(name))
-    say("checkpoint", f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}")
+    say(
+        "checkpoint",
+        f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}",
+    )
     say("target", backend)
 
     engine = EngineFile(
@@ -70,7 +82,7 @@ def build_engine(
         backend=backend,
         payload=export_onnx(checkpoint),
         build={
-            "checkpoint": source,
+            "checkpoint": Path(source).name if Path(source).exists() else source,
             "layout": checkpoint.layout,
             "training": checkpoint.facts,
             "versions": {name: version(name) for name in ("singerembed", "torch", "torchvision", "onnx")},
@@ -111,23 +123,23 @@ def export_onnx(checkpoint: Checkpoint) -> bytes:
 
     encoder = fold_batch_norm(load_encoder(checkpoint))
     example = torch.zeros(1, checkpoint.spec.n_mels, checkpoint.spec.n_frames)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "encoder.onnx"
         warnings.simplefilter("ignore")  # the exporter's notes on itself
         torch.onnx.export(
             encoder,
             (example,),
-            buffer,
+            path,
             input_names=[INPUT_NAME],
             output_names=[OUTPUT_NAME],
             dynamic_axes={INPUT_NAME: {0: "batch"}, OUTPUT_NAME: {0: "batch"}},
             opset_version=_OPSET,
-            dynamo=False,  # keeps GlobalAveragePool, which ONNX Runtime runs in its blocked layout; ReduceMean it does not
+            dynamo=False,  # keeps GlobalAveragePool, which ONNX Runtime has in its blocked layout, unlike ReduceMean
         )
-    return buffer.getvalue()
+        return path.read_bytes()
 
 
-def fold_batch_norm(encoder: torch.nn.Module) -> torch.nn.Module:  # noqa: F821
+def fold_batch_norm(encoder: EncoderNet) -> EncoderNet:
     """A copy of `encoder` with every batch norm folded into the convolution before it, computed in float64."""
     import torch
     from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -136,7 +148,7 @@ def fold_batch_norm(encoder: torch.nn.Module) -> torch.nn.Module:  # noqa: F821
     folded = copy.deepcopy(encoder)
     for module in folded.modules():
         if isinstance(module, Conv2dNormActivation) and isinstance(module[1], torch.nn.BatchNorm2d):
-            convolution: torch.nn.Module = module[0]
+            convolution: torch.nn.Conv2d = module[0]
             module[0] = fuse_conv_bn_eval(convolution.double(), module[1].double()).float()
             module[1] = torch.nn.Identity()
     return folded
@@ -146,7 +158,7 @@ def fold_batch_norm(encoder: torch.nn.Module) -> torch.nn.Module:  # noqa: F821
 
 
 def verification_crops(spec: ModelSpec) -> NDArray[np.float32]:
-    """Crops to compare engines on, [16, crop_samples]: sung-like tones from bass to soprano, noises, a sawtooth, a fall to silence.
+    """Crops to compare engines on, [16, crop_samples]: tones from bass to soprano, noises, a sawtooth.
 
     No lone click: its log-mel maximum is nearly 0, and dividing by that (as the official pipeline does) magnifies any
     rounding without bound.
@@ -189,7 +201,8 @@ def _verify(checkpoint: Checkpoint, engine: Engine, say: Callable[[str, str], No
     )
     if not (reached.cosine >= allowed.cosine and reached.difference <= allowed.difference):
         raise EngineError(
-            f"the engine is too far from the FP32 torch encoder: cosine {reached.cosine:.6f} (at least {allowed.cosine}), "
+            f"the engine is too far from the FP32 torch encoder: "
+            f"cosine {reached.cosine:.6f} (at least {allowed.cosine}), "
             f"difference {reached.difference:.1e} (at most {allowed.difference:.0e}). Nothing was written"
         )
     return {"crops": len(crops), "against": "FP32 torch", "cosine": reached.cosine, "difference": reached.difference}

@@ -23,6 +23,7 @@ FORMAT_VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PAYLOAD_BYTES = 1 << 30
+_AGAIN = "Build it again, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_engine_file(path: str) -> EngineFile:
     if not is_engine(content):
         raise EngineError(f"{path} is not an engine file. Make one with: singerembed build-engine CHECKPOINT")
     if len(content) < _PREFIX.size:
-        raise EngineError(f"{path} is cut short. Build it again, or copy it again")
+        raise EngineError(f"{path} is cut short. {_AGAIN}")
     _, version, header_size = _PREFIX.unpack_from(content)
     if version != FORMAT_VERSION:
         raise EngineError(
@@ -79,7 +80,7 @@ def read_engine_file(path: str) -> EngineFile:
         )
     header_end = _PREFIX.size + header_size
     if header_size > _MAX_HEADER_BYTES or header_end > len(content):
-        raise EngineError(f"{path} is damaged: its header has no end. Build it again, or copy it again")
+        raise EngineError(f"{path} is damaged: its header has no end. {_AGAIN}")
     return _parse(path, content[_PREFIX.size : header_end], content[header_end:])
 
 
@@ -100,13 +101,11 @@ def _parse(path: str, encoded: bytes, payload: bytes) -> EngineFile:
         )
         size, sha256 = int(header["payload_bytes"]), str(header["payload_sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise EngineError(f"{path} is damaged: its header cannot be read ({exc}). Build it again, or copy it again") from exc
+        raise EngineError(f"{path} is damaged: its header cannot be read ({exc}). {_AGAIN}") from exc
     if len(payload) != size:
-        raise EngineError(
-            f"{path} is damaged: {len(payload)} of {size} bytes of the network are there. Build it again, or copy it again"
-        )
+        raise EngineError(f"{path} is damaged: {len(payload)} of {size} bytes of the network are there. {_AGAIN}")
     if hashlib.sha256(payload).hexdigest() != sha256:
-        raise EngineError(f"{path} is damaged: the network's checksum does not fit. Build it again, or copy it again")
+        raise EngineError(f"{path} is damaged: the network's checksum does not fit. {_AGAIN}")
     return engine
 
 

@@ -15,7 +15,7 @@ from singerembed.spec import ModelSpec
 
 
 class EncoderNet(nn.Module):
-    """The encoder from the normalised log-mel spectrogram on: three equal channels, ImageNet statistics, EfficientNet."""
+    """The encoder from log-mel on: three equal channels, ImageNet statistics, EfficientNet."""
 
     mean: Tensor
     std: Tensor
