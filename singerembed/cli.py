@@ -316,7 +316,8 @@ def build_engine(
 
     CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of
     either training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or
-    hf:OWNER/REPO/FOLDER; the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is ever run.
+    hf:OWNER/REPO/FOLDER; the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is
+    ever run.
 
     \b
     singerembed build-engine ckpt.pt            writes ckpt.engine
