@@ -38,7 +38,8 @@ MEL_BASIS_TOLERANCE = 1e-7
 # stand-ins: nothing of theirs is imported or run.
 INERT_PACKAGES = {
     "singer_identity", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities",
-    "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "copyreg", "pathlib", "numpy", "typing", "functools",
+    "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "copyreg", "pathlib", "numpy", "typing",
+    "functools",
 }  # fmt: skip
 # What a pickle of tensors needs, and may have.
 REAL_NAMES = {

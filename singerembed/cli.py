@@ -240,11 +240,9 @@ def _quiet_libraries() -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    own = os.dup(2)
-    before, sys.stderr = (
-        sys.stderr,
-        os.fdopen(own, "w", encoding=sys.stderr.encoding, errors="backslashreplace", buffering=1),
-    )
+    own, before = os.dup(2), sys.stderr
+    if before is sys.__stderr__:
+        sys.stderr = os.fdopen(os.dup(own), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
@@ -252,8 +250,10 @@ def _quiet_libraries() -> Iterator[None]:
         yield
     finally:
         os.dup2(own, 2)
-        sys.stderr.close()
-        sys.stderr = before
+        os.close(own)
+        if before is sys.__stderr__:
+            sys.stderr.close()
+            sys.stderr = before
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def reference_engine(tmp_path_factory: pytest.TempPathFactory, release_folder: P
     from singerembed.engine.build import build_engine
 
     path = str(tmp_path_factory.mktemp("engine") / "reference.engine")
-    build_engine(str(release_folder), path, say=lambda _what, _text: None)
+    build_engine(str(release_folder), path)
     return path
 
 

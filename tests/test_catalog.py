@@ -50,10 +50,8 @@ def test_paths_resolve_against_the_catalogues_folder(tmp_path: Path) -> None:
 
 
 def test_bom_crlf_quoted_newlines_and_other_scripts(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "c.csv",
-        b'\xef\xbb\xbfpath,note\r\n"a,b.wav","two\r\nlines ""quoted"""\r\n\xd0\x9f\xd0\xb5\xd1\x81\xd0\xbd\xd1\x8f.wav,\xe6\xad\x8c\r\n',
-    )
+    content = 'path,note\r\n"a,b.wav","two\r\nlines ""quoted"""\r\nПесня.wav,歌\r\n'
+    path = write(tmp_path / "c.csv", content.encode("utf-8-sig"))
     catalog = Catalog(path)
     assert [track.path for track in tracks(catalog)] == ["a,b.wav", "Песня.wav"]
     assert [row["note"] for row in extra(catalog)] == ['two\r\nlines "quoted"', "歌"]

@@ -87,7 +87,7 @@ def test_lightning_self_supervised(tmp_path: Path, reference_tensors: Tensors) -
     }  # fmt: skip
     hyper = {
         "feature_extractor": {"n_fft": 2048},
-        "backbone": {"backbone": "efficientnet_b0", "embedding_dim": 1000},
+        "backbone": {"backbone": "efficientnet_b0"},
         "temp": 0.2,
     }
     torch.save({"state_dict": tensors, "hyper_parameters": hyper, "epoch": 12, "global_step": 345}, path)
@@ -125,8 +125,8 @@ def test_lightning_byol_with_foreign_classes(tmp_path: Path, reference_tensors: 
     online = prefixed("module.encoder.encoder.net.2.", reference_tensors)
     teacher = {f"teacher_network.{n.removeprefix('module.')}": torch.zeros_like(t) for n, t in online.items()}
     hyper = {
-        "weight_callback": foreign_module.SiameseArm(), "optimizer": foreign_module.Optimizer(), "loss_fn": nn.MSELoss(),
-        "scheduler": functools.partial(foreign_module.Optimizer), "backbone": {"embedding_dim": 1000},
+        "weight_callback": foreign_module.SiameseArm(), "optimizer": foreign_module.Optimizer(),
+        "loss_fn": nn.MSELoss(), "scheduler": functools.partial(foreign_module.Optimizer), "backbone": {"embedding_dim": 1000},
         "more": collections.deque([1, 2]),
     }  # fmt: skip
     torch.save({"state_dict": {**online, **teacher}, "hyper_parameters": hyper, "epoch": 1}, path)

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "engine.torch": {"checkpoint", "engine.base", "mel", "spec"},
     "engine.load": {"engine.base", "engine.file", "engine.onnxruntime", "errors", "mel"},
     "engine.build": {
-        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.torch", "errors", "spec",
+        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.torch", "errors",
+        "spec",
     },
     "embedder": {"audio", "engine.base", "engine.load", "mel", "spec"},
     "parquet": {"catalog", "errors"},
@@ -70,7 +71,7 @@ def imports_of(path: Path) -> set[str]:
 
 
 def test_every_module_is_listed() -> None:
-    assert modules().keys() == ALLOWED.keys() | {"cli"}
+    assert modules().keys() == ALLOWED.keys() | {"cli", "__main__"}
 
 
 @pytest.mark.parametrize("name", sorted(ALLOWED))
