@@ -27,12 +27,20 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SingerEmbedError as exc:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as exc:
             if _verbosity(ctx) > 0:
                 traceback.print_exc()
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(exc), err=True)
-            ctx.exit(exc.exit_code)
+            if isinstance(exc, SingerEmbedError):
+                click.echo(str(exc), err=True)
+                ctx.exit(exc.exit_code)
+            click.echo(
+                f"a mistake in singerembed itself: {type(exc).__name__}: {exc}. Run it with -v and report that",
+                err=True,
+            )
+            ctx.exit(1)
 
 
 def _verbosity(ctx: click.Context) -> int:

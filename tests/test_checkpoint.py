@@ -126,8 +126,8 @@ def test_lightning_byol_with_foreign_classes(tmp_path: Path, reference_tensors: 
     teacher = {f"teacher_network.{n.removeprefix('module.')}": torch.zeros_like(t) for n, t in online.items()}
     hyper = {
         "weight_callback": foreign_module.SiameseArm(), "optimizer": foreign_module.Optimizer(),
-        "loss_fn": nn.MSELoss(), "scheduler": functools.partial(foreign_module.Optimizer), "backbone": {"embedding_dim": 1000},
-        "more": collections.deque([1, 2]),
+        "loss_fn": nn.MSELoss(), "scheduler": functools.partial(foreign_module.Optimizer),
+        "backbone": {"embedding_dim": 1000}, "more": collections.deque([1, 2]),
     }  # fmt: skip
     torch.save({"state_dict": {**online, **teacher}, "hyper_parameters": hyper, "epoch": 1}, path)
     for name in list(sys.modules):

@@ -74,7 +74,9 @@ def test_quiet_says_nothing(catalog: Path, tmp_path: Path) -> None:
     "arguments",
     [
         ["--crops", "0"], ["--crops", "x"], ["--hop", "-1"], ["--pool", "max"], ["--workers", "0"],
-        ["--silence-dbfs", "3"], ["--rename", "x"], ["--unit-minutes", "0"], ["--embedding-dtype", "int8"], ["--no-such-option"],
+
+        ["--silence-dbfs", "3"], ["--rename", "x"], ["--unit-minutes", "0"],
+        ["--embedding-dtype", "int8"], ["--no-such-option"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -204,3 +206,14 @@ def test_memory_stays_flat_and_below_600_mb(tmp_path: Path) -> None:
         peaks.append(int(result.stdout) / 1024)
     assert max(peaks) < 600, peaks
     assert peaks[1] < peaks[0] + 60, peaks
+
+
+def test_a_surprise_is_one_line_too(catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprise(*_args: object, **_options: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr("singerembed.pipeline.run", surprise)
+    result = invoke("run", str(catalog), str(tmp_path / "o.parquet"))
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "ZeroDivisionError: surprise" in result.stderr
