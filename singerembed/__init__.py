@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from singerembed.embedder import Embedder, load_engine
     from singerembed.engine.build import BuildOptions, build_engine
-    from singerembed.pipeline import RunOptions, RunSummary, run
+    from singerembed.options import RunOptions
+    from singerembed.pipeline import RunSummary, run
     from singerembed.spec import ModelSpec
 
 __all__ = ["BuildOptions", "Embedder", "ModelSpec", "RunOptions", "RunSummary", "build_engine", "load_engine", "run"]
@@ -17,7 +18,7 @@ _HOMES = {
     "BuildOptions": "singerembed.engine.build",
     "Embedder": "singerembed.embedder",
     "ModelSpec": "singerembed.spec",
-    "RunOptions": "singerembed.pipeline",
+    "RunOptions": "singerembed.options",
     "RunSummary": "singerembed.pipeline",
     "build_engine": "singerembed.engine.build",
     "load_engine": "singerembed.embedder",

@@ -1,7 +1,8 @@
 """Opens recordings, decodes, mixes down to mono and resamples; the seam between soundfile and PyAV.
 
-soundfile decodes what it can, in this process. What it cannot open goes to PyAV in a process of its own (av_worker),
-because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track only.
+soundfile decodes what it can, in this process. What it cannot open goes to PyAV in a process of its own
+(decode_worker), because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track
+only. A recording under suspicion, because the process died while it was decoded, goes there whatever it is.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import soundfile
@@ -30,6 +31,8 @@ import soxr
 from singerembed import storage
 from singerembed.errors import MissingDependencyError, TrackError
 from singerembed.mel import Pcm, mix_down
+
+Result = TypeVar("Result")
 
 DEFAULT_TRACK_TIMEOUT_SECONDS = 600.0
 # Beyond these a header is damaged or hostile: no singer was recorded so.
@@ -42,6 +45,7 @@ _SHORTFALL_SECONDS = 0.5
 # soxr's HQ filter is a few hundred input samples long; a warm-up of this length leaves no trace of the cut.
 _RESAMPLER_WARMUP_SECONDS = 0.1
 _READ_SECONDS = 4.0
+_FIRST_PAUSE_SECONDS = 0.5
 # libvorbis was seen to give half a block of wrong samples at the place of a seek; its blocks have up to 8192 samples.
 _SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
 
@@ -94,27 +98,37 @@ class TimeLimit:
 
 
 @contextlib.contextmanager
-def open_recording(location: str, sample_rate: int, limit: TimeLimit) -> Iterator[PcmReader]:
+def open_recording(
+    location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False, retries: int = 0
+) -> Iterator[PcmReader]:
     """Open the recording at `location`, a local path or a URI, as mono at `sample_rate` Hz.
 
-    Raises TrackError with code not_found, unreadable, no_audio, unsupported, decode_failed, decoder_crashed or
-    decode_timeout.
+    `isolated`: decode in another process whatever the format is. `retries`: how often a file system's passing trouble
+    is waited out. Raises TrackError with code not_found, unreadable, no_audio, unsupported, decode_failed,
+    decoder_crashed or decode_timeout.
     """
-    with _local_copy(location) as path:
-        _check_file(path)
+    with _local_copy(location, retries) as path:
         try:
-            source: PcmReader = _SoundFileReader(path, sample_rate, limit)
-        except soundfile.LibsndfileError:
-            source = _AvReader(path, limit)
+            _patiently(lambda: _check_file(path), retries)
+        except OSError as exc:
+            raise TrackError("unreadable", _reason(exc)) from exc
+        source: PcmReader
+        if isolated:
+            source = _ProcessReader(path, "soundfile", limit)
+        else:
+            try:
+                source = SoundFileReader(path, sample_rate, limit)
+            except soundfile.LibsndfileError:
+                source = _ProcessReader(path, "av", limit)
         with contextlib.closing(source):
             yield source if source.sample_rate == sample_rate else _ResamplingReader(source, sample_rate)
 
 
 @contextlib.contextmanager
-def _local_copy(location: str) -> Iterator[str]:
+def _local_copy(location: str, retries: int) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         try:
-            path = stack.enter_context(storage.local_copy(location))
+            path = _patiently(lambda: stack.enter_context(storage.local_copy(location)), retries)
         except FileNotFoundError as exc:
             raise TrackError("not_found", "file not found") from exc
         except MissingDependencyError:
@@ -124,7 +138,20 @@ def _local_copy(location: str) -> Iterator[str]:
         yield path
 
 
+def _patiently(call: Callable[[], Result], retries: int) -> Result:
+    """The result of `call`; trouble that may pass by itself is waited out, `retries` times, twice as long each time."""
+    for attempt in range(retries):
+        try:
+            return call()
+        except (FileNotFoundError, PermissionError, IsADirectoryError, MissingDependencyError, TrackError):
+            raise
+        except Exception:  # as above
+            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+    return call()
+
+
 def _check_file(path: str) -> None:
+    """Raise TrackError unless `path` is a file with something in it; OSError where trying again may help."""
     try:
         info = Path(path).stat()
         if stat.S_ISDIR(info.st_mode):
@@ -135,17 +162,17 @@ def _check_file(path: str) -> None:
             pass
     except FileNotFoundError as exc:
         raise TrackError("not_found", "file not found") from exc
-    except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
+    except (PermissionError, ValueError) as exc:  # ValueError: a NUL in the name
         raise TrackError("unreadable", _reason(exc)) from exc
     if info.st_size == 0:
         raise TrackError("no_audio", "the file is empty")
 
 
 def _reason(exc: Exception) -> str:
-    return os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else str(exc)
+    return os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else storage.scrubbed(str(exc))
 
 
-def _check_format(sample_rate: int, channels: int) -> None:
+def check_format(sample_rate: int, channels: int) -> None:
     if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
         raise TrackError(
             "unsupported", f"sample rate {sample_rate} Hz is outside {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
@@ -154,7 +181,7 @@ def _check_format(sample_rate: int, channels: int) -> None:
         raise TrackError("unsupported", f"{channels} channels; at most {MAX_CHANNELS} are read")
 
 
-def _check_length(promised: int, read: int, sample_rate: int) -> None:
+def check_length(promised: int, read: int, sample_rate: int) -> None:
     if promised - read > _SHORTFALL_SECONDS * sample_rate:
         raise TrackError(
             "truncated",
@@ -165,7 +192,7 @@ def _check_length(promised: int, read: int, sample_rate: int) -> None:
 # --- soundfile ------------------------------------------------------------------------------------------------------
 
 
-class _SoundFileReader:
+class SoundFileReader:
     """libsndfile, in this process. Seeks are exact to the sample."""
 
     def __init__(self, path: str, wanted_rate: int, limit: TimeLimit) -> None:
@@ -176,7 +203,7 @@ class _SoundFileReader:
         self.sample_rate = self._file.samplerate
         self.n_samples = self._file.frames
         try:
-            _check_format(self.sample_rate, self._file.channels)
+            check_format(self.sample_rate, self._file.channels)
         except TrackError:
             self._file.close()
             raise
@@ -228,7 +255,7 @@ class _SoundFileReader:
             raise TrackError(
                 "truncated", f"the file is cut: its stream has no end, decoding ended at {self._seconds()}"
             )
-        _check_length(self.n_samples, self._position, self.sample_rate)
+        check_length(self.n_samples, self._position, self.sample_rate)
 
     def _seconds(self, more: int = 0) -> str:
         return f"{(self._position + more) / self.sample_rate:.1f} s"
@@ -283,15 +310,15 @@ class _ResamplingReader:
         self._source.close()
 
 
-# --- PyAV, in a process of its own ----------------------------------------------------------------------------------
+# --- decoding in a process of its own --------------------------------------------------------------------------------
 
 
-class _AvProcess:
+class _DecodeProcess:
     """One decoder process, kept for the next track; killed when it hangs, replaced when it dies."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "singerembed.av_worker"],
+            [sys.executable, "-m", "singerembed.decode_worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -343,41 +370,36 @@ class _AvProcess:
         return bytes(received)
 
 
-_av_processes = threading.local()
+_decode_processes = threading.local()
 
 
-def _av_process() -> _AvProcess:
+def _decode_process() -> _DecodeProcess:
     """This thread's decoder process, started when first needed."""
-    process: _AvProcess | None = getattr(_av_processes, "process", None)
+    process: _DecodeProcess | None = getattr(_decode_processes, "process", None)
     if process is None or not process.alive():
-        process = _av_processes.process = _AvProcess()
+        process = _decode_processes.process = _DecodeProcess()
     return process
 
 
-class _AvReader:
-    """FFmpeg through PyAV, in this thread's decoder process."""
+class _ProcessReader:
+    """A decoder in this thread's process: "av" is FFmpeg through PyAV, "soundfile" falls back to it."""
 
-    def __init__(self, path: str, limit: TimeLimit) -> None:
-        self._process = _av_process()
+    def __init__(self, path: str, decoder: str, limit: TimeLimit) -> None:
+        self._process = _decode_process()
         self._limit = limit
-        self._position = 0
-        head, _ = self._process.call({"op": "open", "path": os.fspath(path)}, limit)
+        head, _ = self._process.call({"op": "open", "path": path, "decoder": decoder}, limit)
         self.sample_rate = int(head["sample_rate"])
         self.n_samples = int(head["n_samples"])
-        _check_format(self.sample_rate, int(head["channels"]))
 
     def read(self, n: int) -> Pcm:
         _, body = self._process.call({"op": "read", "n": n}, self._limit)
-        pcm = np.frombuffer(body, np.float32)
-        self._position += len(pcm)
-        return pcm
+        return np.frombuffer(body, np.float32)
 
     def seek(self, sample: int) -> None:
         self._process.call({"op": "seek", "sample": sample}, self._limit)
-        self._position = sample
 
     def check_complete(self) -> None:
-        _check_length(self.n_samples, self._position, self.sample_rate)
+        self._process.call({"op": "check_complete"}, self._limit)
 
     def close(self) -> None:
         if self._process.alive():

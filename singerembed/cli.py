@@ -8,15 +8,17 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from singerembed import storage
 from singerembed.errors import SingerEmbedError, UsageError
 
 if TYPE_CHECKING:
     from singerembed.pipeline import RunSummary
+    from singerembed.runlog import RunLog
 
 EXIT_WITH_ERROR_ROWS = 3
 
@@ -164,7 +166,16 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     metavar="S",
     help="Seconds of decoding after which a track is given up.",
 )
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="How often a file system's passing trouble is waited out, for each recording.",
+)
+@click.option("--retry-errors", is_flag=True, help="Embed again what has error rows in a finished output.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
+@click.option("--log-json", metavar="FILE", help="Append a log to FILE: a JSON object a line, a report as the last.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @_verbosity_options
 def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
@@ -180,7 +191,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     singerembed run library.csv library.parquet --engine byol.engine
     """
     from singerembed.catalog import Columns
-    from singerembed.pipeline import RunOptions
+    from singerembed.options import RunOptions
     from singerembed.pipeline import run as run_pipeline
     from singerembed.progress import ProgressBar
 
@@ -194,22 +205,48 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
         workers=values["workers"],
+        retries=values["retries"],
         restart=values["restart"],
+        retry_errors=values["retry_errors"],
     )
     quiet = _verbosity(click.get_current_context()) < 0
-    with _quiet_libraries(), _stop_signals() as stop, ProgressBar(_note, quiet=quiet) as progress:
-        summary = run_pipeline(catalog, output, engine=values["engine"], options=options, listener=progress, stop=stop)
+    with (
+        _quiet_libraries(),
+        _stop_signals() as stop,
+        ProgressBar(_note, quiet=quiet) as progress,
+        _log(values["log_json"]) as logs,
+    ):
+        summary = run_pipeline(
+            catalog, output, engine=values["engine"], options=options, listeners=[progress, *logs], stop=stop
+        )
     if as_json:
         click.echo(json.dumps(_summary_fields(summary)))
-    _say_summary(summary)
+    _say_summary(summary, progress.first_error)
     if summary.counts.errors:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
+
+
+@contextmanager
+def _log(path: str | None) -> Iterator[list[RunLog]]:
+    """The log at `path`, if one is wanted; however the block ends, the log says so."""
+    if path is None:
+        yield []
+        return
+    from singerembed.runlog import RunLog
+
+    with closing(RunLog(path)) as log:
+        try:
+            yield [log]
+        except BaseException as exc:
+            log.finished(storage.scrubbed(str(exc)) or type(exc).__name__)
+            raise
+        log.finished("finished")
 
 
 def _summary_fields(summary: RunSummary) -> dict[str, Any]:
     return {
         "output": summary.output,
-        **json.loads(summary.counts.to_json()),
+        **summary.counts.to_dict(),
         "embedded_tracks": summary.embedded.tracks,
         "embedded_crops": summary.embedded.crops,
         "seconds": round(summary.seconds, 3),
@@ -217,7 +254,7 @@ def _summary_fields(summary: RunSummary) -> dict[str, Any]:
     }
 
 
-def _say_summary(summary: RunSummary) -> None:
+def _say_summary(summary: RunSummary, first_error: str) -> None:
     counts = summary.counts
     n_errors = counts.errors.total()
     what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
@@ -234,7 +271,8 @@ def _say_summary(summary: RunSummary) -> None:
             f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)",
         )
     if n_errors:
-        _note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()))
+        example = f"      first: {first_error}" if first_error else ""
+        _note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
         _note(
             "",
             f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"",
@@ -393,6 +431,10 @@ def doctor(as_json: bool) -> None:
 
 def main() -> None:
     """Entry point of the `singerembed` command."""
+    if sys.argv[1:2] == ["run"] and hasattr(os, "fork"):
+        from singerembed.supervisor import run_again_after_crashes
+
+        run_again_after_crashes()
     try:
         cli(prog_name="singerembed")
     except UsageError as exc:  # raised while options are parsed

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from singerembed import storage
 from singerembed.engine.file import MAGIC, is_engine, read_engine_file
-from singerembed.errors import OutputError, UsageError
-from singerembed.parts import count_parts, read_output
+from singerembed.errors import UsageError
+from singerembed.parts import PreviousOutput, count_parts
 
 _PARQUET_MAGIC = b"PAR1"
 
@@ -61,11 +62,8 @@ def _checkpoint(path: str) -> dict[str, Any]:
 
 
 def _output(path: str) -> dict[str, Any]:
-    found = read_output(path)
-    if found is None:
-        raise OutputError(f"{path}: no such file")
-    metadata, counts = found
-    return {"kind": "output", "counts": json.loads(counts.to_json()), **metadata}
+    with closing(PreviousOutput(path)) as output:
+        return {"kind": "output", "counts": output.counts.to_dict(), **output.metadata}
 
 
 def _parts(path: str) -> dict[str, Any]:

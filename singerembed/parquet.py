@@ -18,6 +18,7 @@ from singerembed.errors import TrackError
 
 METADATA_KEY = b"singerembed"
 COUNTS_KEY = b"singerembed.counts"
+UNITS_KEY = b"singerembed.units"
 # Some 16 MB of embeddings: large enough to read fast, small enough to hold while a row group fills.
 ROW_GROUP_ROWS = 4096
 
@@ -50,7 +51,7 @@ class TrackRows:
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
     error: TrackError | None = None
-    decoded_seconds: float = 0.0
+    seconds: float = 0.0  # that embedding it took
 
     @property
     def n_rows(self) -> int:
@@ -81,6 +82,14 @@ class Counts:
         if bad_crops:
             self.errors[INVALID_SAMPLES] += bad_crops
 
+    def add_kept(self, rows: pa.Table) -> None:
+        """Count one track by the rows that an earlier run has written of it; none of them an error."""
+        is_silent = rows["status"].to_numpy() == SILENT
+        self.tracks += 1
+        self.crops += rows.num_rows
+        self.silent += int(is_silent.sum())
+        self.audio_seconds += float((rows["end"].to_numpy() - rows["start"].to_numpy()).sum())
+
     def merge(self, other: Counts) -> None:
         """Add the counts of other rows."""
         self.tracks += other.tracks
@@ -90,12 +99,13 @@ class Counts:
         self.errors.update(other.errors)
         self.audio_seconds += other.audio_seconds
 
-    def to_json(self) -> bytes:
-        return json.dumps(self.__dict__).encode()
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as JSON types."""
+        return {**self.__dict__, "errors": dict(self.errors)}
 
     @classmethod
-    def from_json(cls, encoded: bytes) -> Counts:
-        fields = json.loads(encoded)
+    def from_dict(cls, fields: dict[str, Any]) -> Counts:
+        """Rebuild counts from `to_dict`."""
         return cls(**{**fields, "errors": Counter(fields["errors"])})
 
 
@@ -139,10 +149,16 @@ class PartWriter:
         if self._rows >= ROW_GROUP_ROWS:
             self._flush()
 
+    def keep(self, rows: pa.Table) -> None:
+        """Append the rows that an earlier run has written of one track."""
+        self._flush()
+        self.counts.add_kept(rows)
+        self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+
     def close(self) -> None:
         """Finish the file; the counts go into its metadata."""
         self._flush()
-        self._writer.add_key_value_metadata({COUNTS_KEY: self.counts.to_json()})
+        self._writer.add_key_value_metadata({COUNTS_KEY: json.dumps(self.counts.to_dict())})
         self._writer.close()
 
     def abort(self) -> None:

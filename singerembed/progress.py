@@ -9,9 +9,10 @@ from typing import Never
 
 from tqdm import tqdm
 
-from singerembed.catalog import Track
+from singerembed.catalog import Track, printable
 from singerembed.engine.base import Engine
 from singerembed.parquet import Counts, TrackRows
+from singerembed.storage import redacted
 
 _BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{postfix} | {remaining} left"
 
@@ -24,6 +25,10 @@ class ProgressBar:
         self._bar: tqdm[Never] | None = None
         self._counts = Counts()
         self._started = time.monotonic()
+        self.first_error = ""
+
+    def published(self, unit: int, counts: Counts) -> None:
+        """Nothing: the bar counts tracks."""
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -57,6 +62,8 @@ class ProgressBar:
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """Count a track."""
         self._counts.add(rows)
+        if not self.first_error and rows.error is not None:
+            self.first_error = f"row {track.row:,} {printable(redacted(track.path))}: {printable(str(rows.error))}"
         if self._bar is not None and not self._bar.disable:
             elapsed = time.monotonic() - self._started
             crops, seconds, errors = self._counts.crops, self._counts.audio_seconds, self._counts.errors.total()

@@ -41,6 +41,11 @@ def redacted(path: str) -> str:
     return re.sub(r"\?.*$", "?...", re.sub(r"(?<=://)[^/@]*@", "", path)) if is_remote(path) else path
 
 
+def scrubbed(text: str) -> str:
+    """`text` with every URI in it redacted."""
+    return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>)]+", lambda uri: redacted(uri[0]), text)
+
+
 def open_input(path: str) -> BinaryIO:
     """Open `path` for reading bytes. Raises OSError as `open` does."""
     if is_remote(path):

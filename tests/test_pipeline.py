@@ -33,9 +33,11 @@ from numpy.typing import NDArray
 from singerembed.audio import open_recording
 from singerembed.catalog import Columns
 from singerembed.engine.build import compare
-from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError
+from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError, UsageError
+from singerembed.options import RunOptions
+from singerembed.ordered import ordered_map
 from singerembed.parquet import METADATA_KEY
-from singerembed.pipeline import RunOptions, RunSummary, ordered_map, run
+from singerembed.pipeline import RunSummary, run
 
 Voice = Callable[..., NDArray[np.float32]]
 RATE = 44_100
@@ -450,12 +452,12 @@ def test_a_surprise_costs_one_track(
     library: Path, reference_engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    def surprising(location: str, *rest: Any) -> Any:
+    def surprising(location: str, *rest: Any, **options: Any) -> Any:
         if location.endswith("six.wav"):
             raise ZeroDivisionError("surprise")
-        return open_recording(location, *rest)
+        return open_recording(location, *rest, **options)
 
-    monkeypatch.setattr("singerembed.pipeline.open_recording", surprising)
+    monkeypatch.setattr("singerembed.embedding.open_recording", surprising)
     table = small_run(library, reference_engine, tmp_path / "o.parquet", ["a,@six.wav,,", "b,@float.wav,,"])
     assert table["status"].to_pylist() == ["error", "ok", "ok"]
     assert table["error_code"][0].as_py() == "internal"
@@ -512,3 +514,136 @@ def test_ordered_map_raises_in_its_turn() -> None:
         for item, _ in ordered_map(pool, work, range(100), max_running=4, weight=lambda _: 1, max_waiting=5):
             seen.append(item)
     assert seen == [0, 1, 2]
+
+
+# --- retrying -------------------------------------------------------------------------------------------------------
+
+
+def test_retry_errors_puts_only_those_rows_in_place(library: Path, reference_engine: str, tmp_path: Path) -> None:
+    """A recording that was missing, one that is still broken, a name twice in a row, units with and without errors."""
+    late = tmp_path / "late.wav"
+    shutil.copy(library / "float.wav", late)
+    lines = [f"t{i},@float.wav,," for i in range(5)] + ["late,late.wav,,", "broken,@text.wav,,"]
+    lines += ["t8,@8bit.wav,,", "twice,late.wav,,", "twice,late.wav,,", "t11,@zero.wav,,"]
+    expected = small_run(library, reference_engine, tmp_path / "whole.parquet", lines, unit_minutes=8.0)
+    late.rename(tmp_path / "elsewhere.wav")
+    output, catalog = tmp_path / "o.parquet", tmp_path / "o.csv"
+    before = small_run(library, reference_engine, output, lines, unit_minutes=8.0)
+    assert before["error_code"].to_pylist().count("not_found") == 3
+    (tmp_path / "elsewhere.wav").rename(late)
+
+    embedded = []
+
+    class Watch:
+        def embedded(self, track: Any, _rows: Any) -> None:
+            embedded.append(track.track_id)
+
+        def __getattr__(self, _name: str) -> Any:
+            return lambda *_: None
+
+    options = RunOptions(unit_minutes=8.0, retry_errors=True)
+    summary = run(str(catalog), str(output), engine=reference_engine, options=options, listeners=[Watch()])
+    assert set(embedded) == {"late", "broken", "twice"}
+    assert pq.read_table(output).equals(expected)
+    assert summary.counts.errors == {"decode_failed": 1}
+    assert summary.counts.tracks == 11
+    assert not Path(f"{output}.parts").exists()
+    again = run(str(catalog), str(output), engine=reference_engine, options=RunOptions(unit_minutes=8.0))
+    assert again.already_done
+    assert again.counts == summary.counts
+
+
+def test_retry_errors_needs_an_output(library: Path, reference_engine: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="finished output"):
+        run(
+            str(library / "catalog.csv"), str(tmp_path / "o.parquet"), engine=reference_engine,
+            options=RunOptions(retry_errors=True),
+        )  # fmt: skip
+
+
+def test_retry_errors_goes_on_after_a_stop(
+    finished: tuple[Path, RunSummary], library: Path, reference_engine: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "o.parquet"
+    catalog = str(library / "catalog.csv")
+    run(catalog, str(output), engine=reference_engine, options=RunOptions(unit_minutes=8.0))
+    options = RunOptions(unit_minutes=8.0, retry_errors=True)
+    with pytest.raises(InterruptedRun):
+        run(catalog, str(output), engine=reference_engine, options=options, stop=stop_after(12))
+    summary = run(catalog, str(output), engine=reference_engine, options=options)
+    assert summary.units_before > 0
+    assert pq.read_table(output).equals(pq.read_table(finished[0]))
+
+
+def test_passing_trouble_is_waited_out(
+    library: Path, reference_engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("singerembed.audio._FIRST_PAUSE_SECONDS", 0.01)
+    original, failures = Path.stat, {"left": 2}
+
+    def flaky(self: Path, **options: Any) -> os.stat_result:
+        if self.name == "float.wav" and failures["left"]:
+            failures["left"] -= 1
+            raise OSError(116, "Stale file handle")
+        return original(self, **options)
+
+    monkeypatch.setattr(Path, "stat", flaky)
+    assert (
+        small_run(library, reference_engine, tmp_path / "a.parquet", ["x,@float.wav,,"])["status"].to_pylist()
+        == ["ok"] * 2
+    )
+    failures["left"] = 3
+    table = small_run(library, reference_engine, tmp_path / "b.parquet", ["x,@float.wav,,"])
+    assert table["error_code"].to_pylist() == ["unreadable"]
+    assert table["error"].to_pylist() == ["Stale file handle"]
+
+
+# --- crashes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_crash_in_the_common_decoder_costs_its_own_row(
+    finished: tuple[Path, RunSummary], library: Path, reference_engine: str, tmp_path: Path
+) -> None:
+    """libsndfile is made to crash on one recording, in whatever process decodes it; the command itself goes on."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import ctypes, soundfile\n"
+        "original = soundfile.SoundFile.__init__\n"
+        "def crashing(self, file, *rest, **options):\n"
+        "    if str(file).endswith('24bit.wav'):\n"
+        "        ctypes.string_at(0)\n"
+        "    original(self, file, *rest, **options)\n"
+        "soundfile.SoundFile.__init__ = crashing\n",
+        encoding="utf-8",
+    )
+    output = tmp_path / "o.parquet"
+    command = [
+        sys.executable, "-m", "singerembed", "run", str(library / "catalog.csv"), str(output),
+        "--engine", reference_engine, "--unit-minutes", "20",
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 3, result.stderr
+    assert "SIGSEGV" in result.stderr
+    rows = pq.read_table(output).to_pylist()
+    expected = pq.read_table(finished[0]).to_pylist()
+    assert [r for r in rows if r["track_id"] != "24bit.wav"] == [r for r in expected if r["track_id"] != "24bit.wav"]
+    (row,) = [r for r in rows if r["track_id"] == "24bit.wav"]
+    assert row["error_code"] == "decoder_crashed"
+
+
+def test_the_output_folder_removed_in_mid_run(library: Path, reference_engine: str, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def vanish() -> int:
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0
+
+    with pytest.raises(OutputError, match="No such file or directory while writing unit 1"):
+        run(str(library / "catalog.csv"), str(folder / "o.parquet"), engine=reference_engine, stop=vanish)
+
+
+def test_a_read_only_output_folder(library: Path, reference_engine: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write to"):
+        run(str(library / "catalog.csv"), str(tmp_path / "file" / "o.parquet"), engine=reference_engine)

@@ -1,12 +1,14 @@
-"""The PyAV decoder process: `python -m singerembed.av_worker`, driven by audio.py over its standard streams.
+"""The decoder process: `python -m singerembed.decode_worker`, driven by audio.py over its standard streams.
 
 One JSON request a line comes in; a reply is two little-endian uint32 sizes, a JSON head and a binary body (float32
-mono samples). It imports nothing heavy, and may crash or be killed at any time.
+mono samples). It may crash or be killed at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import struct
 import sys
 from collections.abc import Iterator
@@ -16,15 +18,18 @@ from typing import Any
 import av
 import av.error
 import numpy as np
+import soundfile
 from numpy.typing import NDArray
 
+from singerembed.audio import PcmReader, SoundFileReader, TimeLimit, check_format, check_length
+from singerembed.errors import TrackError
 from singerembed.mel import mix_down
 
 _SKIP_SAMPLES = 1 << 20
 
 
-class _Recording:
-    """One open file, decoded frame by frame from its start.
+class _AvReader:
+    """FFmpeg through PyAV: one open file, decoded frame by frame from its start.
 
     Seeking decodes forward and drops what lies before: FFmpeg's AAC decoder fills noise bands from a generator whose
     state is the whole past, so a seek in the container would give other samples than a full read.
@@ -38,10 +43,11 @@ class _Recording:
         self._container = av.open(self._path, metadata_errors="ignore")
         if not self._container.streams.audio:
             self._container.close()
-            raise ValueError("the file has no audio stream")
+            raise TrackError("no_audio", "the file has no audio stream")
         self._stream = self._container.streams.audio[0]
         self.sample_rate: int = self._stream.rate
-        self.channels: int = self._stream.channels
+        self._channels: int = self._stream.channels
+        check_format(self.sample_rate, self._channels)
         time_base = self._stream.time_base or Fraction(1, self.sample_rate)
         self.n_samples = round((self._stream.duration or 0) * time_base * self.sample_rate)
         self._resampler = av.AudioResampler(format="flt", layout=self._stream.layout, rate=self.sample_rate)
@@ -52,7 +58,7 @@ class _Recording:
     def _decode(self) -> Iterator[NDArray[np.float32]]:
         for frame in self._container.decode(self._stream):
             for packed in self._resampler.resample(frame):
-                yield mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self.channels)))
+                yield mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self._channels)))
 
     def read(self, n: int) -> NDArray[np.float32]:
         chunks, have = [self._rest], len(self._rest)
@@ -71,42 +77,63 @@ class _Recording:
         while self._position < sample and len(self.read(min(_SKIP_SAMPLES, sample - self._position))):
             pass
 
+    def check_complete(self) -> None:
+        check_length(self.n_samples, self._position, self.sample_rate)
+
     def close(self) -> None:
         self._container.close()
 
 
-def _answer(recording: _Recording | None, request: dict[str, Any]) -> tuple[_Recording | None, dict[str, Any], bytes]:
-    if request["op"] == "open":
-        if recording:
-            recording.close()
-        recording = _Recording(request["path"])
-        head = {"sample_rate": recording.sample_rate, "channels": recording.channels, "n_samples": recording.n_samples}
-        return recording, head, b""
-    if recording is None:
-        raise ValueError("no file is open")
-    if request["op"] == "read":
-        return recording, {}, recording.read(request["n"]).tobytes()
-    if request["op"] == "seek":
-        recording.seek(request["sample"])
-        return recording, {}, b""
-    recording.close()
-    return None, {}, b""
+def _open(path: str, decoder: str) -> PcmReader:
+    if decoder == "soundfile":
+        # The other side watches the clock, and resamples: no rate is wanted here, so samples come as float32.
+        with contextlib.suppress(soundfile.LibsndfileError):
+            return SoundFileReader(path, 0, TimeLimit(math.inf))
+    return _AvReader(path)
+
+
+class _Server:
+    """Answers requests about one open recording at a time."""
+
+    def __init__(self) -> None:
+        self._reader: PcmReader | None = None
+
+    def answer(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        """The head and body of the reply to `request`. Raises what decoders raise."""
+        operation = request["op"]
+        if operation == "open":
+            self._close()
+            self._reader = _open(request["path"], request["decoder"])
+            return {"sample_rate": self._reader.sample_rate, "n_samples": self._reader.n_samples}, b""
+        if operation == "close" or self._reader is None:
+            self._close()
+        elif operation == "read":
+            return {}, self._reader.read(request["n"]).astype(np.float32, copy=False).tobytes()
+        elif operation == "seek":
+            self._reader.seek(request["sample"])
+        elif operation == "check_complete":
+            self._reader.check_complete()
+        return {}, b""
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
 
 def main() -> None:
     """Serve requests until standard input ends."""
     av.logging.set_level(None)
-    recording: _Recording | None = None
+    server = _Server()
     for line in sys.stdin.buffer:
         body = b""
         try:
-            recording, head, body = _answer(recording, json.loads(line))
+            head, body = server.answer(json.loads(line))
+        except TrackError as exc:
+            head = {"code": exc.code, "error": str(exc)}
         except (ValueError, MemoryError, OSError, av.error.FFmpegError) as exc:
             reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            head = {
-                "code": "no_audio" if "no audio stream" in reason else "decode_failed",
-                "error": f"cannot decode: {reason}",
-            }
+            head = {"code": "decode_failed", "error": f"cannot decode: {reason}"}
         encoded = json.dumps(head).encode()
         sys.stdout.buffer.write(struct.pack("<II", len(encoded), len(body)) + encoded + body)
         sys.stdout.buffer.flush()
