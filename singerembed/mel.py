@@ -36,22 +36,7 @@ class MelExtractor:
         `silence_dbfs`: crops whose peak is not above it are silent. `isa`: one of `available_isas()`, or empty for the
         widest this processor runs. Raises ValueError for a spec the kernels were not compiled for.
         """
-        if (spec.n_fft, spec.hop_samples) != (_csrc.FFT_SIZE, _csrc.HOP_SAMPLES):
-            raise ValueError(
-                f"the mel extension computes {_csrc.FFT_SIZE}-sample frames {_csrc.HOP_SAMPLES} apart; "
-                f"this model has {spec.n_fft} and {spec.hop_samples}"
-            )
-        self._plan = _csrc.MelPlan(
-            crop_samples=spec.crop_samples,
-            n_mels=spec.n_mels,
-            mel_sample_rate=spec.mel_sample_rate,
-            mel_fmin=spec.mel_fmin,
-            mel_fmax=spec.mel_fmax,
-            log_offset=spec.log_offset,
-            log_divisor=spec.log_divisor,
-            silence_peak=10 ** (silence_dbfs / 20),
-            isa=isa,
-        )
+        self._plan = _csrc.MelPlan(_options(spec, silence_dbfs), isa=isa)
 
     @property
     def isa(self) -> str:
@@ -70,6 +55,24 @@ class MelExtractor:
     def power(self, crops: Pcm) -> MelBatch:
         """Mel power spectrograms before the logarithm, otherwise as `log_mel`."""
         return MelBatch(*self._plan.run(crops, power=True))
+
+
+def _options(spec: ModelSpec, silence_dbfs: float) -> _csrc.MelOptions:
+    if (spec.n_fft, spec.hop_samples) != (_csrc.FFT_SIZE, _csrc.HOP_SAMPLES):
+        raise ValueError(
+            f"the mel extension computes {_csrc.FFT_SIZE}-sample frames {_csrc.HOP_SAMPLES} apart; "
+            f"this model has {spec.n_fft} and {spec.hop_samples}"
+        )
+    return _csrc.MelOptions(
+        crop_samples=spec.crop_samples,
+        n_mels=spec.n_mels,
+        mel_sample_rate=spec.mel_sample_rate,
+        mel_fmin=spec.mel_fmin,
+        mel_fmax=spec.mel_fmax,
+        log_offset=spec.log_offset,
+        log_divisor=spec.log_divisor,
+        silence_peak=10 ** (silence_dbfs / 20),
+    )
 
 
 def available_isas() -> list[str]:
