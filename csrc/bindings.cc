@@ -166,6 +166,8 @@ NB_MODULE(_csrc, m) {
         return stages;
       });
 
+  m.def("emulate_missing_barrier", &singerembed::emulate_missing_barrier);
+
 #ifdef SINGEREMBED_CUDA
   m.attr("HAS_CUDA") = true;
   m.def("make_cuda_mel", &singerembed::make_cuda_mel, "options"_a, nb::call_guard<nb::gil_scoped_release>());

@@ -151,4 +151,7 @@ class EmulatedMel : public DeviceMel {
   std::unique_ptr<State> state_;
 };
 
+// Runs a stage that lacks a barrier, so that a test can see EmulatedMel's watch catch it. Throws std::logic_error.
+void emulate_missing_barrier();
+
 }  // namespace singerembed

@@ -10,6 +10,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "mel_device.h"
@@ -135,8 +136,8 @@ using TrafficByStage = std::map<std::string, EmulatedMel::Traffic>;
 
 class HostExec {  // one block
  public:
-  HostExec(const std::vector<int>& order, int shared_bytes, TrafficByStage* traffic = nullptr)
-      : order_(order), watch_(shared_bytes, static_cast<int>(order.size())), traffic_(traffic) {}
+  HostExec(std::vector<int> order, int shared_bytes, TrafficByStage* traffic = nullptr)
+      : order_(std::move(order)), watch_(shared_bytes, static_cast<int>(order_.size())), traffic_(traffic) {}
 
   template <class F>
   void stage(const char* name, F f) const {
@@ -150,7 +151,7 @@ class HostExec {  // one block
   }
 
  private:
-  const std::vector<int>& order_;
+  std::vector<int> order_;
   mutable Watch watch_;
   TrafficByStage* traffic_;
 };
@@ -223,6 +224,13 @@ void EmulatedMel::launch(const NormaliseJob& job, DeviceOutput type, int crops, 
       }
     }
   }
+}
+
+void emulate_missing_barrier() {
+  HostExec(thread_order(kWarp, 0), kWarp * 4).stage("exchange", [](int thread, auto shared) {
+    shared.store(thread, 0.0f);
+    if (thread > 0) shared.template load<float>(thread - 1);
+  });
 }
 
 }  // namespace singerembed
