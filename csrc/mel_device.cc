@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "mel_kernels.h"
 
@@ -28,29 +30,50 @@ void check_batch(int crops) {
 
 }  // namespace
 
+namespace {
+
+// Where each band of a slice starts to read. A band shorter than the slice may start earlier, over zero weights; since
+// all lanes step through the bins together, starts in different banks of shared memory stay in different banks.
+std::vector<int> choose_first_bins(const MelBand* bands, int n_bands, int slice_bins) {
+  std::vector<int> order(static_cast<std::size_t>(n_bands)), first_bins(kWarp, 0);
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return bands[a].n_bins > bands[b].n_bins; });
+  int users[kWarp] = {};  // of each bank
+  for (const int lane : order) {  // those with the least choice first
+    const MelBand& band = bands[lane];
+    const int last = std::min(band.first_bin, kBins - slice_bins);
+    const int first = std::max(0, band.first_bin + band.n_bins - slice_bins);
+    int best = last;
+    for (int bin = last; bin >= first; --bin) {
+      if (users[power_word(bin) % kWarp] < users[power_word(best) % kWarp]) best = bin;
+    }
+    ++users[power_word(best) % kWarp];
+    first_bins[static_cast<std::size_t>(lane)] = best;
+  }
+  return first_bins;
+}
+
+}  // namespace
+
 SlicedBasis slice_basis(const MelTables& tables) {
-  constexpr int kWidth = kWarp;
   const int n_bands = static_cast<int>(tables.bands.size());
   SlicedBasis basis;
-  for (int first = 0; first < n_bands; first += kWidth) {
-    const int end = std::min(first + kWidth, n_bands);
-    MelSlice slice{static_cast<int>(basis.weights.size()), 0};
-    for (int band = first; band < end; ++band) slice.n_bins = std::max(slice.n_bins, tables.bands[band].n_bins);
-    basis.slices.push_back(slice);
-    basis.weights.resize(basis.weights.size() + static_cast<std::size_t>(kWidth) * slice.n_bins, 0.0f);
-    for (int lane = 0; lane < kWidth; ++lane) {
-      if (first + lane >= end) {
-        basis.first_bins.push_back(0);
-        continue;
-      }
-      const MelBand& band = tables.bands[first + lane];
-      const int first_bin = std::min(band.first_bin, kBins - slice.n_bins);
-      basis.first_bins.push_back(first_bin);
-      for (int i = 0; i < band.n_bins; ++i) {
-        const int row = band.first_bin - first_bin + i;
-        basis.weights[slice.first_weight + kWidth * row + lane] = tables.weights[band.first_weight + i];
+  for (int first = 0; first < n_bands; first += kWarp) {
+    const int in_slice = std::min(kWarp, n_bands - first);
+    const MelBand* bands = &tables.bands[static_cast<std::size_t>(first)];
+    const int n_bins = std::max_element(bands, bands + in_slice, [](const MelBand& a, const MelBand& b) {
+                         return a.n_bins < b.n_bins;
+                       })->n_bins;
+    basis.slices.push_back({static_cast<int>(basis.weights.size()), n_bins});
+    float* weights = &*basis.weights.insert(basis.weights.end(), static_cast<std::size_t>(kWarp * n_bins), 0.0f);
+    const std::vector<int> first_bins = choose_first_bins(bands, in_slice, n_bins);
+    for (int lane = 0; lane < in_slice; ++lane) {
+      const int shift = bands[lane].first_bin - first_bins[static_cast<std::size_t>(lane)];
+      for (int i = 0; i < bands[lane].n_bins; ++i) {
+        weights[kWarp * (shift + i) + lane] = tables.weights[static_cast<std::size_t>(bands[lane].first_weight + i)];
       }
     }
+    basis.first_bins.insert(basis.first_bins.end(), first_bins.begin(), first_bins.end());
   }
   return basis;
 }

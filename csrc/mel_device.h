@@ -41,7 +41,7 @@ struct MelSlice {
 
 struct SlicedBasis {
   std::vector<MelSlice> slices;
-  std::vector<int> first_bins;  // of every band, padded to whole slices; first_bin + n_bins never passes kBins
+  std::vector<int> first_bins;  // of every band, padded to whole slices
   std::vector<float> weights;
 };
 
