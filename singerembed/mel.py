@@ -90,7 +90,10 @@ def require_cuda_kernels() -> None:
 
 
 def cuda_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> _csrc.DeviceMel:
-    """The CUDA kernels for `spec`, in the CUDA context that is current. Raises EngineError where they were not compiled."""
+    """The CUDA kernels for `spec`, in the CUDA context that is current.
+
+    Raises EngineError where they were not compiled.
+    """
     require_cuda_kernels()
     return _csrc.make_cuda_mel(_options(spec, silence_dbfs))
 

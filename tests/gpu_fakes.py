@@ -235,5 +235,6 @@ def fake_embedding(mel: NDArray[Any], dim: int) -> NDArray[np.float32]:
 def view(address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """The array at an address."""
     n_bytes = int(np.prod(shape)) * dtype.itemsize
-    return np.frombuffer((ctypes.c_char * n_bytes).from_address(address), dtype).reshape(shape)
-
+    memory: Any = (ctypes.c_char * n_bytes).from_address(address)
+    array: NDArray[Any] = np.frombuffer(memory, dtype).reshape(shape)
+    return array

@@ -196,9 +196,11 @@ def test_a_lost_device_fails_all_callers_with_the_cause(operations: int) -> None
 
 
 def test_a_network_that_fails_says_so() -> None:
-    device = FakeDevice()
-    with running(device) as (engine, network):
-        network.enqueue = lambda *_: (_ for _ in ()).throw(EngineError("TensorRT failed: reason"))  # type: ignore[method-assign]
+    def fails(batch: int, log_mel: int, embedding: int, stream: int) -> None:
+        raise EngineError("TensorRT failed: reason")
+
+    with running(FakeDevice()) as (engine, network):
+        network.enqueue = fails  # type: ignore[method-assign]
         with pytest.raises(EngineError, match="TensorRT failed: reason"):
             within(PATIENCE, lambda: engine.embed(noise(SMALL, 3)))
 
@@ -222,7 +224,7 @@ def test_what_cannot_be_opened_is_raised_where_the_engine_is_made() -> None:
 
 def test_closing_fails_who_still_waits_and_frees_all() -> None:
     device = FakeDevice()
-    device.is_done = lambda _event: False  # type: ignore[method-assign]
+    device.is_done = lambda event: False  # type: ignore[method-assign]
     with running(device) as (engine, _), ThreadPoolExecutor(4) as pool:
         futures = [pool.submit(engine.embed, noise(SMALL, 30)) for _ in range(4)]
         time.sleep(0.05)
@@ -238,9 +240,12 @@ def test_a_graph_that_cannot_be_captured_is_done_without(caplog: pytest.LogCaptu
     device = FakeDevice()
     capture = device.capture
 
+    def not_permitted() -> None:
+        raise RuntimeError("operation not permitted")
+
     def fails(stream: int) -> Any:
         graph = capture(stream)
-        graph.finish = lambda: (_ for _ in ()).throw(RuntimeError("operation not permitted"))
+        graph.finish = not_permitted  # type: ignore[method-assign]
         return graph
 
     device.capture = fails  # type: ignore[method-assign]

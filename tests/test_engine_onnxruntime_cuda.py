@@ -89,7 +89,7 @@ def test_failures_are_told_apart(spec: ModelSpec, message: str, error: type[Exce
     session = cpu_session(read_engine_file(bundled_engine_path()).payload)
     running, _ = network(spec, FailingSession(session, message))
     memory = np.zeros(spec.n_mels * spec.n_frames, np.float32)
-    with pytest.raises(error, match=message.split(";")[0]):
+    with pytest.raises(error, match=message.split(";", maxsplit=1)[0]):
         running.enqueue(1, memory.ctypes.data, memory.ctypes.data, CALLER)
 
 
@@ -105,4 +105,7 @@ def test_a_provider_without_the_rest_is_said(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(onnxruntime_cuda, "require_cuda_kernels", lambda: None)
     monkeypatch.setitem(sys.modules, "pycuda", None)
     assert not is_usable()
-    assert "onnxruntime-gpu is installed, but the engine runs on the CPU: the GPU path needs the package pycuda" in caplog.text
+    assert (
+        "onnxruntime-gpu is installed, but the engine runs on the CPU: the GPU path needs the package pycuda"
+        in caplog.text
+    )

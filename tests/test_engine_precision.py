@@ -26,8 +26,9 @@ def fp32(reference_engine: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def log_mel(golden: Golden, spec: ModelSpec) -> NDArray[np.float16]:
-    log_mel = np.log(golden.mel + np.float32(spec.log_offset))
-    return (log_mel / log_mel.max(axis=(1, 2), keepdims=True)).astype(np.float16)
+    log_mel: NDArray[np.float32] = np.log(golden.mel + np.float32(spec.log_offset))
+    normalised: NDArray[np.float16] = (log_mel / log_mel.max(axis=(1, 2), keepdims=True)).astype(np.float16)
+    return normalised
 
 
 def cosine(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:

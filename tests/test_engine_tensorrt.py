@@ -1,9 +1,8 @@
-"""TensorRT plans: built for real by TensorRT for RTX where it is installed; what a machine must have, checked anywhere."""
+"""TensorRT plans: built for real by TensorRT for RTX where it is installed; what they ask of a machine, anywhere."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -72,7 +71,7 @@ def test_checks_tensors_and_precision(rtx: Any, fp32: bytes) -> None:
 
 
 def test_what_is_not_a_network_is_refused_with_the_librarys_reason(rtx: Any) -> None:
-    with pytest.raises(EngineError, match="TensorRT for RTX cannot read the network: .+"):
+    with pytest.raises(EngineError, match=r"TensorRT for RTX cannot read the network: .+"):
         build_plan(b"not a network", FP16, TENSORRT_RTX, PlanOptions())
 
 
@@ -94,7 +93,9 @@ def engine_file(library: Library, facts: dict[str, Any]) -> EngineFile:
 @pytest.mark.parametrize("library", [TENSORRT, TENSORRT_RTX])
 def test_a_library_that_is_not_installed_is_named(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, library.package, None)
-    with pytest.raises(MissingDependencyError, match=rf"{library.package}: pip install 'singerembed\[{library.extra}\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=rf"{library.package}: pip install 'singerembed\[{library.extra}\]'"
+    ):
         open_engine(engine_file(library, asdict(FACTS)))
 
 
@@ -123,16 +124,28 @@ def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         (replace(FACTS, compute_capabilities=("8.6", "8.9", "12.0")), "10.9.0.34", (12, 0)),
     ],
 )
-def test_a_plan_runs_where_it_was_built_for(facts: PlanFacts, version: str, compute_capability: tuple[int, int]) -> None:
+def test_a_plan_runs_where_it_was_built_for(
+    facts: PlanFacts, version: str, compute_capability: tuple[int, int]
+) -> None:
     facts.check(TENSORRT, version, compute_capability)
 
 
 @pytest.mark.parametrize(
     ("facts", "version", "compute_capability", "message"),
     [
-        (FACTS, "10.9.0.34", (9, 0), "built for compute capability 8.9; this GPU has 9.0. Build it again on this machine"),
+        (
+            FACTS,
+            "10.9.0.34",
+            (9, 0),
+            "built for compute capability 8.9; this GPU has 9.0. Build it again on this machine",
+        ),
         (replace(FACTS, and_newer=True), "10.9.0.34", (8, 6), "this GPU has 8.6"),
-        (FACTS, "11.4.0.106", (8, 9), "built by TensorRT 10.9.0.34; here is 11.4.0.106. Install that version, or build"),
+        (
+            FACTS,
+            "11.4.0.106",
+            (8, 9),
+            "built by TensorRT 10.9.0.34; here is 11.4.0.106. Install that version, or build",
+        ),
         (replace(FACTS, any_newer_version=True), "10.8.0.43", (8, 9), "here is 10.8.0.43"),
     ],
 )
@@ -177,7 +190,7 @@ class FakeTrt:
         self.failure: str | None = None
         self.log: Any = None
 
-    def Runtime(self, log: Any) -> FakeTrt:  # noqa: N802  (the library's name)
+    def Runtime(self, log: Any) -> FakeTrt:
         self.log = log
         return self
 
@@ -225,7 +238,7 @@ class FakeTrt:
 
 
 @pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTrt]:
+def trt(monkeypatch: pytest.MonkeyPatch) -> FakeTrt:
     fake = FakeTrt()
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     return fake
@@ -260,7 +273,7 @@ def test_failures_carry_the_librarys_reason(trt: FakeTrt) -> None:
 
     running = network()
     trt.failure = "Error Code 1: Cuda Runtime (an illegal memory access was encountered)"
-    with pytest.raises(EngineError, match="TensorRT failed: Error Code 1.*illegal memory access"):
+    with pytest.raises(EngineError, match=r"TensorRT failed: Error Code 1.*illegal memory access"):
         running.enqueue(1, 0, 0, 0)
     trt.failure = "Error Code 2: OutOfMemory (Requested size was 232292352 bytes.)"
     with pytest.raises(OutOfDeviceMemory, match="232292352"):
@@ -273,5 +286,5 @@ def test_a_plan_that_does_not_load_or_fit_is_refused(trt: FakeTrt) -> None:
     with pytest.raises(EngineError, match="TensorRT cannot load the engine: magic tag does not match"):
         network(b"other")
     trt.shapes["embedding"] = (-1, 512)
-    with pytest.raises(EngineError, match="512.*Build it again"):
+    with pytest.raises(EngineError, match=r"512.*Build it again"):
         network()

@@ -21,9 +21,7 @@ SMALL = ModelSpec(name="small", method="untrained", crop_samples=4096)
 
 def levels(kernels: _csrc.DeviceMel, pcm: Pcm) -> NDArray[np.void]:
     result = np.zeros(len(pcm), DEVICE_LEVEL)
-    kernels.level(
-        pcm.ctypes.data, is_int16=pcm.dtype == np.int16, crops=len(pcm), levels=result.ctypes.data, stream=0
-    )
+    kernels.level(pcm.ctypes.data, is_int16=pcm.dtype == np.int16, crops=len(pcm), levels=result.ctypes.data, stream=0)
     return result
 
 
@@ -37,9 +35,8 @@ def spectrograms(
     crops["is_int16"] = pcm.dtype == np.int16
     scratch = np.empty(kernels.scratch_bytes(len(pcm)), np.uint8)
     out = np.empty((len(pcm), spec.n_mels, spec.n_frames), np.float16 if half else np.float32)
-    kernels.mel(
-        crops.ctypes.data, crops=len(pcm), scratch=scratch.ctypes.data, out=out.ctypes.data, stream=0, half=half, power=power
-    )  # fmt: skip
+    addresses = {"scratch": scratch.ctypes.data, "out": out.ctypes.data}
+    kernels.mel(crops.ctypes.data, crops=len(pcm), stream=0, half=half, power=power, **addresses)
     return out
 
 
@@ -53,7 +50,7 @@ def noise(spec: ModelSpec, n: int, seed: int = 0) -> NDArray[np.float32]:
 
 @pytest.mark.parametrize("sample_type", [np.int16, np.float32])
 def test_equals_the_official_pipeline(golden: Golden, spec: ModelSpec, sample_type: type) -> None:
-    pcm = golden.pcm if sample_type is np.int16 else golden.pcm.astype(np.float32) / 32768
+    pcm: Pcm = golden.pcm if sample_type is np.int16 else golden.pcm.astype(np.float32) / np.float32(32768)
     kernels = emulated_mel(spec)
     assert share_of_maximum(spectrograms(kernels, spec, pcm, power=True), golden.mel) <= MEL_OFFICIAL
     log_mel = np.log(golden.mel + np.float32(spec.log_offset))
@@ -101,7 +98,9 @@ def test_a_crop_alone_equals_one_in_a_batch(n: int) -> None:
     normalise=st.sampled_from(["crop", 9.2]),
     sample_type=st.sampled_from([np.int16, np.float32]),
 )
-def test_other_shapes_equal_the_cpu_twin(crop_samples: int, n_mels: int, normalise: str | float, sample_type: type) -> None:
+def test_other_shapes_equal_the_cpu_twin(
+    crop_samples: int, n_mels: int, normalise: str | float, sample_type: type
+) -> None:
     """Frames that do not fill a block, bands that do not fill a warp, both edges of a crop in one frame."""
     spec = replace(SMALL, crop_samples=crop_samples, n_mels=n_mels, normalise=normalise)
     pcm = noise(spec, 2, seed=crop_samples)

@@ -1,8 +1,8 @@
 """The CUDA device, through pycuda: context, streams, events, device and page-locked memory.
 
 The context is the device's primary one, which the CUDA runtime in the mel extension, TensorRT and ONNX Runtime use by
-themselves. A context made anew would give each of them handles that the others refuse (NVIDIA/TensorRT issues 930, 1133 and 4335,
-inducer/pycuda issue 242). It is current in the thread that opened the device, and in no other.
+themselves. A context made anew would give each of them handles that the others refuse (NVIDIA/TensorRT issues 930,
+1133 and 4335, inducer/pycuda issue 242). It is current in the thread that opened the device, and in no other.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy defaul
 def load_driver() -> Any:
     """pycuda's driver module, initialised. Raises MissingDependencyError, or EngineError where there is no driver."""
     try:
-        import pycuda.driver as driver
+        from pycuda import driver
     except ImportError as exc:
         if exc.name is not None and exc.name.startswith("pycuda"):
             raise MissingDependencyError("the GPU path", "pycuda", "gpu") from exc

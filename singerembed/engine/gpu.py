@@ -42,7 +42,8 @@ class OutOfDeviceMemory(Exception):
 class DeviceBuffer(Protocol):
     """Device memory, freed by its owner."""
 
-    address: int
+    @property
+    def address(self) -> int: ...
 
     def free(self) -> None: ...
 
@@ -50,7 +51,8 @@ class DeviceBuffer(Protocol):
 class PinnedBuffer(Protocol):
     """Page-locked host memory, freed by its owner."""
 
-    array: NDArray[np.uint8]
+    @property
+    def array(self) -> NDArray[np.uint8]: ...
 
     def free(self) -> None: ...
 
@@ -409,6 +411,9 @@ class _Worker:
         self._owned = contextlib.ExitStack()
         self.batch = network.max_batch
         self._lanes: list[_Lane] = []
+        self._uploads: deque[_Slot] = deque()
+        self._pending: deque[tuple[_Slot, int]] = deque()  # loud crops on the device
+        self._computing: deque[_Lane] = deque()
         try:
             self._up, self._compute, self._down = device.stream(), device.stream(), device.stream()
             self._mel: DeviceMel | None = device.mel(spec, silence_dbfs)
@@ -417,9 +422,6 @@ class _Worker:
             self.close()
             raise
         self._idle_lanes = list(self._lanes)
-        self._uploads: deque[_Slot] = deque()
-        self._pending: deque[tuple[_Slot, int]] = deque()  # loud crops on the device
-        self._computing: deque[_Lane] = deque()
         self._capture_graphs = network.capturable
 
     @property
@@ -431,15 +433,18 @@ class _Worker:
         """Free what was allocated, in the thread that did it."""
         with contextlib.suppress(Exception):  # of a device that is lost, which has been reported
             self._device.synchronize()
+        # Graphs, events and kernels go here and now: with their last reference they would go in any thread.
         for lane in self._lanes:
-            lane.graph = None
+            lane.graph = lane.downloaded = None
+        for slot in self._uploads:
+            slot.uploaded = None
         self._mel = None
         self._owned.close()
 
     def step(self) -> bool:
         """Do what can be done without waiting; say whether anything was."""
-        steps = (self._finish_uploads, self._finish_batches, self._start_uploads, self._start_batch)
-        return any([step() for step in steps])
+        done = [self._finish_uploads(), self._finish_batches(), self._start_uploads(), self._start_batch()]
+        return any(done)
 
     # memory
 
@@ -542,6 +547,7 @@ class _Worker:
 
     def _sort_out(self, slot: _Slot) -> None:
         """Report the levels of a slot's crops; the loud ones go on."""
+        slot.uploaded = None
         levels = slot.levels[: len(slot.entries)]
         loud = levels["state"] == LOUD
         slot.waiting = int(loud.sum())
@@ -643,7 +649,7 @@ class _Worker:
                 slot.waiting -= 1
                 if slot.waiting == 0:
                     self._ring.recycle(slot)
-            lane.batch = []
+            lane.batch, lane.downloaded = [], None
             self._idle_lanes.append(lane)
             finished = True
         return finished

@@ -16,7 +16,7 @@ def bundled_engine_path() -> str:
 
 
 def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> Engine:
-    """Start the back end of `file`, a GPU's on CUDA device `device`. Raises EngineError when this machine cannot run it.
+    """Start the back end of `file`, one for GPUs on CUDA device `device`. Raises EngineError where it cannot run.
 
     An ONNX Runtime engine runs on the GPU where one is there and ONNX Runtime, pycuda and the CUDA kernels all are.
     """

@@ -55,4 +55,4 @@ def to_fp16(model: bytes) -> bytes:
     cast = helper.make_node("Cast", [pooled], [f"{pooled}_fp32"], to=TensorProto.FLOAT)
     graph.node.insert(pools[-1], cast)
     onnx.checker.check_model(proto, full_check=True)  # infers every type, so that a mixture is found here
-    return proto.SerializeToString()
+    return bytes(proto.SerializeToString())

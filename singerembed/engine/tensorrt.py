@@ -12,7 +12,6 @@ from singerembed.engine.gpu import DeviceBuffer, GpuEngine, OutOfDeviceMemory
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.mel import DEFAULT_SILENCE_DBFS
-from singerembed.spec import ModelSpec
 
 _FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds
 
@@ -58,7 +57,8 @@ class PlanFacts:
         built_for = [tuple(map(int, name.split("."))) for name in self.compute_capabilities]
         if here not in self.compute_capabilities and not (self.and_newer and compute_capability >= min(built_for)):
             raise EngineError(
-                f"the engine was built for compute capability {', '.join(self.compute_capabilities)}; this GPU has {here}. "
+                f"the engine was built for compute capability {', '.join(self.compute_capabilities)}; "
+                f"this GPU has {here}. "
                 f"Build it again on this machine: singerembed build-engine CHECKPOINT --backend {library.backend}"
             )
         newer = _numbers(version) >= _numbers(self.version)

@@ -1,4 +1,4 @@
-"""Builds TensorRT plans from the encoder's ONNX model. TensorRT for RTX needs no GPU for it; TensorRT times kernels on one."""
+"""Builds TensorRT plans from the encoder's ONNX model. TensorRT times kernels on a GPU; TensorRT for RTX needs none."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _timing_cache_path(version: str, compute_capability: str) -> Path:
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, path: Path) -> Iterator[None]:
-    """Let a build use, and add to, the measurements of earlier ones. A cache that cannot be read or kept costs only time."""
+    """Let a build use, and add to, the measurements of earlier ones. A cache that cannot be kept costs only time."""
     saved = b""
     with contextlib.suppress(OSError):
         saved = path.read_bytes()
