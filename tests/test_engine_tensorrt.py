@@ -7,8 +7,10 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+from tolerances import EMBEDDING_COSINE_FP16
 
 from singerembed.engine import tensorrt, tensorrt_build
+from singerembed.engine.build import BuildOptions, build_engine
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.precision import to_fp16
@@ -288,3 +290,25 @@ def test_a_plan_that_does_not_load_or_fit_is_refused(trt: FakeTrt) -> None:
     trt.shapes["embedding"] = (-1, 512)
     with pytest.raises(EngineError, match=r"512.*Build it again"):
         network()
+
+
+# --- the whole build --------------------------------------------------------------------------------------------------
+
+
+def test_build_engine_makes_an_rtx_engine_without_a_gpu(rtx: Any, release_folder: Any, tmp_path: Any) -> None:
+    """Where no GPU runs the plan, its FP16 network is verified on the CPU, and the engine file says so."""
+    said: list[str] = []
+    path = str(tmp_path / "rtx.engine")
+    options = BuildOptions("tensorrt-rtx", plan=PlanOptions(max_batch=16))
+    build_engine(str(release_folder), path, options, say=lambda what, text: said.append(f"{what} {text}"))
+    engine = read_engine_file(path)
+    assert (engine.backend, engine.spec.precision) == ("tensorrt-rtx", "fp16")
+    assert PlanFacts.from_file(engine).max_batch == 16
+    assert "on the CPU (no GPU here to run the plan)" in engine.verification["what"]
+    assert engine.verification["cosine"] >= EMBEDDING_COSINE_FP16
+    assert any(line.startswith("verify its network on the CPU") for line in said)
+
+
+def test_build_engine_refuses_an_unknown_precision(tmp_path: Any) -> None:
+    with pytest.raises(UsageError, match="unknown precision 'int8'; there are: auto, fp32, fp16"):
+        build_engine("none", str(tmp_path / "x"), BuildOptions(precision="int8"), say=lambda *_: None)

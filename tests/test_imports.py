@@ -31,14 +31,23 @@ ALLOWED: dict[str, set[str]] = {
     "engine.torch": {"checkpoint", "engine.base", "mel", "spec"},
     "engine.gpu": {"engine.base", "errors", "mel", "spec"},
     "engine.cuda_driver": {"_csrc", "engine.gpu", "errors", "mel", "spec"},
-    "engine.onnxruntime_cuda": {"engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec"},
-    "engine.tensorrt": {"engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec"},
-    "engine.tensorrt_build": {"engine.cuda_driver", "engine.onnxruntime", "engine.tensorrt", "errors", "spec", "storage"},
+    "engine.onnxruntime_cuda": {
+        "engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec",
+    },
+    "engine.tensorrt": {
+        "engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec",
+    },
+    "engine.tensorrt_build": {
+        "engine.cuda_driver", "engine.onnxruntime", "engine.tensorrt", "errors", "spec", "storage",
+    },
     "engine.precision": {"errors"},
-    "engine.load": {"engine", "engine.base", "engine.file", "engine.onnxruntime", "engine.onnxruntime_cuda", "engine.tensorrt", "errors", "mel"},
+    "engine.load": {
+        "engine", "engine.base", "engine.file", "engine.onnxruntime", "engine.onnxruntime_cuda", "engine.tensorrt",
+        "errors", "mel",
+    },
     "engine.build": {
-        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.torch", "errors",
-        "spec",
+        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.precision",
+        "engine.tensorrt", "engine.tensorrt_build", "engine.torch", "errors", "spec",
     },
     "embedder": {"audio", "engine.base", "engine.load", "mel", "spec"},
     "options": {"audio", "catalog", "mel"},
@@ -55,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "runlog": {"catalog", "engine.base", "errors", "parquet", "storage"},
     "supervisor": set(),
     "describe": {"checkpoint", "engine.file", "errors", "parts", "storage"},
-    "doctor": {"mel", "pipeline"},
+    "doctor": {"errors", "mel", "pipeline"},
 }  # fmt: skip
 HEAVY = ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
 

@@ -115,7 +115,7 @@ def _open_session(model: bytes, index: int, stream: int) -> Any:
         raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
     if _PROVIDER not in session.get_providers():  # it falls back to the CPU and only logs why
         raise EngineError(
-            f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider: cuDNN and the CUDA libraries that "
-            "it was built for must be installed (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+            f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider: cuDNN and the CUDA "
+            "libraries that it was built for must be installed (pip install 'onnxruntime-gpu[cuda,cudnn]')"
         )
     return session

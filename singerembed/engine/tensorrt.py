@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-from singerembed.engine.cuda_driver import CudaDevice
+from singerembed.engine.cuda_driver import CudaDevice, device_count
 from singerembed.engine.file import EngineFile
 from singerembed.engine.gpu import DeviceBuffer, GpuEngine, OutOfDeviceMemory
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
-from singerembed.errors import EngineError, MissingDependencyError
-from singerembed.mel import DEFAULT_SILENCE_DBFS
+from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
+from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
 
 _FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds
 
@@ -85,6 +86,21 @@ def load_library(library: Library) -> Any:
             f"pip install --upgrade 'singerembed[{library.extra}]'"
         )
     return module
+
+
+def cuda_devices() -> int:
+    """Devices that the GPU path can use: 0 also where the CUDA kernels, pycuda or the driver are missing."""
+    try:
+        require_cuda_kernels()
+        return device_count()
+    except SingerEmbedError:
+        return 0
+
+
+def usable_library() -> Library | None:
+    """The library that serves this machine best, None without a GPU or where neither is installed."""
+    installed = [library for library in LIBRARIES.values() if importlib.util.find_spec(library.package)]
+    return installed[0] if installed and cuda_devices() else None
 
 
 def make_log(trt: Any) -> Any:
