@@ -28,17 +28,8 @@ def compile_report(architecture: str) -> str:
     """What ptxas says of the kernels compiled for sm_`architecture`."""
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "kernels.cubin")
-        command = [
-            "nvcc",
-            "-std=c++17",
-            "-O3",
-            f"-arch=sm_{architecture}",
-            "-Xptxas=-v",
-            "-cubin",
-            "-o",
-            target,
-            SOURCE,
-        ]
+        options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", "-o", target]
+        command = ["nvcc", *options, str(SOURCE)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 

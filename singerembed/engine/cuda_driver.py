@@ -90,21 +90,25 @@ class CudaDevice:
         self._streams[stream.handle] = stream
         return int(stream.handle)
 
+    def as_stream(self, stream: int) -> Any:
+        """pycuda's own object for a stream of this device."""
+        return self._streams[stream]
+
     def upload(self, destination: int, source: NDArray[Any], stream: int) -> None:
         """See `Device.upload`."""
-        self._driver.memcpy_htod_async(destination, source, self._streams[stream])
+        self._driver.memcpy_htod_async(destination, source, self.as_stream(stream))
 
     def download(self, destination: NDArray[Any], source: int, stream: int) -> None:
         """See `Device.download`."""
-        self._driver.memcpy_dtoh_async(destination, source, self._streams[stream])
+        self._driver.memcpy_dtoh_async(destination, source, self.as_stream(stream))
 
     def record(self, stream: int) -> object:
         """See `Device.record`."""
-        return self._driver.Event(self._driver.event_flags.DISABLE_TIMING).record(self._streams[stream])
+        return self._driver.Event(self._driver.event_flags.DISABLE_TIMING).record(self.as_stream(stream))
 
     def wait(self, stream: int, event: object) -> None:
         """See `Device.wait`."""
-        self._streams[stream].wait_for_event(event)
+        self.as_stream(stream).wait_for_event(event)
 
     def is_done(self, event: Any) -> bool:
         """See `Device.is_done`."""
