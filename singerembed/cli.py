@@ -362,8 +362,8 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     help="Most crops a GPU takes at a time.",
 )
 @click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="GPU to build on and for.")
-@click.option("--newer-gpus", is_flag=True, help="TensorRT: also for later GPUs than this one; slower.")
-@click.option("--newer-versions", is_flag=True, help="TensorRT: also for later versions of it; slower.")
+@click.option("--hardware-compatible", is_flag=True, help="TensorRT: for any GPU from Ampere (8.0) on; slower.")
+@click.option("--version-compatible", is_flag=True, help="TensorRT: also for later versions of it; slower.")
 @click.option(
     "--normalise",
     metavar="crop|VALUE",
@@ -380,8 +380,8 @@ def build_engine(
     precision: str,
     max_batch: int,
     device: int,
-    newer_gpus: bool,
-    newer_versions: bool,
+    hardware_compatible: bool,
+    version_compatible: bool,
     normalise: str | float | None,
     force: bool,
     as_json: bool,
@@ -405,7 +405,12 @@ def build_engine(
     from singerembed.engine.tensorrt_build import PlanOptions
 
     target = output or f"{Path(checkpoint.rstrip('/').removeprefix('hf:')).stem}.engine"
-    plan = PlanOptions(max_batch=max_batch, device=device, and_newer_gpus=newer_gpus, any_newer_version=newer_versions)
+    plan = PlanOptions(
+        max_batch=max_batch,
+        device=device,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+    )
     build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=_note)
     if as_json:
         click.echo(json.dumps(describe(target)))

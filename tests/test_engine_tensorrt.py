@@ -20,7 +20,11 @@ from singerembed.errors import EngineError, MissingDependencyError, UsageError
 from singerembed.spec import ModelSpec
 
 FACTS = PlanFacts(
-    version="10.9.0.34", compute_capabilities=("8.9",), and_newer=False, any_newer_version=False, max_batch=64
+    version="10.9.0.34",
+    compute_capabilities=("8.9",),
+    hardware_compatible=False,
+    version_compatible=False,
+    max_batch=64,
 )
 FP16 = ModelSpec(name="reference", method="untrained", precision="fp16")
 
@@ -42,11 +46,11 @@ def test_builds_an_fp16_plan_without_a_gpu(rtx: Any, fp32: bytes, monkeypatch: p
     profiles: list[list[tuple[int, ...]]] = []
     configure = tensorrt_build._configure
 
-    def spy(trt: Any, builder: Any, spec: ModelSpec, options: PlanOptions) -> Any:
-        config = configure(trt, builder, spec, options)
+    def spy(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any:
+        config = configure(trt, builder, spec, facts)
         assert config.num_optimization_profiles == 1
         assert not config.get_flag(trt.BuilderFlag.TF32)
-        profiles.append([(batch, spec.n_mels, spec.n_frames) for batch in (1, options.max_batch)])
+        profiles.append([(batch, spec.n_mels, spec.n_frames) for batch in (1, facts.max_batch)])
         return config
 
     monkeypatch.setattr(tensorrt_build, "_configure", spy)
@@ -56,8 +60,8 @@ def test_builds_an_fp16_plan_without_a_gpu(rtx: Any, fp32: bytes, monkeypatch: p
     assert facts == PlanFacts(
         version=rtx.__version__,
         compute_capabilities=("8.6", "8.9", "12.0"),
-        and_newer=False,
-        any_newer_version=False,
+        hardware_compatible=False,
+        version_compatible=False,
         max_batch=32,
     )
 
@@ -80,7 +84,7 @@ def test_what_is_not_a_network_is_refused_with_the_librarys_reason(rtx: Any) -> 
 def test_options_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="--max-batch must be at least 1"):
         build_plan(b"", FP16, TENSORRT_RTX, PlanOptions(max_batch=0))
-    for options in (PlanOptions(and_newer_gpus=True), PlanOptions(any_newer_version=True)):
+    for options in (PlanOptions(hardware_compatible=True), PlanOptions(version_compatible=True)):
         with pytest.raises(UsageError, match="are for RTX 30 and newer as they are"):
             build_plan(b"", FP16, TENSORRT_RTX, options)
 
@@ -120,9 +124,9 @@ def test_an_old_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ("facts", "version", "compute_capability"),
     [
         (FACTS, "10.9.0.34", (8, 9)),
-        (replace(FACTS, and_newer=True), "10.9.0.34", (9, 0)),
-        (replace(FACTS, and_newer=True), "10.9.0.34", (12, 0)),
-        (replace(FACTS, any_newer_version=True), "10.10.0.2", (8, 9)),
+        (replace(FACTS, hardware_compatible=True), "10.9.0.34", (8, 0)),
+        (replace(FACTS, hardware_compatible=True), "10.9.0.34", (12, 0)),
+        (replace(FACTS, version_compatible=True), "10.10.0.2", (8, 9)),
         (replace(FACTS, compute_capabilities=("8.6", "8.9", "12.0")), "10.9.0.34", (12, 0)),
     ],
 )
@@ -141,14 +145,14 @@ def test_a_plan_runs_where_it_was_built_for(
             (9, 0),
             "built for compute capability 8.9; this GPU has 9.0. Build it again on this machine",
         ),
-        (replace(FACTS, and_newer=True), "10.9.0.34", (8, 6), "this GPU has 8.6"),
+        (replace(FACTS, hardware_compatible=True), "10.9.0.34", (7, 5), "this GPU has 7.5"),
         (
             FACTS,
             "11.4.0.106",
             (8, 9),
             "built by TensorRT 10.9.0.34; here is 11.4.0.106. Install that version, or build",
         ),
-        (replace(FACTS, any_newer_version=True), "10.8.0.43", (8, 9), "here is 10.8.0.43"),
+        (replace(FACTS, version_compatible=True), "10.8.0.43", (8, 9), "here is 10.8.0.43"),
     ],
 )
 def test_another_gpu_or_version_is_refused_with_both(
@@ -223,6 +227,8 @@ class FakeTrt:
         self.told.append(("shape", name, shape))
         return shape[0] <= FACTS.max_batch
 
+    device_memory_size_v2 = 4000
+
     def update_device_memory_size_for_shapes(self) -> int:
         return 1000
 
@@ -258,9 +264,12 @@ def test_a_batch_is_bound_and_run(trt: FakeTrt) -> None:
     running = network()
     assert (running.half_input, running.max_batch, running.capturable) == (True, 64, True)
     running.prepare(64)
+    running.prepare(32)
     running.enqueue(3, 4096, 8192, 7)
     assert trt.told == [
         ("shape", "log_mel", (64, 128, 345)),
+        ("memory", 4000),
+        ("shape", "log_mel", (32, 128, 345)),
         ("memory", 1000),
         ("shape", "log_mel", (3, 128, 345)),
         ("address", "log_mel", 4096),

@@ -14,6 +14,7 @@ from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
 from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
 
+_AMPERE = (8, 0)  # compute capability
 _FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds
 
 
@@ -39,8 +40,8 @@ class PlanFacts:
 
     version: str  # of the library
     compute_capabilities: tuple[str, ...]  # of the GPUs it was built for, "8.9"
-    and_newer: bool  # it also runs on GPUs above these
-    any_newer_version: bool  # later versions of the library take it too
+    hardware_compatible: bool  # it runs on any GPU from Ampere on
+    version_compatible: bool  # later versions of the library take it too
     max_batch: int
 
     @classmethod
@@ -55,15 +56,15 @@ class PlanFacts:
     def check(self, library: Library, version: str, compute_capability: tuple[int, int]) -> None:
         """Raise EngineError, with the difference, unless a GPU and a version of the library can run the plan."""
         here = ".".join(map(str, compute_capability))
-        built_for = [tuple(map(int, name.split("."))) for name in self.compute_capabilities]
-        if here not in self.compute_capabilities and not (self.and_newer and compute_capability >= min(built_for)):
+        anywhere = self.hardware_compatible and compute_capability >= _AMPERE
+        if here not in self.compute_capabilities and not anywhere:
             raise EngineError(
                 f"the engine was built for compute capability {', '.join(self.compute_capabilities)}; "
                 f"this GPU has {here}. "
                 f"Build it again on this machine: singerembed build-engine CHECKPOINT --backend {library.backend}"
             )
         newer = _numbers(version) >= _numbers(self.version)
-        if version != self.version and not (self.any_newer_version and newer):
+        if version != self.version and not (self.version_compatible and newer):
             raise EngineError(
                 f"the engine was built by {library.title} {self.version}; here is {version}. Install that version, or "
                 f"build the engine again: singerembed build-engine CHECKPOINT --backend {library.backend}"
@@ -147,7 +148,7 @@ class TensorRtNetwork:
         self._memory: DeviceBuffer | None = None
         self._runtime = create(self._trt.Runtime, self._log, library)
         # A plan for later versions carries its own runtime, which is host code.
-        self._runtime.engine_host_code_allowed = facts.any_newer_version
+        self._runtime.engine_host_code_allowed = facts.version_compatible
         self._engine = self._runtime.deserialize_cuda_engine(file.payload)
         if self._engine is None:
             raise EngineError(f"{library.title} cannot load the engine: {self._log.taken()}")
@@ -165,7 +166,10 @@ class TensorRtNetwork:
             self._memory.free()
             self._memory = None
         self._set_batch(batch)
-        n_bytes = self._context.update_device_memory_size_for_shapes()
+        if batch == self.max_batch:
+            n_bytes = self._engine.device_memory_size_v2
+        else:  # less than the profile's largest batch would need
+            n_bytes = self._context.update_device_memory_size_for_shapes()
         self._memory = self._device.allocate(max(n_bytes, 1))
         self._context.set_device_memory(self._memory.address, n_bytes)
 

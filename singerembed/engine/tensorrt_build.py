@@ -26,8 +26,8 @@ class PlanOptions:
 
     max_batch: int = 64  # crops; more fill larger GPUs no further, and every buffer is this large
     device: int = 0  # CUDA device to build on and for; TensorRT for RTX uses none
-    and_newer_gpus: bool = False  # also for GPUs above this one, at some cost in speed; TensorRT only
-    any_newer_version: bool = False  # also for later versions of TensorRT, at some cost in speed; TensorRT only
+    hardware_compatible: bool = False  # for any GPU from Ampere on, at some cost in speed; TensorRT only
+    version_compatible: bool = False  # also for later versions, at some cost in speed; TensorRT only
 
 
 def build_plan(model: bytes, spec: ModelSpec, library: Library, options: PlanOptions) -> tuple[bytes, PlanFacts]:
@@ -36,40 +36,44 @@ def build_plan(model: bytes, spec: ModelSpec, library: Library, options: PlanOpt
     Raises UsageError for options that do not fit the library, MissingDependencyError, and EngineError with what the
     library reported.
     """
-    rtx = library is TENSORRT_RTX
     if options.max_batch < 1:
         raise UsageError(f"--max-batch must be at least 1, not {options.max_batch}")
-    if rtx and (options.and_newer_gpus or options.any_newer_version):
+    rtx = library is TENSORRT_RTX
+    if rtx and (options.hardware_compatible or options.version_compatible):
         raise UsageError(
             f"{library.title} plans are for RTX 30 and newer as they are, and for one version of the library"
         )
     trt = load_library(library)
-    log = make_log(trt)
     with contextlib.nullcontext(RTX_COMPUTE_CAPABILITIES) if rtx else _gpu(options.device) as compute_capabilities:
-        builder = create(trt.Builder, log, library)
-        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-        parser = trt.OnnxParser(network, log)
-        if not parser.parse(model):
-            reasons = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
-            raise EngineError(f"{library.title} cannot read the network: {reasons}")
-        check_network(trt, network, spec)
-        config = _configure(trt, builder, spec, options)
-        if rtx:
-            _set_targets(trt, config, compute_capabilities)
+        facts = PlanFacts(
+            version=trt.__version__,
+            compute_capabilities=compute_capabilities,
+            hardware_compatible=options.hardware_compatible,
+            version_compatible=options.version_compatible,
+            max_batch=options.max_batch,
+        )
+        return _build(trt, library, model, spec, facts), facts
+
+
+def _build(trt: Any, library: Library, model: bytes, spec: ModelSpec, facts: PlanFacts) -> bytes:
+    log = make_log(trt)
+    builder = create(trt.Builder, log, library)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse(model):
+        reasons = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
+        raise EngineError(f"{library.title} cannot read the network: {reasons}")
+    check_network(trt, network, spec)
+    config = _configure(trt, builder, spec, facts)
+    if library is TENSORRT_RTX:
+        _set_targets(trt, config, facts.compute_capabilities)
+        plan = builder.build_serialized_network(network, config)
+    else:
+        with _timing_cache(config, _timing_cache_path(facts)):
             plan = builder.build_serialized_network(network, config)
-        else:
-            with _timing_cache(config, _timing_cache_path(trt.__version__, compute_capabilities[0])):
-                plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{library.title} could not build the engine: {log.taken()}")
-    facts = PlanFacts(
-        version=trt.__version__,
-        compute_capabilities=compute_capabilities,
-        and_newer=options.and_newer_gpus,
-        any_newer_version=options.any_newer_version,
-        max_batch=options.max_batch,
-    )
-    return bytes(plan), facts
+    return bytes(plan)
 
 
 def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
@@ -99,15 +103,15 @@ def facts_entry(facts: PlanFacts) -> dict[str, Any]:
     return {"tensorrt": dataclasses.asdict(facts)}
 
 
-def _configure(trt: Any, builder: Any, spec: ModelSpec, options: PlanOptions) -> Any:
+def _configure(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any:
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # FP32 means FP32: TF32 keeps as few bits as FP16
-    if options.and_newer_gpus:
+    if facts.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
-    if options.any_newer_version:
+    if facts.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     profile = builder.create_optimization_profile()
-    smallest, largest = ((batch, spec.n_mels, spec.n_frames) for batch in (1, options.max_batch))
+    smallest, largest = ((batch, spec.n_mels, spec.n_frames) for batch in (1, facts.max_batch))
     profile.set_shape(INPUT_NAME, smallest, largest, largest)  # tuned for full batches: nearly all are
     config.add_optimization_profile(profile)
     return config
@@ -133,9 +137,9 @@ def _gpu(index: int) -> Iterator[tuple[str, ...]]:
         device.close()
 
 
-def _timing_cache_path(version: str, compute_capability: str) -> Path:
+def _timing_cache_path(facts: PlanFacts) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "singerembed" / f"tensorrt-{version}-sm{compute_capability.replace('.', '')}.timing"
+    return root / "singerembed" / f"tensorrt-{facts.version}-{facts.compute_capabilities[0]}.timing"
 
 
 @contextlib.contextmanager
