@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -11,15 +12,26 @@
 #include <vector>
 
 #include "mel.h"
+#include "mel_device.h"
+#ifdef SINGEREMBED_CUDA
+#include "cuda_raii.h"
+#endif
 
 namespace nb = nanobind;
 using namespace nb::literals;
 using singerembed::CropState;
+using singerembed::DeviceMel;
+using singerembed::DeviceOutput;
+using singerembed::EmulatedMel;
 using singerembed::MelOptions;
 using singerembed::MelOutput;
 using singerembed::MelPlan;
 
 namespace {
+
+#ifdef SINGEREMBED_CUDA
+using singerembed::CapturedGraph;
+#endif
 
 template <class Sample>
 using Crops = nb::ndarray<const Sample, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // [crops, crop_samples]
@@ -107,19 +119,74 @@ NB_MODULE(_csrc, m) {
   });
   m.def("mix_down", &mix_down, "pcm"_a.noconvert());
 
+  nb::class_<MelOptions>(m, "MelOptions")
+      .def(
+          "__init__",
+          [](MelOptions* self, int crop_samples, int n_mels, double mel_sample_rate, double mel_fmin, double mel_fmax,
+             float log_offset, float log_divisor, float silence_peak) {
+            new (self) MelOptions{crop_samples, n_mels, mel_sample_rate, mel_fmin, mel_fmax, log_offset,
+                                  log_divisor, silence_peak};
+          },
+          nb::kw_only(), "crop_samples"_a, "n_mels"_a, "mel_sample_rate"_a, "mel_fmin"_a, "mel_fmax"_a,
+          "log_offset"_a, "log_divisor"_a, "silence_peak"_a);
+
   nb::class_<MelPlan>(m, "MelPlan")
       .def(
           "__init__",
-          [](MelPlan* self, int crop_samples, int n_mels, double mel_sample_rate, double mel_fmin, double mel_fmax,
-             float log_offset, float log_divisor, float silence_peak, const std::string& isa) {
-            new (self) MelPlan(MelOptions{crop_samples, n_mels, mel_sample_rate, mel_fmin, mel_fmax, log_offset,
-                                          log_divisor, silence_peak},
-                               isa.c_str());
+          [](MelPlan* self, const MelOptions& options, const std::string& isa) {
+            new (self) MelPlan(options, isa.c_str());
           },
-          nb::kw_only(), "crop_samples"_a, "n_mels"_a, "mel_sample_rate"_a, "mel_fmin"_a, "mel_fmax"_a,
-          "log_offset"_a, "log_divisor"_a, "silence_peak"_a, "isa"_a = "")
+          "options"_a, nb::kw_only(), "isa"_a = "")
       .def_prop_ro("isa", &MelPlan::isa)
       .def_prop_ro("mel_basis", &mel_basis, nb::rv_policy::automatic)
       .def("run", &run<std::int16_t>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false)
       .def("run", &run<float>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false);
+
+  nb::class_<DeviceMel>(m, "DeviceMel")
+      .def("scratch_bytes", &DeviceMel::scratch_bytes, "crops"_a)
+      .def("level", &DeviceMel::level, "pcm"_a, nb::kw_only(), "is_int16"_a, "crops"_a, "levels"_a, "stream"_a,
+           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "mel",
+          [](DeviceMel& self, std::uint64_t list, int crops, std::uint64_t scratch, std::uint64_t out,
+             std::uint64_t stream, bool half, bool power) {
+            self.mel(list, crops, scratch, out, half ? DeviceOutput::kHalf : DeviceOutput::kFloat,
+                     power ? MelOutput::kPower : MelOutput::kLog, stream);
+          },
+          "list"_a, nb::kw_only(), "crops"_a, "scratch"_a, "out"_a, "stream"_a, "half"_a, "power"_a = false,
+          nb::call_guard<nb::gil_scoped_release>());
+
+  nb::class_<EmulatedMel, DeviceMel>(m, "EmulatedMel")
+      .def(nb::init<const MelOptions&, std::uint32_t>(), "options"_a, nb::kw_only(), "order"_a = 0)
+      .def("traffic", [](const EmulatedMel& self) {
+        nb::dict stages;
+        for (const auto& traffic : self.traffic()) {
+          stages[traffic.stage.c_str()] = nb::make_tuple(traffic.wavefronts, traffic.ideal);
+        }
+        return stages;
+      });
+
+  m.def("emulate_missing_barrier", &singerembed::emulate_missing_barrier);
+
+#ifdef SINGEREMBED_CUDA
+  m.attr("HAS_CUDA") = true;
+  m.def("make_cuda_mel", &singerembed::make_cuda_mel, "options"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<CapturedGraph>(m, "CapturedGraph")
+      .def(
+          "__init__",
+          [](CapturedGraph* self, std::uintptr_t stream) {
+            new (self) CapturedGraph(reinterpret_cast<cudaStream_t>(stream));
+          },
+          "stream"_a)
+      .def("finish", &CapturedGraph::finish)
+      .def("abandon", &CapturedGraph::abandon)
+      .def(
+          "launch",
+          [](const CapturedGraph& self, std::uintptr_t stream) {
+            self.launch(reinterpret_cast<cudaStream_t>(stream));
+          },
+          "stream"_a, nb::call_guard<nb::gil_scoped_release>());
+#else
+  m.attr("HAS_CUDA") = false;
+#endif
 }

@@ -1,5 +1,3 @@
-#include <cmath>
-#include <limits>
 #include <memory>
 #include <new>
 #include <stdexcept>
@@ -8,6 +6,7 @@
 
 #include "mel.h"
 #include "mel_isa.h"
+#include "mel_math.h"
 
 namespace singerembed {
 namespace {
@@ -77,16 +76,9 @@ CropLevel MelPlan::run_any(const Sample* pcm, MelOutput output, float* mel) cons
   } else {
     sums = kernels_->sums_float(pcm, options_.crop_samples);
   }
-  if (!sums.finite) {
-    constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-    return {nan, nan, CropState::kInvalid};
-  }
-  const float peak = sums.peak / full_scale;
-  const float rms = static_cast<float>(std::sqrt(sums.sum_squares / options_.crop_samples) / full_scale);
-  // A subnormal peak has no finite reciprocal; nothing recorded is that quiet.
-  if (peak <= options_.silence_peak || sums.peak < std::numeric_limits<float>::min()) {
-    return {peak, rms, CropState::kSilent};
-  }
+  const CropLevel level = crop_level(sums.peak, sums.sum_squares, sums.finite, full_scale, options_.crop_samples,
+                                     options_.silence_peak);
+  if (level.state != CropState::kLoud) return level;
 
   CropJob job{};
   job.crop_samples = options_.crop_samples;
@@ -108,7 +100,7 @@ CropLevel MelPlan::run_any(const Sample* pcm, MelOutput output, float* mel) cons
   } else {
     kernels_->mel_float(job, pcm);
   }
-  return {peak, rms, CropState::kLoud};
+  return level;
 }
 
 CropLevel MelPlan::run(const std::int16_t* pcm, MelOutput output, float* mel) const {

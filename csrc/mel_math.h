@@ -2,6 +2,11 @@
 // holding one frame in each lane on the CPU. Nothing here allocates, branches on data or knows where it runs.
 #pragma once
 
+#include <cfloat>
+#include <cmath>
+
+#include "mel.h"
+
 #ifdef __CUDACC__
 #define SE_HD static __host__ __device__ __forceinline__
 #else
@@ -10,7 +15,24 @@
 #define SE_HD static inline __attribute__((always_inline))
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define SE_UNROLL _Pragma("unroll")
+#elif defined(__CUDACC__)  // nvcc's pass for the host knows neither form, and runs none of the loops
+#define SE_UNROLL
+#else
+#define SE_UNROLL _Pragma("GCC unroll 32")
+#endif
+
 namespace singerembed {
+
+// What becomes of a crop with these sums over its samples as they are (int16 units, or full scale 1).
+SE_HD CropLevel crop_level(float peak, double sum_squares, bool finite, float full_scale, int n, float silence_peak) {
+  if (!finite) return {NAN, NAN, CropState::kInvalid};
+  const float rms = static_cast<float>(std::sqrt(sum_squares / n) / full_scale);
+  // A subnormal peak has no finite reciprocal; nothing recorded is that quiet.
+  const bool silent = peak / full_scale <= silence_peak || peak < FLT_MIN;
+  return {peak / full_scale, rms, silent ? CropState::kSilent : CropState::kLoud};
+}
 
 // Index into the crop of sample i of the signal that is reflected about its first and last samples (neither is
 // repeated); for -n < i < 2n - 1.
@@ -83,6 +105,59 @@ SE_HD void dft8(Complex<V> (&x)[8]) {
   x[5] = e1 - o1;
   x[6] = e2 - o2;
   x[7] = e3 - o3;
+}
+
+constexpr int kDft32Points = 32;
+
+// DFT of 32 points: n = 8 a + b, k = p + 4 q. `read(n)` gives the input; `write(k, value)` takes the output. All
+// reads come before the first write.
+template <class V, class Read, class Write>
+SE_HD void dft32(Read read, Write write) {
+  // (cos, -sin)(2 pi j / 32). Local, because a CUDA compiler lets device code read constexpr arrays only there; the
+  // loops are unrolled, so that each entry becomes an immediate.
+  constexpr float turns[22][2] = {
+      {1.0f, 0.0f},
+      {0.98078528040323044913f, -0.19509032201612826785f},
+      {0.92387953251128675613f, -0.38268343236508977173f},
+      {0.83146961230254523708f, -0.55557023301960222474f},
+      {0.70710678118654752440f, -0.70710678118654752440f},
+      {0.55557023301960222474f, -0.83146961230254523708f},
+      {0.38268343236508977173f, -0.92387953251128675613f},
+      {0.19509032201612826785f, -0.98078528040323044913f},
+      {0.0f, -1.0f},
+      {-0.19509032201612826785f, -0.98078528040323044913f},
+      {-0.38268343236508977173f, -0.92387953251128675613f},
+      {-0.55557023301960222474f, -0.83146961230254523708f},
+      {-0.70710678118654752440f, -0.70710678118654752440f},
+      {-0.83146961230254523708f, -0.55557023301960222474f},
+      {-0.92387953251128675613f, -0.38268343236508977173f},
+      {-0.98078528040323044913f, -0.19509032201612826785f},
+      {-1.0f, 0.0f},
+      {-0.98078528040323044913f, 0.19509032201612826785f},
+      {-0.92387953251128675613f, 0.38268343236508977173f},
+      {-0.83146961230254523708f, 0.55557023301960222474f},
+      {-0.70710678118654752440f, 0.70710678118654752440f},
+      {-0.55557023301960222474f, 0.83146961230254523708f},
+  };
+  Complex<V> x[kDft32Points];
+  SE_UNROLL
+  for (int b = 0; b < 8; ++b) {
+    Complex<V> v0 = read(b), v1 = read(b + 8), v2 = read(b + 16), v3 = read(b + 24);
+    dft4(v0, v1, v2, v3);
+    x[b] = v0;
+    x[b + 8] = b == 0 ? v1 : times(v1, turns[b][0], turns[b][1]);
+    x[b + 16] = b == 0 ? v2 : times(v2, turns[2 * b][0], turns[2 * b][1]);
+    x[b + 24] = b == 0 ? v3 : times(v3, turns[3 * b][0], turns[3 * b][1]);
+  }
+  SE_UNROLL
+  for (int p = 0; p < 4; ++p) {
+    Complex<V> y[8];
+    SE_UNROLL
+    for (int b = 0; b < 8; ++b) y[b] = x[8 * p + b];
+    dft8(y);
+    SE_UNROLL
+    for (int q = 0; q < 8; ++q) write(p + 4 * q, y[q]);
+  }
 }
 
 // The real transform from the half-length complex one. z[n] = x[2n] + i x[2n + 1] has the transform Z of length

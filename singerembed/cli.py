@@ -344,8 +344,26 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="onnxruntime (CPU), or auto: the best for this machine.",
+    help="onnxruntime, tensorrt, tensorrt-rtx, or auto: the best for this machine.",
 )
+@click.option(
+    "--precision",
+    default="auto",
+    show_default=True,
+    metavar="auto|fp32|fp16",
+    help="Arithmetic of the encoder; auto: fp16 for tensorrt and tensorrt-rtx, else fp32.",
+)
+@click.option(
+    "--max-batch",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Most crops a GPU takes at a time.",
+)
+@click.option("--device", type=click.IntRange(min=0), default=0, show_default=True, help="GPU to build on and for.")
+@click.option("--hardware-compatible", is_flag=True, help="TensorRT: for any GPU from Ampere (8.0) on; slower.")
+@click.option("--version-compatible", is_flag=True, help="TensorRT: also for later versions of it; slower.")
 @click.option(
     "--normalise",
     metavar="crop|VALUE",
@@ -356,7 +374,17 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON on stdout.")
 @_verbosity_options
 def build_engine(
-    checkpoint: str, output: str | None, backend: str, normalise: str | float | None, force: bool, as_json: bool
+    checkpoint: str,
+    output: str | None,
+    backend: str,
+    precision: str,
+    max_batch: int,
+    device: int,
+    hardware_compatible: bool,
+    version_compatible: bool,
+    normalise: str | float | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Make an engine file of CHECKPOINT.
 
@@ -374,9 +402,16 @@ def build_engine(
     from singerembed.describe import describe
     from singerembed.engine.build import BuildOptions
     from singerembed.engine.build import build_engine as build
+    from singerembed.engine.tensorrt_build import PlanOptions
 
     target = output or f"{Path(checkpoint.rstrip('/').removeprefix('hf:')).stem}.engine"
-    build(checkpoint, target, BuildOptions(backend, normalise), force=force, say=_note)
+    plan = PlanOptions(
+        max_batch=max_batch,
+        device=device,
+        hardware_compatible=hardware_compatible,
+        version_compatible=version_compatible,
+    )
+    build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=_note)
     if as_json:
         click.echo(json.dumps(describe(target)))
 

@@ -7,7 +7,8 @@ import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
-from singerembed.mel import available_isas
+from singerembed.errors import EngineError
+from singerembed.mel import available_isas, require_cuda_kernels
 from singerembed.pipeline import available_cores
 
 
@@ -33,6 +34,7 @@ def examine() -> list[Finding]:
         _package("PyAV", "av", "m4a, aac and whatever else FFmpeg reads", "av"),
         _package("ONNX Runtime", "onnxruntime", "CPU back end", "onnxruntime"),
         _cuda(),
+        _cuda_kernels(),
         _optional("TensorRT", "tensorrt", "GPU back end", "gpu"),
         _optional("TensorRT for RTX", "tensorrt_rtx", "GPU back end for RTX cards", "rtx"),
         _optional("pycuda", "pycuda", "GPU memory and streams", "gpu"),
@@ -42,6 +44,14 @@ def examine() -> list[Finding]:
         _optional("huggingface_hub", "huggingface_hub", "fetching official weights", "build"),
         _optional("fsspec", "fsspec", "s3://, gs://, https:// and more", "remote"),
     ]
+
+
+def _cuda_kernels() -> Finding:
+    try:
+        require_cuda_kernels()
+    except EngineError as exc:
+        return Finding("CUDA kernels", False, str(exc))
+    return Finding("CUDA kernels", True, "compiled in")
 
 
 def _soundfile() -> Finding:

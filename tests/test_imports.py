@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "spec": set(),
     "storage": {"errors"},
-    "mel": {"_csrc", "spec"},
+    "mel": {"_csrc", "errors", "spec"},
     "catalog": {"errors", "storage"},
     "audio": {"errors", "mel", "storage"},
     "decode_worker": {"audio", "errors", "mel"},
@@ -29,10 +29,25 @@ ALLOWED: dict[str, set[str]] = {
     "engine.file": {"errors", "spec", "storage"},
     "engine.onnxruntime": {"engine.base", "engine.file", "errors", "mel"},
     "engine.torch": {"checkpoint", "engine.base", "mel", "spec"},
-    "engine.load": {"engine.base", "engine.file", "engine.onnxruntime", "errors", "mel"},
+    "engine.gpu": {"engine.base", "errors", "mel", "spec"},
+    "engine.cuda_driver": {"_csrc", "engine.gpu", "errors", "mel", "spec"},
+    "engine.onnxruntime_cuda": {
+        "engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec",
+    },
+    "engine.tensorrt": {
+        "engine.cuda_driver", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel", "spec",
+    },
+    "engine.tensorrt_build": {
+        "engine.cuda_driver", "engine.onnxruntime", "engine.tensorrt", "errors", "spec", "storage",
+    },
+    "engine.precision": {"errors"},
+    "engine.load": {
+        "engine", "engine.base", "engine.file", "engine.onnxruntime", "engine.onnxruntime_cuda", "engine.tensorrt",
+        "errors", "mel",
+    },
     "engine.build": {
-        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.torch", "errors",
-        "spec",
+        "checkpoint", "engine.base", "engine.file", "engine.load", "engine.onnxruntime", "engine.precision",
+        "engine.tensorrt", "engine.tensorrt_build", "engine.torch", "errors", "spec",
     },
     "embedder": {"audio", "engine.base", "engine.load", "mel", "spec"},
     "options": {"audio", "catalog", "mel"},
@@ -49,7 +64,7 @@ ALLOWED: dict[str, set[str]] = {
     "runlog": {"catalog", "engine.base", "errors", "parquet", "storage"},
     "supervisor": set(),
     "describe": {"checkpoint", "engine.file", "errors", "parts", "storage"},
-    "doctor": {"mel", "pipeline"},
+    "doctor": {"errors", "mel", "pipeline"},
 }  # fmt: skip
 HEAVY = ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
 

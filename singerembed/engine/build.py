@@ -6,7 +6,7 @@ import copy
 import tempfile
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +18,18 @@ from singerembed.checkpoint import Checkpoint, load_checkpoint
 from singerembed.engine.base import Engine
 from singerembed.engine.file import EngineFile
 from singerembed.engine.load import open_engine
+from singerembed.engine.onnxruntime import OnnxRuntimeEngine
+from singerembed.engine.precision import to_fp16
+from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices, usable_library
+from singerembed.engine.tensorrt_build import PlanOptions, build_plan, facts_entry
 from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
 from singerembed.spec import ModelSpec
 
 if TYPE_CHECKING:
     from singerembed.engine.torch import EncoderNet
 
-BACKENDS = ("onnxruntime",)
+BACKENDS = ("onnxruntime", *LIBRARIES)
+PRECISIONS = ("fp32", "fp16")
 _OPSET = 18
 _VERIFY_CROPS = 16
 
@@ -47,6 +52,8 @@ class BuildOptions:
 
     backend: str = "auto"
     normalise: str | float | None = None  # None: as the checkpoint's spec has it
+    precision: str = "auto"  # "fp16" on the GPU's own back ends, else "fp32"
+    plan: PlanOptions = field(default_factory=PlanOptions)  # of the GPU's own back ends
 
 
 def build_engine(
@@ -66,21 +73,23 @@ def build_engine(
     if Path(output).exists() and not force:
         raise OutputError(f"{output} exists. Give another name with -o, or --force to replace it")
     backend = _choose_backend(options.backend)
+    precision = _choose_precision(options.precision, backend)
     checkpoint = load_checkpoint(source)
     if options.normalise is not None:
         checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, normalise=options.normalise))
-    spec = checkpoint.spec
+    spec = replace(checkpoint.spec, precision=precision)
     n_parameters = sum(t.numel() for name, t in checkpoint.state_dict.items() if not _is_statistic(name))
     say(
         "checkpoint",
         f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}",
     )
-    say("target", backend)
+    say("target", f"{backend}, {precision}")
 
-    engine = EngineFile(
+    model = export_onnx(checkpoint)
+    network = EngineFile(
         spec=spec,
-        backend=backend,
-        payload=export_onnx(checkpoint),
+        backend="onnxruntime",
+        payload=to_fp16(model) if precision == "fp16" else model,
         build={
             "checkpoint": Path(source).name if Path(source).exists() else source,
             "layout": checkpoint.layout,
@@ -89,7 +98,8 @@ def build_engine(
         },
         verification={},
     )
-    engine = replace(engine, verification=_verify(checkpoint, open_engine(engine), say))
+    engine = network if backend == "onnxruntime" else _as_plan(network, backend, options.plan)
+    engine = replace(engine, verification=_verify(checkpoint, *_runnable(engine, network, options.plan.device), say))
     engine.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return engine
@@ -97,10 +107,31 @@ def build_engine(
 
 def _choose_backend(wanted: str) -> str:
     if wanted == "auto":
-        return "onnxruntime"
+        library = usable_library()
+        return library.backend if library else "onnxruntime"
     if wanted not in BACKENDS:
         raise UsageError(f"unknown back end {wanted!r}; there are: auto, {', '.join(BACKENDS)}")
     return wanted
+
+
+def _choose_precision(wanted: str, backend: str) -> str:
+    if wanted == "auto":
+        return "fp16" if backend in LIBRARIES else "fp32"
+    if wanted not in PRECISIONS:
+        raise UsageError(f"unknown precision {wanted!r}; there are: auto, {', '.join(PRECISIONS)}")
+    return wanted
+
+
+def _as_plan(network: EngineFile, backend: str, options: PlanOptions) -> EngineFile:
+    plan, facts = build_plan(network.payload, network.spec, LIBRARIES[backend], options)
+    return replace(network, backend=backend, payload=plan, build=network.build | facts_entry(facts))
+
+
+def _runnable(engine: EngineFile, network: EngineFile, device: int) -> tuple[Engine, str]:
+    """An engine to verify, and what it is: a plan for another machine is represented by its network on the CPU."""
+    if engine.backend == TENSORRT_RTX.backend and not cuda_devices():
+        return OnnxRuntimeEngine(network), "its network on the CPU (no GPU here to run the plan)"
+    return open_engine(engine, device=device), "the engine"
 
 
 def _is_statistic(name: str) -> bool:
@@ -187,16 +218,16 @@ def compare(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> To
     return Tolerance(float(cosine.min()), float((np.abs(a - b).max(axis=1) / norm_b).max()))
 
 
-def _verify(checkpoint: Checkpoint, engine: Engine, say: Callable[[str, str], None]) -> dict[str, object]:
+def _verify(checkpoint: Checkpoint, engine: Engine, what: str, say: Callable[[str, str], None]) -> dict[str, object]:
     from singerembed.engine.torch import TorchEngine
 
     crops = verification_crops(checkpoint.spec)
     reached = compare(engine.embed(crops).embedding, TorchEngine(checkpoint).embed(crops).embedding)
     engine.close()
-    allowed = TOLERANCES[checkpoint.spec.precision]
+    allowed = TOLERANCES[engine.spec.precision]
     say(
         "verify",
-        f"{len(crops)} crops against FP32 torch: cosine >= {reached.cosine:.7f}, "
+        f"{what}, {len(crops)} crops against FP32 torch: cosine >= {reached.cosine:.7f}, "
         f"largest difference {reached.difference:.1e} of the norm",
     )
     if not (reached.cosine >= allowed.cosine and reached.difference <= allowed.difference):
@@ -205,4 +236,5 @@ def _verify(checkpoint: Checkpoint, engine: Engine, say: Callable[[str, str], No
             f"cosine {reached.cosine:.6f} (at least {allowed.cosine}), "
             f"difference {reached.difference:.1e} (at most {allowed.difference:.0e}). Nothing was written"
         )
-    return {"crops": len(crops), "against": "FP32 torch", "cosine": reached.cosine, "difference": reached.difference}
+    figures = {"cosine": reached.cosine, "difference": reached.difference}
+    return {"what": what, "crops": len(crops), "against": "FP32 torch", **figures}

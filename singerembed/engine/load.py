@@ -15,12 +15,21 @@ def bundled_engine_path() -> str:
     return str(resources.files("singerembed") / "data" / "default.engine")
 
 
-def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> Engine:
-    """Start the back end of `file`. Raises EngineError when this machine cannot run it."""
-    if file.backend == "onnxruntime":
-        from singerembed.engine.onnxruntime import OnnxRuntimeEngine
+def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> Engine:
+    """Start the back end of `file`, one for GPUs on CUDA device `device`. Raises EngineError where it cannot run.
 
-        return OnnxRuntimeEngine(file, silence_dbfs)
+    An ONNX Runtime engine runs on the GPU where one is there and ONNX Runtime, pycuda and the CUDA kernels all are.
+    """
+    if file.backend == "onnxruntime":
+        from singerembed.engine import onnxruntime, onnxruntime_cuda
+
+        if onnxruntime_cuda.is_usable():
+            return onnxruntime_cuda.open_onnxruntime_cuda(file, silence_dbfs, device)
+        return onnxruntime.OnnxRuntimeEngine(file, silence_dbfs)
+    if file.backend in {"tensorrt", "tensorrt-rtx"}:
+        from singerembed.engine.tensorrt import open_tensorrt
+
+        return open_tensorrt(file, silence_dbfs, device)
     raise EngineError(f"this singerembed has no back end {file.backend!r}. Upgrade it, or build the engine again")
 
 

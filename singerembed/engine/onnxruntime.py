@@ -38,6 +38,7 @@ class OnnxRuntimeEngine:
             self._session = onnxruntime.InferenceSession(file.payload, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions share no base class
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
+        self._input_type = np.float16 if file.spec.precision == "fp16" else np.float32
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
         """See `Engine.embed`."""
@@ -45,7 +46,8 @@ class OnnxRuntimeEngine:
         embedding = np.empty((len(mel.mel), self.spec.embedding_dim), np.float32)
         try:
             for i, log_mel in enumerate(mel.mel):
-                (embedding[i],) = self._session.run([OUTPUT_NAME], {INPUT_NAME: log_mel[np.newaxis]})[0]
+                batch = log_mel[np.newaxis].astype(self._input_type, copy=False)
+                (embedding[i],) = self._session.run([OUTPUT_NAME], {INPUT_NAME: batch})[0]
         except Exception as exc:
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
         return EmbeddedCrops(embedding, mel.peak, mel.rms, mel.state)

@@ -1,0 +1,103 @@
+// The launches of mel_kernels.h.
+
+#include <cstdint>
+#include <memory>
+
+#include "cuda_raii.h"
+#include "mel_device.h"
+#include "mel_kernels.h"
+
+namespace singerembed {
+namespace {
+
+struct Shared {
+  unsigned char* memory;
+
+  template <class T>
+  __device__ T load(int index) const {
+    return reinterpret_cast<const T*>(memory)[index];
+  }
+
+  template <class T>
+  __device__ void store(int index, T value) const {
+    reinterpret_cast<T*>(memory)[index] = value;
+  }
+};
+
+struct DeviceExec {
+  unsigned char* memory;
+
+  template <class F>
+  __device__ void stage(const char*, F f) const {
+    f(static_cast<int>(threadIdx.x), Shared{memory});
+    __syncthreads();
+  }
+};
+
+template <class Sample>
+__global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
+  __shared__ alignas(16) unsigned char memory[kLevelSharedBytes];
+  level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
+}
+
+// No second launch bound: a tighter register limit spills (docs/gpu.md), and where registers are many (168 on 8.0) three
+// blocks still fit, on 8.6 and 8.9 shared memory allows two anyway.
+__global__ void __launch_bounds__(kMelThreads) mel_kernel(MelJob job) {
+  __shared__ alignas(16) unsigned char memory[kMelSharedBytes];
+  mel_block(job, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y),
+            DeviceExec{memory});
+}
+
+template <class Out>
+__global__ void __launch_bounds__(kNormaliseThreads) normalise_kernel(NormaliseJob job) {
+  __shared__ alignas(16) unsigned char memory[kNormaliseSharedBytes];
+  normalise_block<Out>(job, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), DeviceExec{memory});
+}
+
+cudaStream_t to_stream(std::uint64_t stream) {
+  return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
+}
+
+class CudaMel final : public DeviceMel {
+ public:
+  explicit CudaMel(const MelOptions& options) : CudaMel(options, make_tables(options)) {}
+
+ private:
+  CudaMel(const MelOptions& options, const MelTables& tables) : CudaMel(options, tables, slice_basis(tables)) {}
+  CudaMel(const MelOptions& options, const MelTables& tables, const SlicedBasis& basis)
+      : DeviceMel(options), window_(tables.window), fft_twiddles_(tables.fft_twiddles),
+        split_twiddles_(tables.split_twiddles), slices_(basis.slices), first_bins_(basis.first_bins), weights_(basis.weights) {}
+
+  void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
+    const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
+    kernel<<<static_cast<unsigned>(crops), kLevelThreads, 0, to_stream(stream)>>>(job);
+    SE_CUDA(cudaGetLastError());
+  }
+
+  void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
+    job.tables = {window_.data(), fft_twiddles_.data(), split_twiddles_.data(),
+                  slices_.data(), first_bins_.data(),   weights_.data()};
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
+    mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
+    SE_CUDA(cudaGetLastError());
+  }
+
+  void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) override {
+    const auto kernel = type == DeviceOutput::kHalf ? normalise_kernel<std::uint16_t> : normalise_kernel<float>;
+    const dim3 grid(static_cast<unsigned>((job.size + kNormaliseChunk - 1) / kNormaliseChunk),
+                    static_cast<unsigned>(crops));
+    kernel<<<grid, kNormaliseThreads, 0, to_stream(stream)>>>(job);
+    SE_CUDA(cudaGetLastError());
+  }
+
+  DeviceTable<float> window_, fft_twiddles_, split_twiddles_;
+  DeviceTable<MelSlice> slices_;
+  DeviceTable<int> first_bins_;
+  DeviceTable<float> weights_;
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options) { return std::make_unique<CudaMel>(options); }
+
+}  // namespace singerembed

@@ -1,0 +1,157 @@
+// The mel front end on a GPU: records that cross the bus, jobs, and the interface that CUDA and its emulation share.
+// Neither CUDA nor Python headers.
+//
+// A batch takes three launches, because the host decides in between which crops go on:
+//
+//   level      one block a crop: peak, RMS, silence. The host reads the levels and lists the loud crops, which may lie
+//              anywhere in device memory.
+//   mel        one block for kFramesPerBlock frames of a listed crop: log-mel to scratch, and the block's maximum.
+//   normalise  divides by the maximum of the crop's blocks (or by a constant), and casts.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "mel.h"
+
+namespace singerembed {
+
+struct DeviceLevel {  // what `level` says of a crop
+  float peak, rms;    // as in CropLevel
+  float scale;        // what samples are multiplied by: 1 / peak in the unit of the samples; 0 unless loud
+  std::int32_t state; // CropState
+};
+
+struct DeviceCrop {        // what `mel` is told of a crop
+  std::uint64_t pcm;       // address in device memory, aligned to a pair of samples
+  float scale;             // from its DeviceLevel
+  std::int32_t is_int16;   // samples are int16, otherwise float
+};
+static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/mel.py has the same layout");
+
+// The mel basis as 32 bands a slice, one in each lane of a warp, all padded to the longest (sliced ELLPACK), so that
+// a warp reads its weights in one piece and its lanes never diverge.
+struct MelSlice {
+  int first_weight;  // weights[first_weight + 32 * i + lane] multiplies power[first_bins[band] + i]
+  int n_bins;
+};
+
+struct SlicedBasis {
+  std::vector<MelSlice> slices;
+  std::vector<int> first_bins;  // of every band, padded to whole slices
+  std::vector<float> weights;
+};
+
+SlicedBasis slice_basis(const MelTables& tables);
+
+struct LevelJob {
+  int crop_samples;
+  float silence_peak;
+  const void* pcm;      // [crops, crop_samples]
+  DeviceLevel* levels;  // [crops]
+};
+
+struct MelTablePointers {  // into device memory
+  const float* window;
+  const float* fft_twiddles;
+  const float* split_twiddles;
+  const MelSlice* slices;
+  const int* first_bins;
+  const float* weights;
+};
+
+struct MelJob {
+  int crop_samples, n_mels, n_frames;
+  float log_offset;
+  bool power_only;  // stop before the logarithm
+  MelTablePointers tables;
+  const DeviceCrop* crops;
+  float* mel;     // [crops, n_mels, n_frames]
+  float* maxima;  // [crops, blocks of a crop]
+};
+
+struct NormaliseJob {
+  int size;    // of a crop's spectrogram
+  int blocks;  // of the mel launch, of a crop
+  float log_divisor;
+  bool power_only;
+  const float* mel;
+  const float* maxima;
+  void* out;  // [crops, size]: float, or the bits of IEEE half
+};
+
+enum class DeviceOutput { kFloat, kHalf };
+
+// What CUDA and its emulation have in common. Addresses are numbers that mean something to the device; a stream is a
+// cudaStream_t as a number, and the calls only enqueue. Nothing is allocated after construction. One thread at a time.
+class DeviceMel {
+ public:
+  virtual ~DeviceMel() = default;
+  DeviceMel(const DeviceMel&) = delete;
+  DeviceMel& operator=(const DeviceMel&) = delete;
+
+  const MelOptions& options() const { return options_; }
+
+  // Bytes that `mel` needs as scratch for a batch of `crops`.
+  std::size_t scratch_bytes(int crops) const;
+
+  // Measures `crops` consecutive crops at `pcm` and writes their DeviceLevel to `levels`.
+  // Throws std::invalid_argument for an empty batch, more than kMaxBatch crops, or a misaligned address.
+  void level(std::uint64_t pcm, bool is_int16, int crops, std::uint64_t levels, std::uint64_t stream);
+
+  // Writes the spectrograms of `crops` loud crops, listed as DeviceCrop at `list`, to `out`, [crops, n_mels, n_frames].
+  // `scratch` has scratch_bytes(crops). Throws as `level`.
+  void mel(std::uint64_t list, int crops, std::uint64_t scratch, std::uint64_t out, DeviceOutput type, MelOutput what,
+           std::uint64_t stream);
+
+  static constexpr int kMaxBatch = 65535;  // crops: the second dimension of a grid
+
+ protected:
+  // Throws std::invalid_argument for options out of range, or an odd crop_samples: samples are read in pairs.
+  explicit DeviceMel(const MelOptions& options);
+
+ private:
+  virtual void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) = 0;
+  // `job` lacks the tables, which are the implementation's.
+  virtual void launch(MelJob job, int blocks, int crops, std::uint64_t stream) = 0;
+  virtual void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) = 0;
+
+  MelOptions options_;
+};
+
+// Device memory for the tables comes from the CUDA context that is current; it must be so again for every call and
+// for the destructor. Throws std::runtime_error when CUDA fails.
+std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options);
+
+// The same kernels on the host, thread by thread, in host memory; `stream` is ignored. `order` is that of the threads
+// within a stage: 0 as numbered, 1 backwards, else the seed of a shuffle. Reads and writes of shared memory are watched:
+// std::logic_error for a race (two threads meet in a word without a barrier between them, one of them writing) and for
+// reading what nobody wrote.
+class EmulatedMel : public DeviceMel {
+ public:
+  struct Traffic {
+    std::string stage;
+    std::uint64_t wavefronts;  // passes over the 32 banks of shared memory that the accesses of a warp take
+    std::uint64_t ideal;       // the same without bank conflicts
+  };
+
+  EmulatedMel(const MelOptions& options, std::uint32_t order);
+  ~EmulatedMel() override;
+  std::vector<Traffic> traffic() const;  // since construction, a stage of the mel kernel each
+
+ private:
+  void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override;
+  void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override;
+  void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) override;
+
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Runs a stage that lacks a barrier, so that a test can see EmulatedMel's watch catch it. Throws std::logic_error.
+void emulate_missing_barrier();
+
+}  // namespace singerembed

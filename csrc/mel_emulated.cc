@@ -1,0 +1,236 @@
+// The GPU's kernels on the host: blocks one after another, the threads of a stage one after another in a chosen order,
+// and a watch over shared memory that a GPU does not have.
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mel_device.h"
+#include "mel_kernels.h"
+
+namespace singerembed {
+namespace {
+
+constexpr int kBanks = 32;
+constexpr int kNobody = -1, kSeveral = -2;
+
+struct Access {
+  int word, words;
+};
+
+class Watch {
+ public:
+  Watch(int bytes, int threads) : memory_(bytes), words_(bytes / 4), accesses_(threads) {}
+
+  void begin_stage(const char* name) {
+    stage_ = name;
+    for (Word& word : words_) word.reader = word.writer = kNobody;
+    for (auto& of_thread : accesses_) of_thread.clear();
+  }
+
+  template <class T>
+  T load(int thread, int index) {
+    constexpr int n = sizeof(T) / 4;
+    for (int i = index * n; i < index * n + n; ++i) {
+      Word& word = words_.at(i);
+      if (!word.known) fail("reads what nobody wrote", thread, i);
+      if (word.writer != kNobody && word.writer != thread) fail("reads what another thread writes", thread, i);
+      word.reader = word.reader == kNobody || word.reader == thread ? thread : kSeveral;
+    }
+    accesses_[thread].push_back({index * n, n});
+    T value;
+    std::memcpy(&value, memory_.data() + index * sizeof(T), sizeof(T));
+    return value;
+  }
+
+  template <class T>
+  void store(int thread, int index, T value) {
+    constexpr int n = sizeof(T) / 4;
+    for (int i = index * n; i < index * n + n; ++i) {
+      Word& word = words_.at(i);
+      if (word.writer != kNobody && word.writer != thread) fail("writes what another thread writes", thread, i);
+      if (word.reader != kNobody && word.reader != thread) fail("writes what another thread reads", thread, i);
+      word.writer = thread;
+      word.known = true;
+    }
+    accesses_[thread].push_back({index * n, n});
+    std::memcpy(memory_.data() + index * sizeof(T), &value, sizeof(T));
+  }
+
+  // Adds what the last stage's accesses took, the i-th of a warp's lanes together.
+  void count_wavefronts(EmulatedMel::Traffic& traffic) const {
+    for (std::size_t warp = 0; warp < accesses_.size(); warp += kWarp) {
+      for (std::size_t i = 0, more = 1; more != 0; ++i) {
+        more = 0;
+        for (std::size_t first = warp; first < warp + kWarp;) {
+          const int words = i < accesses_[first].size() ? accesses_[first][i].words : 1;
+          const std::size_t lanes = kWarp / static_cast<std::size_t>(words);  // wider accesses go in as many parts
+          const std::size_t last = std::min(first + lanes, warp + kWarp);
+          more += count_part(first, last, i, traffic);
+          first = last;
+        }
+      }
+    }
+  }
+
+ private:
+  struct Word {
+    int writer = kNobody, reader = kNobody;  // in this stage
+    bool known = false;
+  };
+
+  std::size_t count_part(std::size_t first, std::size_t last, std::size_t i, EmulatedMel::Traffic& traffic) const {
+    std::array<std::vector<int>, kBanks> in_bank;
+    std::size_t active = 0;
+    for (std::size_t thread = first; thread < last; ++thread) {
+      if (i >= accesses_[thread].size()) continue;
+      ++active;
+      const Access access = accesses_[thread][i];
+      for (int word = access.word; word < access.word + access.words; ++word) {
+        auto& bank = in_bank[static_cast<std::size_t>(word % kBanks)];
+        if (std::find(bank.begin(), bank.end(), word) == bank.end()) bank.push_back(word);
+      }
+    }
+    std::size_t passes = 0;
+    for (const auto& bank : in_bank) passes = std::max(passes, bank.size());
+    traffic.wavefronts += passes;
+    traffic.ideal += active != 0;
+    return active;
+  }
+
+  [[noreturn]] void fail(const char* what, int thread, int word) const {
+    throw std::logic_error(std::string("stage ") + stage_ + ": thread " + std::to_string(thread) + " " + what +
+                           ", word " + std::to_string(word) + " of shared memory");
+  }
+
+  std::vector<unsigned char> memory_;
+  std::vector<Word> words_;
+  std::vector<std::vector<Access>> accesses_;  // of each thread, in this stage
+  const char* stage_ = "";
+};
+
+struct WatchedShared {
+  Watch& watch;
+  int thread;
+
+  template <class T>
+  T load(int index) const {
+    return watch.load<T>(thread, index);
+  }
+
+  template <class T>
+  void store(int index, T value) const {
+    watch.store(thread, index, value);
+  }
+};
+
+using TrafficByStage = std::map<std::string, EmulatedMel::Traffic>;
+
+class HostExec {  // one block
+ public:
+  HostExec(std::vector<int> order, int shared_bytes, TrafficByStage* traffic = nullptr)
+      : order_(std::move(order)), watch_(shared_bytes, static_cast<int>(order_.size())), traffic_(traffic) {}
+
+  template <class F>
+  void stage(const char* name, F f) const {
+    watch_.begin_stage(name);
+    for (const int thread : order_) f(thread, WatchedShared{watch_, thread});
+    if (traffic_ != nullptr) {
+      EmulatedMel::Traffic& traffic = (*traffic_)[name];
+      traffic.stage = name;
+      watch_.count_wavefronts(traffic);
+    }
+  }
+
+ private:
+  std::vector<int> order_;
+  mutable Watch watch_;
+  TrafficByStage* traffic_;
+};
+
+std::vector<int> thread_order(int threads, std::uint32_t order) {
+  std::vector<int> numbers(static_cast<std::size_t>(threads));
+  std::iota(numbers.begin(), numbers.end(), 0);
+  if (order == 1) std::reverse(numbers.begin(), numbers.end());
+  if (order > 1) std::shuffle(numbers.begin(), numbers.end(), std::mt19937(order));
+  return numbers;
+}
+
+}  // namespace
+
+struct EmulatedMel::State {
+  MelTables tables;
+  SlicedBasis basis;
+  std::uint32_t order;
+  TrafficByStage traffic;
+};
+
+EmulatedMel::EmulatedMel(const MelOptions& options, std::uint32_t order)
+    : DeviceMel(options), state_(new State{make_tables(options), {}, order, {}}) {
+  state_->basis = slice_basis(state_->tables);
+}
+
+EmulatedMel::~EmulatedMel() = default;
+
+std::vector<EmulatedMel::Traffic> EmulatedMel::traffic() const {
+  std::vector<Traffic> stages;
+  for (const auto& [name, traffic] : state_->traffic) stages.push_back(traffic);
+  return stages;
+}
+
+void EmulatedMel::launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t) {
+  const auto order = thread_order(kLevelThreads, state_->order);
+  for (int crop = 0; crop < crops; ++crop) {
+    const HostExec exec(order, kLevelSharedBytes);
+    if (is_int16) {
+      level_block<std::int16_t>(job, crop, exec);
+    } else {
+      level_block<float>(job, crop, exec);
+    }
+  }
+}
+
+void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
+  const auto order = thread_order(kMelThreads, state_->order);
+  const MelTables& tables = state_->tables;
+  const SlicedBasis& basis = state_->basis;
+  job.tables = {tables.window.data(), tables.fft_twiddles.data(), tables.split_twiddles.data(),
+                basis.slices.data(),  basis.first_bins.data(),    basis.weights.data()};
+  for (int crop = 0; crop < crops; ++crop) {
+    for (int block = 0; block < blocks; ++block) {
+      mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));
+    }
+  }
+}
+
+void EmulatedMel::launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t) {
+  const auto order = thread_order(kNormaliseThreads, state_->order);
+  const int chunks = (job.size + kNormaliseChunk - 1) / kNormaliseChunk;
+  for (int crop = 0; crop < crops; ++crop) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const HostExec exec(order, kNormaliseSharedBytes);
+      if (type == DeviceOutput::kHalf) {
+        normalise_block<std::uint16_t>(job, chunk, crop, exec);
+      } else {
+        normalise_block<float>(job, chunk, crop, exec);
+      }
+    }
+  }
+}
+
+void emulate_missing_barrier() {
+  HostExec(thread_order(kWarp, 0), kWarp * 4).stage("exchange", [](int thread, auto shared) {
+    shared.store(thread, 0.0f);
+    if (thread > 0) shared.template load<float>(thread - 1);
+  });
+}
+
+}  // namespace singerembed

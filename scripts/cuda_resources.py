@@ -1,0 +1,69 @@
+"""What the CUDA kernels take of a multiprocessor: registers, spills and shared memory, by compute capability.
+
+Compiles csrc/mel_cuda.cu with nvcc and writes what ptxas reports as JSON. Exits with 1 if a kernel spills registers.
+
+    python scripts/cuda_resources.py benchmarks/results/cuda_resources.json
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parents[1] / "csrc" / "mel_cuda.cu"
+ARCHITECTURES = ("80", "86", "89", "90")
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers.*?(\d+) bytes smem")
+_KERNEL = re.compile(r"\d(level|mel|normalise)_kernel(?:I([sft]))?")
+_VARIANTS = {"s": "int16", "f": "float", "t": "half", None: ""}
+
+
+def compile_report(architecture: str) -> str:
+    """What ptxas says of the kernels compiled for sm_`architecture`."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = str(Path(folder) / "kernels.cubin")
+        options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", "-o", target]
+        command = ["nvcc", *options, str(SOURCE)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+
+def parse(report: str) -> list[dict[str, Any]]:
+    """One record a kernel of a report."""
+    kernels = []
+    for entry, body in zip(_ENTRY.finditer(report), _ENTRY.split(report)[3::3], strict=True):
+        kernel, spills, used = _KERNEL.search(entry[1]), _SPILLS.search(body), _USED.search(body)
+        if not (kernel and spills and used):
+            raise ValueError(f"cannot read the report on {entry[1]}: {body}")
+        kernels.append(
+            {
+                "kernel": " ".join(filter(None, (kernel[1], _VARIANTS[kernel[2]]))),
+                "compute_capability": f"{entry[2][:-1]}.{entry[2][-1]}",
+                "registers": int(used[1]),
+                "spill_bytes": int(spills[1]) + int(spills[2]),
+                "shared_bytes": int(used[2]),
+            }
+        )
+    return sorted(kernels, key=lambda kernel: str(kernel["kernel"]))
+
+
+def main() -> int:
+    """Write the report; say what spills."""
+    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    kernels = [kernel for architecture in ARCHITECTURES for kernel in parse(compile_report(architecture))]
+    nvcc = re.search(r"V[\d.]+", version)
+    content = {"command": "python scripts/cuda_resources.py", "nvcc": nvcc and nvcc[0], "kernels": kernels}
+    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")
+    spilling = [kernel for kernel in kernels if kernel["spill_bytes"]]
+    for kernel in spilling:
+        print(f"spills registers: {kernel}", file=sys.stderr)
+    return 1 if spilling else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The GPU where there is no TensorRT: ONNX Runtime's CUDA provider, bound to the buffers of gpu.py."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from singerembed.engine.cuda_driver import CudaDevice, device_count
+from singerembed.engine.file import EngineFile
+from singerembed.engine.gpu import Device, GpuEngine, OutOfDeviceMemory
+from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
+from singerembed.errors import EngineError, SingerEmbedError
+from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
+from singerembed.spec import ModelSpec
+
+logger = logging.getLogger(__name__)
+
+_PROVIDER = "CUDAExecutionProvider"
+_MAX_BATCH = 64  # crops; as PlanOptions.max_batch
+_OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda failure 2:")
+
+
+def is_usable() -> bool:
+    """Whether the CUDA provider (package onnxruntime-gpu), the kernels, pycuda and a device are all there.
+
+    Where the first is and another is not, the log says so, because the CPU then does a GPU's work.
+    """
+    if _PROVIDER not in onnxruntime.get_available_providers():
+        return False
+    try:
+        require_cuda_kernels()
+        return device_count() > 0
+    except SingerEmbedError as exc:
+        logger.warning("onnxruntime-gpu is installed, but the engine runs on the CPU: %s", exc)
+        return False
+
+
+class OnnxRuntimeNetwork:
+    """See `Network`. Runs on a stream of its own, which waits for the caller's and the caller's for it."""
+
+    description = f"ONNX Runtime {onnxruntime.__version__} (CUDA)"
+    max_batch = _MAX_BATCH
+    capturable = False  # the session's own allocations would end up in the graph
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        session: onnxruntime.InferenceSession,
+        device: Device,
+        stream: int,
+        device_type: str = "cuda",
+        index: int = 0,
+    ) -> None:
+        """`session` runs on `stream`; addresses are of `device_type` ("cuda", or "cpu" in tests) and device `index`."""
+        self._spec, self._session, self._device, self._stream = spec, session, device, stream
+        self._place = (device_type, index)
+        self.half_input = session.get_inputs()[0].type == "tensor(float16)"
+        self._options = onnxruntime.RunOptions()
+        # The stream is waited for where its result is needed, by an event.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def prepare(self, batch: int) -> None:
+        """See `Network.prepare`. The session allocates when it first runs a batch."""
+
+    def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+        """See `Network.enqueue`."""
+        self._device.wait(self._stream, self._device.record(stream))
+        binding = self._session.io_binding()
+        input_type = np.float16 if self.half_input else np.float32
+        binding.bind_input(
+            INPUT_NAME, *self._place, input_type, (batch, self._spec.n_mels, self._spec.n_frames), log_mel
+        )
+        binding.bind_output(OUTPUT_NAME, *self._place, np.float32, (batch, self._spec.embedding_dim), embedding)
+        try:
+            self._session.run_with_iobinding(binding, self._options)
+        except Exception as exc:  # ONNX Runtime's exceptions share no base class
+            if any(sign in str(exc).lower() for sign in _OUT_OF_MEMORY):
+                raise OutOfDeviceMemory(str(exc)) from exc
+            raise EngineError(f"ONNX Runtime failed: {exc}") from exc
+        self._device.wait(stream, self._device.record(self._stream))
+
+    def close(self) -> None:
+        """See `Network.close`."""
+        del self._session
+
+
+def open_onnxruntime_cuda(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> GpuEngine:
+    """Start the engine of `file`, an ONNX model, on CUDA device `device`.
+
+    Raises EngineError, or MissingDependencyError.
+    """
+
+    def open_network(cuda: CudaDevice) -> OnnxRuntimeNetwork:
+        stream = cuda.stream()
+        session = _open_session(file.payload, cuda.index, stream)
+        return OnnxRuntimeNetwork(file.spec, session, cuda, stream, index=cuda.index)
+
+    return GpuEngine(file.spec, lambda: CudaDevice(device), open_network, silence_dbfs)
+
+
+def _open_session(model: bytes, index: int, stream: int) -> Any:
+    provider = {
+        "device_id": str(index),
+        "user_compute_stream": str(stream),
+        "use_tf32": "0",  # FP32 means FP32: TF32 keeps as few bits as FP16
+    }
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDER, provider)])
+    except Exception as exc:
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
+    if _PROVIDER not in session.get_providers():  # it falls back to the CPU and only logs why
+        raise EngineError(
+            f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider: cuDNN and the CUDA "
+            "libraries that it was built for must be installed (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+        )
+    return session

@@ -1,0 +1,209 @@
+"""The NVIDIA back ends: TensorRT (10 and 11) and TensorRT for RTX, which share an API, on the runtime of gpu.py."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+from singerembed.engine.cuda_driver import CudaDevice, device_count
+from singerembed.engine.file import EngineFile
+from singerembed.engine.gpu import DeviceBuffer, GpuEngine, OutOfDeviceMemory
+from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
+from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
+from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
+
+_AMPERE = (8, 0)  # compute capability
+_FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of the two libraries."""
+
+    backend: str  # as in an engine file
+    package: str
+    title: str
+    extra: str
+    oldest: int  # major version whose API this module was written for
+
+
+TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", "gpu", 10)
+TENSORRT_RTX = Library("tensorrt-rtx", "tensorrt_rtx", "TensorRT for RTX", "rtx", 1)
+LIBRARIES = {library.backend: library for library in (TENSORRT, TENSORRT_RTX)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFacts:
+    """Where a plan runs, as recorded when it was built."""
+
+    version: str  # of the library
+    compute_capabilities: tuple[str, ...]  # of the GPUs it was built for, "8.9"
+    hardware_compatible: bool  # it runs on any GPU from Ampere on
+    version_compatible: bool  # later versions of the library take it too
+    max_batch: int
+
+    @classmethod
+    def from_file(cls, file: EngineFile) -> PlanFacts:
+        """Read the facts from an engine file. Raises EngineError."""
+        try:
+            facts = file.build[_FACTS]
+            return cls(**{**facts, "compute_capabilities": tuple(facts["compute_capabilities"])})
+        except (KeyError, TypeError) as exc:
+            raise EngineError(f"the engine does not say what its plan was built for ({exc}). Build it again") from exc
+
+    def check(self, library: Library, version: str, compute_capability: tuple[int, int]) -> None:
+        """Raise EngineError, with the difference, unless a GPU and a version of the library can run the plan."""
+        here = ".".join(map(str, compute_capability))
+        anywhere = self.hardware_compatible and compute_capability >= _AMPERE
+        if here not in self.compute_capabilities and not anywhere:
+            raise EngineError(
+                f"the engine was built for compute capability {', '.join(self.compute_capabilities)}; "
+                f"this GPU has {here}. "
+                f"Build it again on this machine: singerembed build-engine CHECKPOINT --backend {library.backend}"
+            )
+        newer = _numbers(version) >= _numbers(self.version)
+        if version != self.version and not (self.version_compatible and newer):
+            raise EngineError(
+                f"the engine was built by {library.title} {self.version}; here is {version}. Install that version, or "
+                f"build the engine again: singerembed build-engine CHECKPOINT --backend {library.backend}"
+            )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def load_library(library: Library) -> Any:
+    """Import the library. Raises MissingDependencyError, or EngineError for a version that is too old."""
+    try:
+        module = importlib.import_module(library.package)
+    except ImportError as exc:
+        raise MissingDependencyError(f"back end {library.backend}", library.package, library.extra) from exc
+    if _numbers(module.__version__)[0] < library.oldest:
+        raise EngineError(
+            f"{library.title} {module.__version__} is too old: {library.oldest} or later is needed. "
+            f"pip install --upgrade 'singerembed[{library.extra}]'"
+        )
+    return module
+
+
+def cuda_devices() -> int:
+    """Devices that the GPU path can use: 0 also where the CUDA kernels, pycuda or the driver are missing."""
+    try:
+        require_cuda_kernels()
+        return device_count()
+    except SingerEmbedError:
+        return 0
+
+
+def usable_library() -> Library | None:
+    """The library that serves this machine best, None without a GPU or where neither is installed."""
+    installed = [library for library in LIBRARIES.values() if importlib.util.find_spec(library.package)]
+    return installed[0] if installed and cuda_devices() else None
+
+
+def make_log(trt: Any) -> Any:
+    """A logger for `trt` that keeps its errors, which come with no exception, in `errors`."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(message)
+
+        def taken(self) -> str:
+            """The errors since the last call, on one line."""
+            text, self.errors = "; ".join(self.errors), []
+            return text or "no reason given"
+
+    return Log()
+
+
+def create(factory: Any, log: Any, library: Library) -> Any:
+    """Make a Builder or a Runtime. Raises EngineError, where the library would raise TypeError and log why."""
+    try:
+        return factory(log)
+    except TypeError as exc:
+        raise EngineError(f"{library.title} does not start: {log.taken()}") from exc
+
+
+class TensorRtNetwork:
+    """See `Network`. Belongs to the thread that made it."""
+
+    def __init__(self, file: EngineFile, device: CudaDevice) -> None:
+        """Load the plan of `file` on `device`. Raises EngineError, or MissingDependencyError."""
+        library = LIBRARIES[file.backend]
+        self._trt = load_library(library)
+        facts = PlanFacts.from_file(file)
+        facts.check(library, self._trt.__version__, device.compute_capability)
+        self.description = f"{library.title} {self._trt.__version__}"
+        self.max_batch = facts.max_batch
+        self._spec, self._device, self._title = file.spec, device, library.title
+        self._log = make_log(self._trt)
+        self._memory: DeviceBuffer | None = None
+        self._runtime = create(self._trt.Runtime, self._log, library)
+        # A plan for later versions carries its own runtime, which is host code.
+        self._runtime.engine_host_code_allowed = facts.version_compatible
+        self._engine = self._runtime.deserialize_cuda_engine(file.payload)
+        if self._engine is None:
+            raise EngineError(f"{library.title} cannot load the engine: {self._log.taken()}")
+        self.half_input = self._engine.get_tensor_dtype(INPUT_NAME) == self._trt.float16
+        self._check_tensors()
+        self._context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._context is None:
+            raise EngineError(f"{library.title} cannot prepare the engine: {self._log.taken()}")
+        # TensorRT for RTX compiles for a shape when it first meets it, and may do so again later on another thread.
+        self.capturable = library is TENSORRT
+
+    def prepare(self, batch: int) -> None:
+        """See `Network.prepare`."""
+        if self._memory is not None:
+            self._memory.free()
+            self._memory = None
+        self._set_batch(batch)
+        if batch == self.max_batch:
+            n_bytes = self._engine.device_memory_size_v2
+        else:  # less than the profile's largest batch would need
+            n_bytes = self._context.update_device_memory_size_for_shapes()
+        self._memory = self._device.allocate(max(n_bytes, 1))
+        self._context.set_device_memory(self._memory.address, n_bytes)
+
+    def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+        """See `Network.enqueue`."""
+        self._set_batch(batch)
+        self._context.set_tensor_address(INPUT_NAME, log_mel)
+        self._context.set_tensor_address(OUTPUT_NAME, embedding)
+        if not self._context.execute_async_v3(stream):
+            reason = self._log.taken()
+            if "out of memory" in reason.lower() or "outofmemory" in reason.lower():
+                raise OutOfDeviceMemory(reason)
+            raise EngineError(f"{self._title} failed: {reason}")
+
+    def close(self) -> None:
+        """See `Network.close`."""
+        del self._context, self._engine, self._runtime  # in this order, while the CUDA context is there
+        if self._memory is not None:
+            self._memory.free()
+
+    def _set_batch(self, batch: int) -> None:
+        if not self._context.set_input_shape(INPUT_NAME, (batch, self._spec.n_mels, self._spec.n_frames)):
+            raise EngineError(f"{self._title} refuses a batch of {batch}: {self._log.taken()}")
+
+    def _check_tensors(self) -> None:
+        spec = self._spec
+        expected = {INPUT_NAME: (-1, spec.n_mels, spec.n_frames), OUTPUT_NAME: (-1, spec.embedding_dim)}
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        found = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
+        if found != expected or self._engine.get_tensor_dtype(OUTPUT_NAME) != self._trt.float32:
+            raise EngineError(f"the engine's plan has tensors {found}; its spec wants {expected}. Build it again")
+
+
+def open_tensorrt(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> GpuEngine:
+    """Start the engine of `file`, a plan, on CUDA device `device`. Raises EngineError, or MissingDependencyError."""
+    load_library(LIBRARIES[file.backend])  # what is to be installed is said before what the device lacks
+    return GpuEngine(file.spec, lambda: CudaDevice(device), lambda cuda: TensorRtNetwork(file, cuda), silence_dbfs)
