@@ -92,6 +92,15 @@ def _count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) 
     raise click.BadParameter("give 'all' or a number of crops")
 
 
+def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
+    if value == "all":
+        return None
+    devices = [part.strip() for part in value.split(",")]
+    if not all(map(str.isdecimal, devices)) or len(set(devices)) != len(devices):
+        raise click.BadParameter("give 'all' or numbers of CUDA devices, as in 0,1")
+    return tuple(map(int, devices))
+
+
 def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     pairs = dict(value.partition("=")[::2] for value in values)
     if not all(pairs) or not all(pairs.values()):
@@ -151,6 +160,14 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     "--workers", type=click.IntRange(min=1), help="Threads that decode and embed.  [default: the cores of this process]"
 )
 @click.option(
+    "--devices",
+    default="all",
+    metavar="all|0,1",
+    callback=_devices,
+    show_default=True,
+    help="GPUs to run on, a process each, for an engine that runs on them.",
+)
+@click.option(
     "--unit-minutes",
     type=click.FloatRange(min=0, min_open=True),
     default=240.0,
@@ -205,6 +222,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
         workers=values["workers"],
+        devices=values["devices"],
         retries=values["retries"],
         restart=values["restart"],
         retry_errors=values["retry_errors"],

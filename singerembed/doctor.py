@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from singerembed.errors import EngineError
 from singerembed.mel import available_isas, require_cuda_kernels
-from singerembed.pipeline import available_cores
+from singerembed.units import available_cores
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,21 @@ TrackError                      one recording cannot be embedded: it becomes a r
 from __future__ import annotations
 
 
-class SingerEmbedError(Exception):
+class _Portable(Exception):
+    """An exception that goes from one process to another, whatever its constructor takes."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _restored, (type(self), self.args, self.__dict__)
+
+
+def _restored(kind: type[_Portable], args: tuple[object, ...], state: dict[str, object]) -> _Portable:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class SingerEmbedError(_Portable):
     """Base of all errors that end a command. The message says what was met, where, and what to do."""
 
     exit_code = 1
@@ -58,7 +72,7 @@ class InterruptedRun(SingerEmbedError):
         self.exit_code = 128 + signal_number
 
 
-class TrackError(Exception):
+class TrackError(_Portable):
     """One recording, or one row of the catalogue, cannot be embedded.
 
     `code` is stable and fit for a query; the message is for people and does not repeat the path.

@@ -14,27 +14,25 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _SLOT = struct.Struct("<Q")  # the row that a thread is decoding, counted from 1; 0: none
-_IN_FLIGHT = "in-flight"
+_IN_FLIGHT = "in-flight-"
 _SUSPECTS = "suspects"
 
 
 class CrashJournal:
-    """The journal of one run, in its parts folder. Threads may share it, up to `threads` of them."""
+    """The journal of one process of a run, in its parts folder. Threads share it, up to `threads` of them."""
 
-    def __init__(self, folder: str | None, threads: int) -> None:
-        """Read what a run that died has left in `folder`, and start afresh. None: remember nothing. Raises OSError."""
-        rows: set[int] = set()
+    def __init__(self, folder: str | None, threads: int, shard: int = 0) -> None:
+        """Start afresh, as process `shard` of the run. Without a folder, remember nothing. Raises OSError."""
+        self.suspects: frozenset[int] = frozenset()
+        size = _SLOT.size * threads
         if folder is None:
-            self._map = mmap.mmap(-1, _SLOT.size * threads)
+            self._map = mmap.mmap(-1, size)
         else:
-            in_flight, suspects = Path(folder, _IN_FLIGHT), Path(folder, _SUSPECTS)
-            rows = _rows_of(in_flight, suspects)
-            if rows:
-                suspects.write_text("\n".join(map(str, sorted(rows))), "ascii")
-            in_flight.write_bytes(b"\0" * _SLOT.size * threads)
+            self.suspects = frozenset(_read_suspects(Path(folder, _SUSPECTS)))
+            in_flight = Path(folder, f"{_IN_FLIGHT}{shard}")
+            in_flight.write_bytes(b"\0" * size)
             with in_flight.open("r+b") as file:
                 self._map = mmap.mmap(file.fileno(), 0)
-        self.suspects = frozenset(rows)
         self._slots = threading.local()
         self._lock = threading.Lock()
         self._n_slots = 0
@@ -61,9 +59,19 @@ class CrashJournal:
         return int(self._slots.offset)
 
 
-def _rows_of(in_flight: Path, suspects: Path) -> set[int]:
-    rows = {int(line) for line in suspects.read_text("ascii").split()} if suspects.exists() else set()
-    if in_flight.exists():
+def gather_suspects(folder: str) -> None:
+    """Add the rows that processes were decoding when they died to the suspects of `folder`.
+
+    Rows that living processes are decoding are suspected too, which costs them no more than a slower decoding.
+    """
+    suspects = Path(folder, _SUSPECTS)
+    rows = _read_suspects(suspects)
+    for in_flight in Path(folder).glob(f"{_IN_FLIGHT}*"):
         content = in_flight.read_bytes()
         rows |= {row for (row,) in _SLOT.iter_unpack(content[: len(content) // _SLOT.size * _SLOT.size]) if row}
-    return rows
+    if rows:
+        suspects.write_text("\n".join(map(str, sorted(rows))), "ascii")
+
+
+def _read_suspects(path: Path) -> set[int]:
+    return {int(line) for line in path.read_text("ascii").split()} if path.exists() else set()

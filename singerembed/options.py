@@ -9,12 +9,12 @@ from singerembed.audio import DEFAULT_TRACK_TIMEOUT_SECONDS
 from singerembed.catalog import DEFAULT_UNIT_MINUTES, Columns
 from singerembed.mel import DEFAULT_SILENCE_DBFS
 
-_INDECISIVE = {"track_timeout_seconds", "retries", "workers", "restart", "retry_errors"}
+_INDECISIVE = {"track_timeout_seconds", "retries", "workers", "devices", "restart", "retry_errors"}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run may be told. All but the last five decide the rows, and have to stay the same when a run goes on."""
+    """What a run may be told. All but the last six decide the rows, and have to stay the same when a run goes on."""
 
     crops: int | None = None  # None: all consecutive crops; otherwise this many of them a track, evenly spaced
     hop_seconds: float | None = None  # None: the crop's length
@@ -26,6 +26,7 @@ class RunOptions:
     track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS
     retries: int = 2  # how often a file system's passing trouble is waited out, for each recording
     workers: int | None = None  # None: the cores this process may use
+    devices: tuple[int, ...] | None = None  # CUDA devices, for an engine that runs on them; None: all
     restart: bool = False
     retry_errors: bool = False
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from singerembed import storage
 from singerembed.errors import OutputError
-from singerembed.journal import CrashJournal
+from singerembed.journal import CrashJournal, gather_suspects
 from singerembed.parquet import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY, Counts, PartWriter, writer_options
 
 _UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
@@ -85,8 +85,25 @@ class PartStore:
         else:
             with storage.publishing(run_file) as temporary:
                 Path(temporary).write_text(json.dumps(identity, indent=1), encoding="utf-8")
+        self.refresh()
+        self.gather_suspects()
+
+    @classmethod
+    def of_parent(cls, output: str) -> PartStore:
+        """The parts that another process has opened and holds the lock of, as that process's helper sees them."""
+        store = cls(output)
+        store.refresh()
+        return store
+
+    def refresh(self) -> None:
+        """See which units are done."""
         matches = map(_UNIT_NAME.fullmatch, storage.names_in(self.folder))
         self.done = {int(match[1]) for match in matches if match}
+
+    def gather_suspects(self) -> None:
+        """Note the rows at which processes of this run have died."""
+        if not storage.is_remote(self.folder):
+            gather_suspects(self.folder)
 
     @contextmanager
     def writing(self, unit: int, schema: pa.Schema) -> Iterator[PartWriter]:
@@ -150,9 +167,9 @@ class PartStore:
         storage.remove_folder(self.folder)
         return total
 
-    def journal(self, threads: int) -> CrashJournal:
-        """The journal of this run; of no use to the next one where the parts are not on this machine."""
-        return CrashJournal(None if storage.is_remote(self.folder) else self.folder, threads)
+    def journal(self, threads: int, shard: int) -> CrashJournal:
+        """The journal of one process; of no use to the next run where the parts are not on this machine."""
+        return CrashJournal(None if storage.is_remote(self.folder) else self.folder, threads, shard)
 
     def remove(self) -> None:
         """Throw all parts away, keeping the lock."""

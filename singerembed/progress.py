@@ -10,8 +10,8 @@ from typing import Never
 from tqdm import tqdm
 
 from singerembed.catalog import Track, printable
-from singerembed.engine.base import Engine
 from singerembed.parquet import Counts, TrackRows
+from singerembed.spec import ModelSpec
 from singerembed.storage import redacted
 
 _BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{postfix} | {remaining} left"
@@ -37,14 +37,16 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def started(self, engine: Engine, workers: int, total_tracks: int) -> None:
-        """Say what runs, and draw an empty bar."""
+    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
+        """Say what runs, and draw an empty bar; the processes of several devices each say it."""
         advice = (
             " - an untrained stand-in: build a real one with singerembed build-engine"
-            if engine.spec.method == "untrained"
+            if spec.method == "untrained"
             else ""
         )
-        self._note("engine", f"{engine.description}, {workers} workers{advice}")
+        self._note("engine", f"{description}{advice}")
+        if self._bar is not None:
+            return
         self._started = time.monotonic()
         show = not self._quiet and sys.stderr.isatty()
         self._bar = tqdm(total=total_tracks, bar_format=_BAR_FORMAT, disable=not show, leave=False, dynamic_ncols=True)

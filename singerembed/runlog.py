@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from singerembed.catalog import Track, printable
-from singerembed.engine.base import Engine
 from singerembed.errors import OutputError
 from singerembed.parquet import Counts, TrackRows
+from singerembed.spec import ModelSpec
 from singerembed.storage import redacted
 
 _SLOWEST = 10
@@ -40,9 +40,9 @@ class RunLog:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         self._file.write(json.dumps(line) + "\n")
 
-    def started(self, engine: Engine, workers: int, total_tracks: int) -> None:
+    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
         """Log what runs."""
-        self._write("started", engine=engine.description, workers=workers, tracks=total_tracks)
+        self._write("started", engine=description, weights=spec.weights_sha256, tracks=total_tracks)
 
     def resumed(self, units: int) -> None:
         """Log that an earlier run's units are used."""

@@ -56,15 +56,19 @@ ALLOWED: dict[str, set[str]] = {
     "ordered": set(),
     "journal": set(),
     "parts": {"errors", "journal", "parquet", "storage"},
-    "pipeline": {
-        "catalog", "embedding", "engine.base", "engine.file", "engine.load", "errors", "options", "ordered", "parquet",
-        "parts", "storage",
+    "units": {
+        "catalog", "embedding", "engine.file", "engine.load", "errors", "options", "ordered", "parquet", "parts",
+        "spec",
     },
-    "progress": {"catalog", "engine.base", "parquet", "storage"},
-    "runlog": {"catalog", "engine.base", "errors", "parquet", "storage"},
+    "devices": {"catalog", "engine.load", "errors", "parquet", "parts", "spec", "units"},
+    "pipeline": {
+        "catalog", "devices", "engine.file", "engine.load", "errors", "options", "parquet", "parts", "storage", "units",
+    },
+    "progress": {"catalog", "parquet", "spec", "storage"},
+    "runlog": {"catalog", "errors", "parquet", "spec", "storage"},
     "supervisor": set(),
     "describe": {"checkpoint", "engine.file", "errors", "parts", "storage"},
-    "doctor": {"errors", "mel", "pipeline"},
+    "doctor": {"errors", "mel", "units"},
 }  # fmt: skip
 HEAVY = ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
 

@@ -28,6 +28,7 @@ class Engine(Protocol):
     spec: ModelSpec
     description: str  # for people: back end, precision, device
     batch: int  # crops in one call that keep it busy
+    waits: bool  # whether `embed` waits for a device, so that more callers than cores keep it busy
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
         """Embed `crops`, int16 or float32 [n, crop_samples], n >= 1, C-contiguous; silent crops cost no inference.

@@ -141,6 +141,8 @@ AnyDevice = TypeVar("AnyDevice", bound=Device)
 class GpuEngine:
     """An engine on one GPU. See `Engine`."""
 
+    waits = True
+
     def __init__(
         self,
         spec: ModelSpec,

@@ -33,6 +33,14 @@ def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, de
     raise EngineError(f"this singerembed has no back end {file.backend!r}. Upgrade it, or build the engine again")
 
 
+def devices_for(backend: str) -> int:
+    """CUDA devices that an engine of `backend` would run on here; 0 if it would run on the CPU."""
+    from singerembed.engine import onnxruntime_cuda
+    from singerembed.engine.tensorrt import cuda_devices
+
+    return cuda_devices() if backend != "onnxruntime" or onnxruntime_cuda.is_usable() else 0
+
+
 def load_engine(path: str | None = None, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> Engine:
     """Read the engine file `path` (default: the bundled one) and start its back end. Raises EngineError."""
     return open_engine(read_engine_file(path or bundled_engine_path()), silence_dbfs)

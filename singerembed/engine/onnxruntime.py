@@ -24,6 +24,7 @@ class OnnxRuntimeEngine:
     """An engine whose payload is an ONNX model, run on the CPU."""
 
     batch = 4  # crops: enough that the cost of a call does not show, few enough to stay in the cache
+    waits = False
 
     def __init__(self, file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> None:
         """Load `file`. Raises EngineError when ONNX Runtime refuses it."""

@@ -43,6 +43,7 @@ class TorchEngine:
     """An engine that runs the checkpoint itself."""
 
     batch = 8
+    waits = False
 
     def __init__(self, checkpoint: Checkpoint, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> None:
         self.spec = checkpoint.spec

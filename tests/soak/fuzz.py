@@ -84,7 +84,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         assert result.returncode == 3, result.stderr
         counts = json.loads(result.stdout)
-        found = duckdb.sql(f"select count(distinct track_id) from '{output}'").fetchall()[0][0]
+        found = duckdb.connect().execute(f"select count(distinct track_id) from '{output}'").fetchall()[0][0]
         assert found == counts["tracks"] == arguments.files
         crashes = result.stderr.count("crash ")
         print(

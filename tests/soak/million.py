@@ -19,7 +19,7 @@ import duckdb
 import numpy as np
 import soundfile
 
-from singerembed import pipeline
+from singerembed import pipeline, units
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
 from singerembed.mel import LOUD, SILENT, Pcm
@@ -33,8 +33,9 @@ class InstantEngine:
 
     description = "instant"
     batch = 4
+    waits = False
 
-    def __init__(self, file: EngineFile, _silence_dbfs: float) -> None:
+    def __init__(self, file: EngineFile, _silence_dbfs: float, _device: int) -> None:
         self.spec = file.spec
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
@@ -73,7 +74,7 @@ def main() -> None:
                 wanted[kind] += 1
                 start = "soon" if kind == "bad_row" else ""
                 file.write(f"{i},{'good' if kind == 'bad_row' else kind}.wav,{start}\n")
-        pipeline.open_engine = InstantEngine  # type: ignore[assignment]
+        units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
         started = time.monotonic()
         output = folder / "out.parquet"
         options = RunOptions(unit_minutes=4000)
@@ -82,13 +83,13 @@ def main() -> None:
         del wanted["good"]
         assert summary.counts.tracks == arguments.rows
         assert dict(summary.counts.errors) == dict(wanted), (summary.counts.errors, wanted)
-        rows: Any = duckdb.sql(f"select count(distinct track_id), count(*) from '{output}'").fetchall()[0]
+        rows: Any = duckdb.connect().execute(f"select count(distinct track_id), count(*) from '{output}'").fetchall()[0]
         assert rows[0] == arguments.rows
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
         assert peak is not None
         print(
-            f"{arguments.rows:,} tracks, {rows[1]:,} rows, {wanted.total():,} defects all accounted for, {seconds:.0f} s, "
-            f"{arguments.rows / seconds:.0f} tracks/s, {int(peak[1]) / 1024:.0f} MB at most"
+            f"{arguments.rows:,} tracks, {rows[1]:,} rows, {wanted.total():,} defects all accounted for, "
+            f"{seconds:.0f} s, {arguments.rows / seconds:.0f} tracks/s, {int(peak[1]) / 1024:.0f} MB at most"
         )
 
 

@@ -1,0 +1,240 @@
+"""`python -m benchmarks`: mel, encoder, decoding and the whole job, as ratios against named rivals of the same run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.material import crops, machine, make_library, sgemm
+from benchmarks.measure import Rate, compare
+from benchmarks.rivals import OfficialPipeline, encoder_rivals, mel_rivals
+from singerembed.audio import TimeLimit, open_recording
+from singerembed.checkpoint import load_checkpoint
+from singerembed.engine.build import export_onnx
+from singerembed.engine.file import read_engine_file
+from singerembed.engine.load import bundled_engine_path
+from singerembed.engine.onnxruntime import OnnxRuntimeEngine
+from singerembed.mel import MelExtractor, available_isas
+from singerembed.pipeline import run
+from singerembed.units import available_cores
+
+ENCODER_FLOP = 2 * 0.3456e9  # a crop: 0.3456 G multiply-adds, counted by layer
+GROWTH_TRACKS = (10, 1_000, 100_000)
+
+
+def main() -> None:
+    """Measure, print a table, and write the figures as JSON where asked."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument(
+        "--checkpoint", help="Checkpoint to run; untrained weights give the same speed.  [default: made]"
+    )
+    parser.add_argument(
+        "--only", choices=["mel", "encoder", "decode", "job", "growth"], action="append", help="May be repeated."
+    )
+    parser.add_argument("--quick", action="store_true", help="Short rounds: figures good to a tenth.")
+    parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE.")
+    arguments = parser.parse_args()
+    seconds, rounds = (0.5, 3) if arguments.quick else (2.0, 7)
+    wanted = arguments.only or ["mel", "encoder", "decode", "job", "growth"]
+    results: dict[str, Any] = {"machine": machine()}
+    print(json.dumps(results["machine"], indent=1), file=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = arguments.checkpoint or _untrained_checkpoint(Path(folder))
+        sections: dict[str, Callable[[], dict[str, Any]]] = {
+            "mel": lambda: mel(seconds, rounds),
+            "encoder": lambda: encoder(checkpoint, seconds, rounds),
+            "decode": lambda: decode(Path(folder), seconds, rounds),
+            "job": lambda: job(Path(folder), checkpoint, rounds),
+            "growth": lambda: growth(Path(folder), arguments.quick),
+        }
+        for name in wanted:
+            results[name] = sections[name]()
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1, default=vars) + "\n", encoding="utf-8")
+
+
+def _untrained_checkpoint(folder: Path) -> str:
+    from torchvision.models import efficientnet_b0
+
+    torch.manual_seed(0)
+    path = folder / "untrained" / "model.pt"
+    path.parent.mkdir()
+    torch.save({f"encoder.net.2.{k}": v for k, v in efficientnet_b0(num_classes=1000).state_dict().items()}, path)
+    return str(path)
+
+
+def _table(title: str, rates: dict[str, Rate], ours: str, unit: str) -> None:
+    print(f"\n## {title}\n\n| | {unit} | {ours} is faster by |\n| --- | --- | --- |")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate.text()} | {rates[ours].median / rate.median:.2f} |")
+
+
+def mel(seconds: float, rounds: int) -> dict[str, Any]:
+    """Power mel spectrograms on one core."""
+    torch.set_num_threads(1)
+    spec = read_engine_file(bundled_engine_path()).spec
+    pcm = crops(4, spec.crop_samples)
+    one = (pcm[0] / 32768).astype(np.float32)
+    rivals: dict[str, tuple[Callable[[], int], int]] = {}
+    for isa in available_isas():
+        extractor = MelExtractor(spec, isa=isa)
+        rivals[f"singerembed, {isa}, int16 to normalised log-mel"] = (lambda e=extractor: len(e.log_mel(pcm).mel), 1)
+    rivals |= {name: (work, 1) for name, work in mel_rivals(spec, one).items()}
+    rates = compare(rivals, seconds, rounds)
+    _table("Mel, one core", rates, f"singerembed, {available_isas()[-1]}, int16 to normalised log-mel", "crops/s")
+    return rates
+
+
+def encoder(checkpoint_path: str, seconds: float, rounds: int) -> dict[str, Any]:
+    """The encoder alone, on all cores, and as a share of what the machine's sgemm would allow."""
+    cores = available_cores()
+    torch.set_num_threads(cores)
+    checkpoint = load_checkpoint(checkpoint_path)
+    model = export_onnx(checkpoint)
+    pcm = crops(8, checkpoint.spec.crop_samples)
+    log_mel = MelExtractor(checkpoint.spec).log_mel(pcm).mel
+    engine_file = read_engine_file(bundled_engine_path())
+    session = OnnxRuntimeEngine(type(engine_file)(checkpoint.spec, "onnxruntime", model, {}, {}))._session
+    ours = "singerembed, one shared session, a thread a core"
+
+    def work() -> int:
+        session.run(None, {"log_mel": log_mel[:1]})
+        return 1
+
+    rivals: dict[str, tuple[Callable[[], int], int]] = {ours: (work, cores)}
+    rivals |= {name: (rival, 1) for name, rival in encoder_rivals(model, checkpoint, log_mel, cores).items()}
+    rates = compare(rivals, seconds, rounds)
+    _table(f"Encoder, {cores} cores", rates, ours, "crops/s")
+    flops, architecture = sgemm(cores)
+    share = rates[ours].median * ENCODER_FLOP / flops
+    print(
+        f"\nsgemm ({architecture}) does {flops / 1e9:.0f} GFLOP/s, which is {flops / ENCODER_FLOP:.0f} crops/s: "
+        f"we reach {share:.0%}."
+    )
+    return {"rates": rates, "sgemm_flops": flops, "sgemm_kernel": architecture, "share_of_sgemm": share}
+
+
+def decode(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
+    """Decoding stereo recordings to mono crops, one core."""
+    (folder / "decode").mkdir()
+    catalog = make_library(folder / "decode", 1, 60)
+    rivals: dict[str, tuple[Callable[[], int], int]] = {}
+    for path in sorted(catalog.parent.glob("0.*")):
+        rivals[path.suffix[1:]] = (lambda p=str(path): _decode_all(p), 1)
+    rates = compare(rivals, seconds, rounds)
+    print("\n## Decoding, stereo to mono, one core\n\n| codec | crops/s | ms a crop |\n| --- | --- | --- |")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate.text()} | {1000 / rate.median:.2f} |")
+    return rates
+
+
+def _decode_all(path: str) -> int:
+    with open_recording(path, 44_100, TimeLimit(600)) as reader:
+        samples = 0
+        while n := len(reader.read(4 * 176_400)):
+            samples += n
+    return samples // 176_400
+
+
+def job(folder: Path, checkpoint_path: str, rounds: int) -> dict[str, Any]:
+    """The whole job: a mixed library to embeddings, all cores, against the official pipeline on the same files."""
+    (folder / "job").mkdir()
+    cores = available_cores()
+    torch.set_num_threads(cores)
+    catalog = make_library(folder / "job", 4, 61)
+    paths = sorted(p for p in catalog.parent.iterdir() if p != catalog)
+    checkpoint = load_checkpoint(checkpoint_path)
+    from singerembed.engine.build import build_engine
+
+    engine = str(folder / "job.engine")
+    build_engine(checkpoint_path, engine)
+    few = paths[:4]
+    best = max((1, 4, 16), key=lambda batch: _official_rate(OfficialPipeline(checkpoint, batch), few))
+    official = OfficialPipeline(checkpoint, best)
+    outputs: Iterator[int] = iter(range(1_000_000))
+
+    def ours() -> int:
+        output = folder / f"{next(outputs)}.parquet"
+        n = run(str(catalog), str(output), engine=engine).counts.crops
+        output.unlink()
+        return n
+
+    name, rival = f"singerembed run, {cores} workers", f"official pipeline, torch on {cores} threads, batch {best}"
+    rates = compare({name: (ours, 1), rival: (lambda: len(official.run(few)), 1)}, 0.1, rounds)
+    _table("The whole job: wav, flac, mp3 and ogg mixed", rates, name, "crops/s")
+    start_up = _start_up(catalog, engine, folder)
+    print(f"\nA command over one short recording takes {start_up:.2f} s from its start to its end.")
+    return {"rates": rates, "official_batch": best, "start_up_seconds": start_up}
+
+
+def _official_rate(pipeline: OfficialPipeline, paths: list[Path]) -> float:
+    pipeline.run(paths[:1])
+    started = time.perf_counter()
+    return len(pipeline.run(paths)) / (time.perf_counter() - started)
+
+
+def _start_up(catalog: Path, engine: str, folder: Path) -> float:
+    one = folder / "job" / "one.csv"
+    one.write_text("path,end\n0.wav,4\n", encoding="utf-8")
+    times = []
+    for i in range(5):
+        command = [
+            sys.executable,
+            "-m",
+            "singerembed",
+            "run",
+            str(one),
+            str(folder / f"s{i}.parquet"),
+            "--engine",
+            engine,
+            "-q",
+        ]
+        started = time.perf_counter()
+        subprocess.run(command, check=True)
+        times.append(time.perf_counter() - started)
+    return sorted(times)[len(times) // 2]
+
+
+def growth(folder: Path, quick: bool) -> dict[str, Any]:
+    """Throughput and memory from few tracks to many, and the start of a run over ten million rows."""
+    script = Path(__file__).parent / "growth.py"
+    counts = GROWTH_TRACKS[:2] if quick else GROWTH_TRACKS
+    print(
+        "\n## Growth: short recordings, an engine that answers at once\n\n"
+        "| tracks | tracks/s | MB at most |\n| --- | --- | --- |"
+    )
+    found = []
+    for n in counts:
+        result = subprocess.run(
+            [sys.executable, str(script), str(n)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "TMPDIR": str(folder)},
+        )
+        figures = json.loads(result.stdout)
+        found.append(figures)
+        print(f"| {n:,} | {figures['tracks_per_second']:,.0f} | {figures['peak_mb']:.0f} |")
+    rows = 1_000_000 if quick else 10_000_000
+    result = subprocess.run(
+        [sys.executable, str(script), str(rows), "--start-only"],
+        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(folder)},
+    )  # fmt: skip
+    first = json.loads(result.stdout)
+    print(f"\nOver a catalogue of {rows:,} rows the first crop is embedded after {first['first_crop_seconds']:.1f} s.")
+    return {"growth": found, "start": first}
+
+
+if __name__ == "__main__":
+    main()
