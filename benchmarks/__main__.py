@@ -30,6 +30,7 @@ from singerembed.pipeline import run
 from singerembed.units import available_cores
 
 ENCODER_FLOP = 2 * 0.3456e9  # a crop: 0.3456 G multiply-adds, counted by layer
+_JOB_TURNS = 6  # over the library: a run of some seconds, as a night is long against the start
 GROWTH_TRACKS = (10, 1_000, 100_000)
 
 
@@ -154,6 +155,8 @@ def job(folder: Path, checkpoint_path: str, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(cores)
     catalog = make_library(folder / "job", 4, 61)
     paths = sorted(p for p in catalog.parent.iterdir() if p != catalog)
+    header, *rows = catalog.read_text(encoding="utf-8").splitlines()
+    catalog.write_text("\n".join([header, *rows * _JOB_TURNS]) + "\n", encoding="utf-8")
     checkpoint = load_checkpoint(checkpoint_path)
     from singerembed.engine.build import build_engine
 
