@@ -31,7 +31,7 @@ from singerembed.units import available_cores
 
 ENCODER_FLOP = 2 * 0.3456e9  # a crop: 0.3456 G multiply-adds, counted by layer
 _JOB_TURNS = 6  # over the library: a run of some seconds, as a night is long against the start
-GROWTH_TRACKS = (10, 1_000, 100_000)
+GROWTH_TRACKS = (10, 100, 1_000, 10_000, 100_000)
 
 
 def main() -> None:
@@ -212,7 +212,7 @@ def _start_up(catalog: Path, engine: str, folder: Path) -> float:
 def growth(folder: Path, quick: bool) -> dict[str, Any]:
     """Throughput and memory from few tracks to many, and the start of a run over ten million rows."""
     script = Path(__file__).parent / "growth.py"
-    counts = GROWTH_TRACKS[:2] if quick else GROWTH_TRACKS
+    counts = GROWTH_TRACKS[:3] if quick else GROWTH_TRACKS
     print(
         "\n## Growth: short recordings, an engine that answers at once\n\n"
         "| tracks | tracks/s | MB at most |\n| --- | --- | --- |"
