@@ -19,12 +19,13 @@ import torch
 from benchmarks.material import crops, machine, make_library, sgemm
 from benchmarks.measure import Rate, compare
 from benchmarks.rivals import OfficialPipeline, encoder_rivals, mel_rivals
-from singerembed.audio import TimeLimit, open_recording
+from singerembed.audio import open_recording
 from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import export_onnx
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
+from singerembed.limits import TimeLimit
 from singerembed.mel import MelExtractor, available_isas
 from singerembed.pipeline import run
 from singerembed.units import available_cores

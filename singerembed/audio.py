@@ -7,18 +7,11 @@ only. A recording under suspicion, because the process died while it was decoded
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import json
 import math
 import os
 import re
-import select
 import stat
-import struct
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,18 +23,14 @@ import soxr
 
 from singerembed import storage
 from singerembed.errors import MissingDependencyError, TrackError
+from singerembed.isolation import ProcessReader
+from singerembed.limits import TimeLimit, check_format, check_length
 from singerembed.mel import Pcm, mix_down
 
 Result = TypeVar("Result")
 
-DEFAULT_TRACK_TIMEOUT_SECONDS = 600.0
-# Beyond these a header is damaged or hostile: no singer was recorded so.
-MAX_CHANNELS = 64
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000  # Hz
 # Sources whose samples int16 holds exactly.
 _INT16_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8"}
-# How far decoding may end before the length that the header promises: encoder delay and padding are trimmed by some.
-_SHORTFALL_SECONDS = 0.5
 # soxr's HQ filter is a few hundred input samples long; a warm-up of this length leaves no trace of the cut.
 _RESAMPLER_WARMUP_SECONDS = 0.1
 _READ_SECONDS = 4.0
@@ -71,32 +60,6 @@ class PcmReader(Protocol):
     def close(self) -> None: ...
 
 
-class TimeLimit:
-    """How long decoding one track may take; time spent elsewhere (in the encoder, say) does not count."""
-
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-        self._left = seconds
-        self._started: float | None = None
-
-    @contextlib.contextmanager
-    def counting(self) -> Iterator[None]:
-        """Within this block the clock runs."""
-        self._started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._left -= time.monotonic() - self._started
-            self._started = None
-
-    def remaining(self) -> float:
-        """Seconds left; raises TrackError once there are none."""
-        left = self._left if self._started is None else self._left - (time.monotonic() - self._started)
-        if left <= 0:
-            raise TrackError("decode_timeout", f"decoding took longer than {self._seconds:g} s (--track-timeout)")
-        return left
-
-
 @contextlib.contextmanager
 def open_recording(
     location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False, retries: int = 0
@@ -114,12 +77,12 @@ def open_recording(
             raise TrackError("unreadable", _reason(exc)) from exc
         source: PcmReader
         if isolated:
-            source = _ProcessReader(path, "soundfile", limit)
+            source = ProcessReader(path, "soundfile", limit)
         else:
             try:
                 source = SoundFileReader(path, sample_rate, limit)
             except soundfile.LibsndfileError:
-                source = _ProcessReader(path, "av", limit)
+                source = ProcessReader(path, "av", limit)
         with contextlib.closing(source):
             yield source if source.sample_rate == sample_rate else _ResamplingReader(source, sample_rate)
 
@@ -170,23 +133,6 @@ def _check_file(path: str) -> None:
 
 def _reason(exc: Exception) -> str:
     return os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else storage.scrubbed(str(exc))
-
-
-def check_format(sample_rate: int, channels: int) -> None:
-    if not MIN_SAMPLE_RATE <= sample_rate <= MAX_SAMPLE_RATE:
-        raise TrackError(
-            "unsupported", f"sample rate {sample_rate} Hz is outside {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
-        )
-    if not 1 <= channels <= MAX_CHANNELS:
-        raise TrackError("unsupported", f"{channels} channels; at most {MAX_CHANNELS} are read")
-
-
-def check_length(promised: int, read: int, sample_rate: int) -> None:
-    if promised - read > _SHORTFALL_SECONDS * sample_rate:
-        raise TrackError(
-            "truncated",
-            f"the header promises {promised / sample_rate:.1f} s, decoding ended at {read / sample_rate:.1f} s",
-        )
 
 
 # --- soundfile ------------------------------------------------------------------------------------------------------
@@ -308,100 +254,3 @@ class _ResamplingReader:
 
     def close(self) -> None:
         self._source.close()
-
-
-# --- decoding in a process of its own --------------------------------------------------------------------------------
-
-
-class _DecodeProcess:
-    """One decoder process, kept for the next track; killed when it hangs, replaced when it dies."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "singerembed.decode_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,  # a Ctrl-C in the terminal is for the run to handle
-        )
-        atexit.register(self.kill)
-
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def kill(self) -> None:
-        atexit.unregister(self.kill)
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe:
-                pipe.close()
-
-    def call(self, request: dict[str, Any], limit: TimeLimit) -> tuple[dict[str, Any], bytes]:
-        """Send one request; return the reply's JSON head and its binary body. Raises TrackError."""
-        try:
-            assert self._process.stdin
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            head_size, body_size = struct.unpack("<II", self._receive(8, limit))
-            head = json.loads(self._receive(head_size, limit))
-            body = self._receive(body_size, limit)
-        except (BrokenPipeError, EOFError) as exc:
-            status = self._process.wait()
-            self.kill()
-            cause = f"signal {-status}" if status < 0 else f"status {status}"
-            raise TrackError("decoder_crashed", f"the decoder died of it ({cause})") from exc
-        except TrackError:
-            self.kill()
-            raise
-        if "error" in head:
-            raise TrackError(head["code"], head["error"])
-        return head, body
-
-    def _receive(self, size: int, limit: TimeLimit) -> bytes:
-        assert self._process.stdout
-        received = bytearray()
-        while len(received) < size:
-            ready, _, _ = select.select([self._process.stdout], [], [], limit.remaining())
-            if ready:
-                chunk = os.read(self._process.stdout.fileno(), size - len(received))
-                if not chunk:
-                    raise EOFError
-                received += chunk
-        return bytes(received)
-
-
-_decode_processes = threading.local()
-
-
-def _decode_process() -> _DecodeProcess:
-    """This thread's decoder process, started when first needed."""
-    process: _DecodeProcess | None = getattr(_decode_processes, "process", None)
-    if process is None or not process.alive():
-        process = _decode_processes.process = _DecodeProcess()
-    return process
-
-
-class _ProcessReader:
-    """A decoder in this thread's process: "av" is FFmpeg through PyAV, "soundfile" falls back to it."""
-
-    def __init__(self, path: str, decoder: str, limit: TimeLimit) -> None:
-        self._process = _decode_process()
-        self._limit = limit
-        head, _ = self._process.call({"op": "open", "path": path, "decoder": decoder}, limit)
-        self.sample_rate = int(head["sample_rate"])
-        self.n_samples = int(head["n_samples"])
-
-    def read(self, n: int) -> Pcm:
-        _, body = self._process.call({"op": "read", "n": n}, self._limit)
-        return np.frombuffer(body, np.float32)
-
-    def seek(self, sample: int) -> None:
-        self._process.call({"op": "seek", "sample": sample}, self._limit)
-
-    def check_complete(self) -> None:
-        self._process.call({"op": "check_complete"}, self._limit)
-
-    def close(self) -> None:
-        if self._process.alive():
-            with contextlib.suppress(TrackError):
-                self._process.call({"op": "close"}, TimeLimit(10.0))

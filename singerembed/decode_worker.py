@@ -1,4 +1,4 @@
-"""The decoder process: `python -m singerembed.decode_worker`, driven by audio.py over its standard streams.
+"""The decoder process: `python -m singerembed.decode_worker`, driven by isolation.py over its standard streams.
 
 One JSON request a line comes in; a reply is two little-endian uint32 sizes, a JSON head and a binary body (float32
 mono samples). It may crash or be killed at any time.
@@ -21,8 +21,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from singerembed.audio import PcmReader, SoundFileReader, TimeLimit, check_format, check_length
+from singerembed.audio import PcmReader, SoundFileReader
 from singerembed.errors import TrackError
+from singerembed.limits import TimeLimit, check_format, check_length
 from singerembed.mel import mix_down
 
 _SKIP_SAMPLES = 1 << 20

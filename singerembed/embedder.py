@@ -8,9 +8,9 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from singerembed.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
 from singerembed.engine.base import Engine
 from singerembed.engine.load import load_engine as load_back_end
+from singerembed.limits import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
 from singerembed.mel import DEFAULT_SILENCE_DBFS, INVALID, LOUD
 from singerembed.spec import ModelSpec
 

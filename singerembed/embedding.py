@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed import mel
-from singerembed.audio import TimeLimit, open_recording
+from singerembed.audio import open_recording
 from singerembed.catalog import Track
 from singerembed.crops import CropBlock, CropPlan, read_crops
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.errors import SingerEmbedError, TrackError
+from singerembed.limits import TimeLimit
 from singerembed.options import RunOptions
 from singerembed.parquet import ERROR, OK, SILENT, TrackRows
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed import _csrc
+try:
+    from singerembed import _csrc
+except ImportError as exc:
+    raise ImportError(
+        f"singerembed's compiled part is missing in {__file__}. In its source folder, Python finds the sources before "
+        "the installed package: install it with pip install -e . or work in another folder"
+    ) from exc
 from singerembed.errors import EngineError
 from singerembed.spec import ModelSpec
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from singerembed.audio import DEFAULT_TRACK_TIMEOUT_SECONDS
 from singerembed.catalog import DEFAULT_UNIT_MINUTES, Columns
+from singerembed.limits import DEFAULT_TRACK_TIMEOUT_SECONDS
 from singerembed.mel import DEFAULT_SILENCE_DBFS
 
 _INDECISIVE = {"track_timeout_seconds", "retries", "workers", "devices", "restart", "retry_errors"}

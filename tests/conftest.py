@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from numpy.typing import NDArray
 
 from singerembed.mel import available_isas
+from singerembed.options import RunOptions
+from singerembed.pipeline import RunSummary, run
 from singerembed.spec import ModelSpec
 
+RATE = 44_100
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
@@ -89,3 +95,56 @@ def voice() -> Callable[..., NDArray[np.float32]]:
         return (0.5 * tone / max(1e-9, np.abs(tone).max())).astype(np.float32) if len(t) else np.empty(0, np.float32)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A catalogue over the golden crops and every defect named in the issue of a bad night."""
+    folder = tmp_path_factory.mktemp("library")
+    shutil.copytree(GOLDEN / "crops", folder / "crops")
+    rng = np.random.default_rng(0)
+    noise = (0.1 * rng.standard_normal((RATE * 9, 6))).astype(np.float32)
+    soundfile.write(folder / "zero.wav", np.zeros(9 * RATE), RATE)
+    soundfile.write(folder / "short.wav", noise[:441, 0], RATE)
+    soundfile.write(folder / "8bit.wav", noise[:, 0], RATE, subtype="PCM_U8")
+    soundfile.write(folder / "24bit.wav", noise[:, 0], RATE, subtype="PCM_24")
+    soundfile.write(folder / "float.wav", noise[:, 0], RATE, subtype="FLOAT")
+    soundfile.write(folder / "six.wav", noise, RATE)
+    soundfile.write(folder / "8k.wav", noise[: 8_000 * 9, 0], 8_000)
+    soundfile.write(folder / "192k.flac", noise[:, 0], 192_000, subtype="PCM_24")
+    nan = noise[:, :1].copy()
+    nan[5 * RATE] = np.nan
+    soundfile.write(folder / "nan.wav", nan, RATE, subtype="FLOAT")
+    (folder / "empty.wav").touch()
+    (folder / "text.wav").write_text("not audio at all\n" * 100, encoding="utf-8")
+    (folder / "folder.wav").mkdir()
+    soundfile.write(folder / "half.wav", noise[:, 0], RATE)
+    content = (folder / "half.wav").read_bytes()
+    (folder / "half.wav").write_bytes(content[: len(content) // 2])
+    names = sorted(p.name for p in (folder / "crops").iterdir())
+    rows = [f"{name},crops/{name},,,golden" for name in names]
+    rows += [f"{name},{name},,,made" for name in sorted(p.name for p in folder.iterdir() if p.name != "crops")]
+    rows += [
+        "missing,missing.wav,,,made",
+        "part,float.wav,1,8.5,made",
+        "late,float.wav,100,,made",
+        "bad,float.wav,x,,made",
+    ]
+    (folder / "catalog.csv").write_text("track_id,path,start,end,kind\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(library: Path, reference_engine: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunSummary]:
+    output = tmp_path_factory.mktemp("out") / "out.parquet"
+    summary = run(str(library / "catalog.csv"), str(output), engine=reference_engine)
+    return output, summary
+
+
+def embed_lines(library: Path, engine: str, output: Path, lines: list[str], **options: Any) -> pa.Table:
+    """Run over catalogue lines `track_id,path,start,end`, where @ stands for the library's folder; return the rows."""
+    catalog = output.with_suffix(".csv")
+    text = "track_id,path,start,end\n" + "".join(f"{line}\n" for line in lines)
+    catalog.write_text(text.replace("@", f"{library}/"), encoding="utf-8")
+    run(str(catalog), str(output), engine=engine, options=RunOptions(**options))
+    return pq.read_table(output)

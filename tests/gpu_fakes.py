@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from singerembed import _csrc
-from singerembed.engine.gpu import OutOfDeviceMemory
+from singerembed.engine.device import OutOfDeviceMemory
 from singerembed.mel import emulated_mel
 from singerembed.spec import ModelSpec
 

@@ -14,7 +14,7 @@ import pytest
 
 from singerembed.engine import cuda_driver
 from singerembed.engine.cuda_driver import CudaDevice, device_count
-from singerembed.engine.gpu import OutOfDeviceMemory
+from singerembed.engine.device import OutOfDeviceMemory
 from singerembed.errors import EngineError, MissingDependencyError
 
 

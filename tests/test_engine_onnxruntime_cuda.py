@@ -12,8 +12,8 @@ from conftest import Golden
 
 from singerembed import mel
 from singerembed.engine import onnxruntime_cuda
+from singerembed.engine.device import OutOfDeviceMemory
 from singerembed.engine.file import read_engine_file
-from singerembed.engine.gpu import OutOfDeviceMemory
 from singerembed.engine.load import bundled_engine_path, open_engine
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
 from singerembed.engine.onnxruntime_cuda import OnnxRuntimeNetwork, is_usable

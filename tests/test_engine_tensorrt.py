@@ -280,7 +280,7 @@ def test_a_batch_is_bound_and_run(trt: FakeTrt) -> None:
 
 
 def test_failures_carry_the_librarys_reason(trt: FakeTrt) -> None:
-    from singerembed.engine.gpu import OutOfDeviceMemory
+    from singerembed.engine.device import OutOfDeviceMemory
 
     running = network()
     trt.failure = "Error Code 1: Cuda Runtime (an illegal memory access was encountered)"

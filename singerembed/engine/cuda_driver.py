@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed import _csrc
-from singerembed.engine.gpu import Capture, DeviceBuffer, DeviceMel, OutOfDeviceMemory, PinnedBuffer
+from singerembed.engine.device import Capture, DeviceBuffer, DeviceMel, OutOfDeviceMemory, PinnedBuffer
 from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.mel import cuda_mel
 from singerembed.spec import ModelSpec

@@ -9,8 +9,9 @@ import numpy as np
 import onnxruntime
 
 from singerembed.engine.cuda_driver import CudaDevice, device_count
+from singerembed.engine.device import Device, OutOfDeviceMemory
 from singerembed.engine.file import EngineFile
-from singerembed.engine.gpu import Device, GpuEngine, OutOfDeviceMemory
+from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, SingerEmbedError
 from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels

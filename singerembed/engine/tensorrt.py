@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from singerembed.engine.cuda_driver import CudaDevice, device_count
+from singerembed.engine.device import DeviceBuffer, OutOfDeviceMemory
 from singerembed.engine.file import EngineFile
-from singerembed.engine.gpu import DeviceBuffer, GpuEngine, OutOfDeviceMemory
+from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
 from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
