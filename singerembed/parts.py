@@ -7,14 +7,13 @@ is done. A part appears under its name when it is whole, so a listing is the sta
 from __future__ import annotations
 
 import json
-import os
 import re
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ import pyarrow.parquet as pq
 from singerembed import storage
 from singerembed.errors import OutputError
 from singerembed.journal import CrashJournal, gather_suspects
+from singerembed.lock import take_lock
 from singerembed.parquet import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY, Counts, PartWriter, writer_options
 
 _UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
@@ -50,21 +50,19 @@ class PartStore:
     def __init__(self, output: str) -> None:
         self.output = output
         self.folder = f"{output}.parts"
-        self._lock: IO[str] | None = None
+        self._give_back: Callable[[], None] = lambda: None
         self.done: set[int] = set()
 
     def __enter__(self) -> PartStore:
         try:
             storage.make_folder(self.folder)
-            self._take_lock()
+            self._give_back = take_lock(self.folder, self.output)
         except OSError as exc:
             raise OutputError(f"cannot write to {self.folder}: {exc.strerror or exc}") from exc
         return self
 
     def __exit__(self, *_exc: object) -> None:
-        if self._lock:
-            self._lock.close()
-            self._lock = None
+        self._give_back()
 
     def open(self, identity: dict[str, Any]) -> None:
         """Adopt the parts that are there, or start afresh.
@@ -179,25 +177,6 @@ class PartStore:
 
     def _part(self, unit: int) -> str:
         return f"{self.folder}/unit-{unit:06d}.parquet"
-
-    def _take_lock(self) -> None:
-        if storage.is_remote(self.folder):
-            return
-        import fcntl
-
-        self._lock = Path(self.folder, "lock").open("a+", encoding="utf-8")  # noqa: SIM115  (held for the run)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip()
-            self._lock.close()
-            raise OutputError(
-                f"another run is writing {self.output} (process {owner}). Wait for it, or stop it"
-            ) from None
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
 
 
 def count_parts(folder: str) -> int:

@@ -79,6 +79,22 @@ def make_folder(path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
 
 
+def create(path: str, content: bytes) -> bool:
+    """Write a small remote file if there is none; say whether there was none."""
+    fs, name = _filesystem(path)
+    try:
+        fs.pipe_file(name, content, mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
+def write(path: str, content: bytes) -> None:
+    """Write a small remote file."""
+    fs, name = _filesystem(path)
+    fs.pipe_file(name, content)
+
+
 def remove(path: str) -> None:
     """Remove a file if it is there."""
     if is_remote(path):

@@ -7,6 +7,7 @@ import functools
 import http.server
 import os
 import pickle
+import subprocess
 import sys
 import threading
 import types
@@ -312,6 +313,23 @@ def test_official_names_come_from_the_hub_and_its_cache(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(load_checkpoint("hf:BernardoTorres/singer-identity/byol").state_dict, reference_tensors)
+
+
+def test_the_endpoint_comes_from_the_environment(hub: list[str], tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    code = "from singerembed.checkpoint import load_checkpoint; print(load_checkpoint('byol').spec.weights_sha256)"
+    environment = {**os.environ, "HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path / "home")}
+    for offline in ("0", "1"):  # the second time from the cache alone
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**environment, "HF_HUB_OFFLINE": offline},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert len(result.stdout.strip()) == 64
+    assert hub
 
 
 def test_what_the_hub_does_not_have(hub: list[str]) -> None:

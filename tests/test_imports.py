@@ -60,7 +60,8 @@ ALLOWED: dict[str, set[str]] = {
     "embedding": {"audio", "catalog", "crops", "engine.base", "errors", "limits", "mel", "options", "parquet"},
     "ordered": set(),
     "journal": set(),
-    "parts": {"errors", "journal", "parquet", "storage"},
+    "lock": {"errors", "storage"},
+    "parts": {"errors", "journal", "lock", "parquet", "storage"},
     "units": {
         "catalog", "embedding", "engine.file", "engine.load", "errors", "options", "ordered", "parquet", "parts",
         "spec",

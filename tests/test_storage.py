@@ -18,7 +18,8 @@ import pytest
 import soundfile
 
 from singerembed import storage
-from singerembed.errors import InterruptedRun
+from singerembed.errors import InterruptedRun, OutputError
+from singerembed.lock import take_lock
 from singerembed.options import RunOptions
 from singerembed.pipeline import run
 
@@ -101,6 +102,24 @@ def test_a_run_on_s3_goes_on_after_a_stop(s3: Any, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRun):
         run("s3://music/two/catalog.csv", output, options=options, stop=stop)
     assert run("s3://music/two/catalog.csv", output, options=options).units_before > 0
+
+
+def test_two_runs_on_one_remote_output(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path)
+    catalog, output = str(tmp_path / "catalog.csv"), "s3://music/three/o.parquet"
+    monkeypatch.setattr("singerembed.lock._RENEW_SECONDS", 0.05)
+    give_back = take_lock(f"{output}.parts", output)
+    before = json.loads(s3.cat("music/three/o.parquet.parts/lock"))["time"]
+    with pytest.raises(OutputError, match=r"another run is writing .* last seen"):
+        run(catalog, output)
+    deadline = time.monotonic() + 20
+    while json.loads(s3.cat("music/three/o.parquet.parts/lock"))["time"] == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert json.loads(s3.cat("music/three/o.parquet.parts/lock"))["time"] > before  # it is renewed
+    give_back()
+    dead = {"owner": "process 1 on elsewhere", "time": time.time() - 1000}
+    s3.pipe("music/three/o.parquet.parts/lock", json.dumps(dead).encode())
+    assert run(catalog, output, options=RunOptions(retries=0)).counts.tracks == 4
 
 
 def test_audio_over_http_and_from_memory(tmp_path: Path, s3: Any) -> None:

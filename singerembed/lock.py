@@ -1,0 +1,77 @@
+"""One run at a time on an output: a lock in its parts folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from singerembed import storage
+from singerembed.errors import OutputError
+
+_NAME = "lock"
+# Object stores have no lock that dies with its holder: theirs is renewed while the run lives, and void when it was not.
+_RENEW_SECONDS = 20.0
+_VOID_SECONDS = 90.0
+
+
+def take_lock(folder: str, output: str) -> Callable[[], None]:
+    """Take the lock of `folder`; returns the function that gives it back.
+
+    Raises OutputError when another run holds it, and OSError where the folder cannot be written to.
+    """
+    return _take_remote(folder, output) if storage.is_remote(folder) else _take_local(folder, output)
+
+
+def _take_local(folder: str, output: str) -> Callable[[], None]:
+    file = Path(folder, _NAME).open("a+", encoding="utf-8")  # noqa: SIM115  (held for the run)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip()
+        file.close()
+        raise OutputError(f"another run is writing {output} (process {owner}). Wait for it, or stop it") from None
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file.close
+
+
+def _take_remote(folder: str, output: str) -> Callable[[], None]:
+    path = f"{folder}/{_NAME}"
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+
+    def content() -> bytes:
+        return json.dumps({"owner": me, "time": time.time()}).encode()
+
+    if not storage.create(path, content()):
+        with storage.open_input(path) as file:
+            other = json.loads(file.read())
+        age = time.time() - other["time"]
+        if age < _VOID_SECONDS:
+            raise OutputError(
+                f"another run is writing {output} ({other['owner']}, last seen {age:.0f} s ago). Wait for it, or stop "
+                f"it; if it was killed, its lock is void in {_VOID_SECONDS - age:.0f} s"
+            )
+        storage.write(path, content())
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(_RENEW_SECONDS):
+            storage.write(path, content())
+
+    thread = threading.Thread(target=renew, name="lock", daemon=True)
+    thread.start()
+
+    def give_back() -> None:
+        ended.set()
+        thread.join()
+        storage.remove(path)
+
+    return give_back
