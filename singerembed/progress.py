@@ -14,7 +14,7 @@ from singerembed.parquet import Counts, TrackRows
 from singerembed.spec import ModelSpec
 from singerembed.storage import redacted
 
-_BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{postfix} | {remaining} left"
+_BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{desc} | {remaining} left"
 
 
 class ProgressBar:
@@ -69,7 +69,8 @@ class ProgressBar:
         if self._bar is not None and not self._bar.disable:
             elapsed = time.monotonic() - self._started
             crops, seconds, errors = self._counts.crops, self._counts.audio_seconds, self._counts.errors.total()
-            self._bar.set_postfix_str(
-                f"{crops / elapsed:.0f} crops/s | {seconds / elapsed:.0f}x real time | {errors} errors", refresh=False
+            self._bar.set_description_str(
+                f" | {crops / elapsed:.0f} crops/s | {seconds / elapsed:.0f}x real time | {errors} errors",
+                refresh=False,
             )
             self._bar.update()
