@@ -1,0 +1,159 @@
+"""The recordings of a training set: found in a folder or a catalogue, split by singer, kept as a small Parquet file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from singerembed.audio import Deadline, open_recording
+from singerembed.errors import CatalogError, TrackError
+from training.config import TrainConfig
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
+TRAIN, VALIDATION = "train", "validation"
+_PROBE_SECONDS = 60.0
+_PROBE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file and whose voice it is."""
+
+    path: str
+    singer: str
+    seconds: float
+    split: str = TRAIN
+
+
+def build_index(config: TrainConfig) -> list[Recording]:
+    """Find, measure and split the recordings of a run, in an order that depends on their names only.
+
+    What cannot be opened, or is shorter than the crops taken of it, is left out and counted on stderr. Raises CatalogError
+    where too little is left.
+    """
+    data, crop_seconds = config.data, config.front_end().crop_seconds
+    training = _measured(_find(data.source, config), data.crop_seconds)
+    if data.validation:
+        held_out = _measured(_find(data.validation, config), crop_seconds)
+    else:
+        held_out_singers = _draw_singers({each.singer for each in training}, data.validation_fraction, config.seed)
+        held_out = [each for each in training if each.singer in held_out_singers and each.seconds >= crop_seconds]
+        training = [each for each in training if each.singer not in held_out_singers]
+    if not training:
+        raise CatalogError(f"{data.source}: no recording of {data.crop_seconds:g} s or more is left to train on")
+    return [
+        Recording(each.path, each.singer, each.seconds, split)
+        for split, recordings in ((TRAIN, training), (VALIDATION, held_out))
+        for each in recordings
+    ]
+
+
+def write_index(path: Path, recordings: Sequence[Recording]) -> None:
+    """Write the index so that readers see the whole file or none."""
+    columns = {name: [getattr(each, name) for each in recordings] for name in ("path", "singer", "seconds", "split")}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def read_index(path: Path) -> list[Recording]:
+    """Read what `write_index` wrote."""
+    return [Recording(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def _find(source: str, config: TrainConfig) -> list[Recording]:
+    path = Path(source)
+    if path.is_dir():
+        found = list(_in_folder(path))
+    elif path.suffix in {".csv", ".tsv", ".parquet"}:
+        found = list(_in_catalogue(path, config.data.path_column, config.data.singer_column))
+    else:
+        raise CatalogError(f"{source}: neither a folder nor a catalogue (.csv, .tsv, .parquet). Give one with --data")
+    if not found:
+        raise CatalogError(f"{source}: no recordings; looked for {', '.join(sorted(AUDIO_SUFFIXES))}")
+    return sorted(found, key=lambda each: each.path)
+
+
+def _in_folder(folder: Path) -> Iterator[Recording]:
+    """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            yield Recording(str(path), path.relative_to(folder).parts[0], 0.0)
+
+
+def _in_catalogue(path: Path, path_column: str, singer_column: str) -> Iterator[Recording]:
+    """Rows of a catalogue; without a singer column each recording is a singer of its own."""
+    table = _read_table(path)
+    if path_column not in table.column_names:
+        raise CatalogError(
+            f'{path} has no column "{path_column}"; it has: {", ".join(table.column_names)}. '
+            "Name it with --set data.path_column=NAME"
+        )
+    paths = [str(path.parent / name) for name in table[path_column].to_pylist()]
+    singers = table[singer_column].to_pylist() if singer_column in table.column_names else paths
+    for each, singer in zip(paths, singers, strict=True):
+        yield Recording(each, str(singer) if singer is not None else each, 0.0)
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        delimiter = "\t" if path.suffix == ".tsv" else ","
+        return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
+    except (OSError, pa.ArrowInvalid) as exc:
+        raise CatalogError(f"{path} cannot be read as a catalogue: {exc}") from exc
+
+
+def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
+    """Return those of `recordings` that last `min_seconds`, with their lengths from the files' headers."""
+    with ThreadPoolExecutor(_PROBE_THREADS) as threads:
+        lengths = list(
+            tqdm(
+                threads.map(lambda each: _seconds(each.path), recordings),
+                total=len(recordings),
+                desc="looking at recordings",
+                unit=" files",
+                disable=None,
+            )
+        )
+    unreadable = sum(length is None for length in lengths)
+    kept = [
+        Recording(each.path, each.singer, length)
+        for each, length in zip(recordings, lengths, strict=True)
+        if length is not None and length >= min_seconds
+    ]
+    if len(kept) < len(recordings):
+        short = len(recordings) - len(kept) - unreadable
+        tqdm.write(
+            f"left out  {unreadable} recordings that cannot be opened, {short} shorter than {min_seconds:g} s; "
+            f"{len(kept)} of {len(recordings)} are used"
+        )
+    return kept
+
+
+def _seconds(path: str) -> float | None:
+    """Length as the header says; None for a file that cannot be opened."""
+    try:
+        with open_recording(path, 44_100, Deadline(_PROBE_SECONDS)) as reader:
+            return reader.n_samples / reader.sample_rate
+    except TrackError:
+        return None
+
+
+def _draw_singers(singers: set[str], fraction: float, seed: int) -> set[str]:
+    """Draw `fraction` of the singers, two at least where any are wanted, as one has nobody to be told from."""
+    if fraction == 0:
+        return set()
+    count = max(2, round(fraction * len(singers)))
+    order = np.random.default_rng(seed).permutation(sorted(singers))
+    return set(order[:count].tolist())
