@@ -9,6 +9,7 @@ import select
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
@@ -40,17 +41,15 @@ class Augmenter:
         self._others = [
             audiomentations.AddGaussianNoise(*config.noise_amplitude, p=config.noise_probability),
             audiomentations.Gain(*config.gain_db, p=config.gain_probability),
-            audiomentations.TimeMask(
-                min_band_part=0.0, max_band_part=config.mask_fraction, p=config.mask_probability
-            ),
+            audiomentations.TimeMask(min_band_part=0.0, max_band_part=config.mask_fraction, p=config.mask_probability),
         ]
 
     def __call__(self, pcm: Samples, rng: np.random.Generator) -> Samples:
         """Return an augmented copy of `pcm`, float32 [samples], of the same length."""
         config = self._config
         if self._pitch is not None and rng.random() < config.pitch_probability:
-            ratio = _ratio_or_reciprocal(config.pitch_ratio, rng)
-            pcm = self._pitch.shift(pcm, self._sample_rate, ratio, _ratio_or_reciprocal(config.pitch_range_ratio, rng))
+            ratio = draw_ratio(config.pitch_ratio, rng)
+            pcm = self._pitch.shift(pcm, self._sample_rate, ratio, draw_ratio(config.pitch_range_ratio, rng))
         with _global_generators_seeded(int(rng.integers(2**32))):
             for transform in self._channel:
                 pcm = transform(pcm, self._sample_rate)
@@ -64,17 +63,24 @@ class Augmenter:
 class PitchShifter:
     """`pitch_worker.shift_pitch` with a time limit, in a process that is started at the first use."""
 
-    def __init__(self, timeout_seconds: float = PITCH_TIMEOUT_SECONDS) -> None:
-        self._timeout_seconds = timeout_seconds
+    def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def shift(self, pcm: Samples, sample_rate: int, ratio: float, range_ratio: float) -> Samples:
-        """Return `pcm` shifted, or as it is where Praat fails, dies or takes longer than the limit."""
+    def shift(
+        self,
+        pcm: Samples,
+        sample_rate: int,
+        ratio: float,
+        range_ratio: float,
+        timeout_seconds: float = PITCH_TIMEOUT_SECONDS,
+    ) -> Samples:
+        """Return `pcm` shifted, or `pcm` itself where Praat dies or takes longer than the limit."""
         process = self._running()
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + timeout_seconds
         try:
+            header = pitch_worker.REQUEST.pack(len(pcm), sample_rate, ratio, range_ratio)
             requests, replies = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
-            _write(requests, pitch_worker.REQUEST.pack(len(pcm), sample_rate, ratio, range_ratio) + pcm.tobytes())
+            _write(requests, header + pcm.tobytes(), deadline)
             (length,) = pitch_worker.REPLY.unpack(_read(replies, pitch_worker.REPLY.size, deadline))
             return np.frombuffer(_read(replies, 4 * length, deadline), np.float32)
         except (TimeoutError, EOFError, BrokenPipeError):
@@ -93,6 +99,8 @@ class PitchShifter:
             # -P: the file's folder holds modules with common names, which are not to be found before others.
             command = [sys.executable, "-P", str(Path(pitch_worker.__file__))]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            os.set_blocking(cast(IO[bytes], self._process.stdin).fileno(), False)  # a hang must not stop us in writing
+            weakref.finalize(self, self._process.kill)
         return self._process
 
 
@@ -102,9 +110,13 @@ def peak_normalised(pcm: Samples) -> Samples:
     return pcm / np.float32(peak) if peak > 0 else pcm
 
 
-def _write(pipe: IO[bytes], data: bytes) -> None:
-    while data:  # an unbuffered pipe may take a part only
-        data = data[pipe.write(data) :]
+def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
+    """Write all of `data`. Raises TimeoutError after `deadline` and BrokenPipeError where the process ended."""
+    while data:
+        _, ready, _ = select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        data = data[os.write(pipe.fileno(), data) :]
 
 
 def _read(pipe: IO[bytes], size: int, deadline: float) -> bytearray:
@@ -121,17 +133,22 @@ def _read(pipe: IO[bytes], size: int, deadline: float) -> bytearray:
     return received
 
 
-def _ratio_or_reciprocal(largest: float, rng: np.random.Generator) -> float:
+def draw_ratio(largest: float, rng: np.random.Generator) -> float:
+    """Draw from 1 to `largest` uniformly, or with even odds the reciprocal of that."""
     ratio = rng.uniform(1.0, largest)
     return 1 / ratio if rng.random() < 0.5 else ratio
 
 
-def _transform(fields: Mapping[str, Any]) -> Any:  # one of audiomentations' transforms, which have no common public type
+def _transform(
+    fields: Mapping[str, Any],
+) -> Any:  # one of audiomentations' transforms, which have no common public type
     arguments = dict(fields)
     name = arguments.pop("transform", None)
     kind = getattr(audiomentations, name, None) if isinstance(name, str) else None
     if kind is None:
-        raise UsageError(f"augment.channel: {name!r} is not a transform of audiomentations {audiomentations.__version__}")
+        raise UsageError(
+            f"augment.channel: {name!r} is not a transform of audiomentations {audiomentations.__version__}"
+        )
     try:
         return kind(**arguments)
     except (TypeError, ValueError) as exc:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from singerembed.audio import Deadline, open_recording
+from singerembed.audio import TimeLimit, open_recording
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
@@ -72,7 +72,8 @@ def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int)
 
     Raises TrackError.
     """
-    with open_recording(path, sample_rate, Deadline(_READ_TIMEOUT_SECONDS)) as reader:
+    limit = TimeLimit(_READ_TIMEOUT_SECONDS)
+    with limit.counting(), open_recording(path, sample_rate, limit) as reader:
         reader.seek(round(start_seconds * sample_rate))
         pcm = reader.read(n_samples)
     if pcm.dtype == np.int16:
@@ -101,7 +102,7 @@ def draw_crop(
     latest = max(0.0, recording.seconds - n_samples / sample_rate)
     best, best_share = None, -1.0
     for _ in range(DRAWS_PER_CROP):
-        pcm = read_crop(path, rng.uniform(0.0, latest), n_samples, sample_rate)
+        pcm = read_crop(path, recording.start + rng.uniform(0.0, latest), n_samples, sample_rate)
         share = active_share(pcm, sample_rate, config.data.silence_dbfs)
         if share > best_share:
             best, best_share = pcm, share
@@ -192,7 +193,9 @@ class PairSampler(Sampler[list[PairKey]]):
         groups = self._epoch(epoch)
         for step in range(first, len(self)):
             start = (step * self._devices + self._rank) * self._batch_size
-            yield [PairKey(epoch, position, int(groups[position])) for position in range(start, start + self._batch_size)]
+            yield [
+                PairKey(epoch, position, int(groups[position])) for position in range(start, start + self._batch_size)
+            ]
         self._next_step = (epoch + 1) * len(self)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
@@ -235,7 +238,9 @@ def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[in
         paths = takewhile(Path.exists, (variant_path(data, recording, number) for number in count()))
         found[index] = [str(path) for path in paths]
     if not any(found.values()):
-        raise UsageError(f"{data.pitch_variants} holds no variants; make them: python -m training.pitch_variants --help")
+        raise UsageError(
+            f"{data.pitch_variants} holds no variants; make them: python -m training.pitch_variants --help"
+        )
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -20,7 +21,7 @@ from training.config import DataConfig, TrainConfig
 from training.data import CropDataset
 from training.metrics import verification_metrics
 from training.model import Encoder, MelSpectrogram
-from training.recordings import VALIDATION, Recording, build_index
+from training.recordings import VALIDATION, build_index
 
 N_MFCC = 20
 _SHOWN = ("eer", "mean_rank", "alignment", "uniformity", "spread")
@@ -72,7 +73,7 @@ def labelled_crops(source: str, crops: int) -> CropDataset:
     """Return `crops` crops of each recording of a labelled folder or catalogue."""
     data = DataConfig(source=source, validation_fraction=0, validation_crops=crops)
     config = TrainConfig(method="", data=data)
-    recordings = [Recording(each.path, each.singer, each.seconds, VALIDATION) for each in build_index(config)]
+    recordings = [replace(each, split=VALIDATION) for each in build_index(config)]
     return CropDataset(recordings, config)
 
 

@@ -99,6 +99,8 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
 
 def _check_pair(z1: Tensor, z2: Tensor) -> None:
     if z1.ndim != 2 or z1.shape != z2.shape:
-        raise ValueError(f"projections must be two [batch, dim] tensors alike, got {tuple(z1.shape)} and {tuple(z2.shape)}")
+        raise ValueError(
+            f"projections must be two [batch, dim] tensors alike, got {tuple(z1.shape)} and {tuple(z2.shape)}"
+        )
     if len(z1) < 2:
         raise ValueError(f"a batch of {len(z1)} has nothing to compare with; give at least 2")

@@ -6,6 +6,7 @@ noisy speech. Only numpy and parselmouth are imported, so that it starts quickly
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
 import sys
@@ -52,10 +53,8 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     while header := requests.read(REQUEST.size):
         n_samples, sample_rate, ratio, range_ratio = REQUEST.unpack(header)
         pcm = np.frombuffer(requests.read(4 * n_samples), np.float32)
-        try:
+        with contextlib.suppress(parselmouth.PraatError):  # a crop that Praat refuses is used as it is
             pcm = shift_pitch(pcm, sample_rate, ratio, range_ratio)
-        except parselmouth.PraatError:  # a crop that Praat refuses is used as it is
-            pass
         replies.write(REPLY.pack(len(pcm)))
         replies.write(np.ascontiguousarray(pcm, np.float32).tobytes())
         replies.flush()

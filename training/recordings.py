@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from singerembed.audio import Deadline, open_recording
+from singerembed.audio import TimeLimit, open_recording
+from singerembed.catalog import Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
 from training.config import TrainConfig
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
 TRAIN, VALIDATION = "train", "validation"
+_COLUMNS = ("path", "singer", "seconds", "start", "split")
 _PROBE_SECONDS = 60.0
+_PROBE_SAMPLE_RATE = 44_100  # any will do: lengths are in seconds
 _PROBE_THREADS = 8
 
 
@@ -30,7 +33,8 @@ class Recording:
 
     path: str
     singer: str
-    seconds: float
+    seconds: float = math.inf  # as long as the file goes, until it is measured
+    start: float = 0.0  # seconds from the beginning of the file
     split: str = TRAIN
 
 
@@ -50,16 +54,12 @@ def build_index(config: TrainConfig) -> list[Recording]:
         training = [each for each in training if each.singer not in held_out_singers]
     if not training:
         raise CatalogError(f"{data.source}: no recording of {data.crop_seconds:g} s or more is left to train on")
-    return [
-        Recording(each.path, each.singer, each.seconds, split)
-        for split, recordings in ((TRAIN, training), (VALIDATION, held_out))
-        for each in recordings
-    ]
+    return training + [replace(each, split=VALIDATION) for each in held_out]
 
 
 def write_index(path: Path, recordings: Sequence[Recording]) -> None:
     """Write the index so that readers see the whole file or none."""
-    columns = {name: [getattr(each, name) for each in recordings] for name in ("path", "singer", "seconds", "split")}
+    columns = {name: [getattr(each, name) for each in recordings] for name in _COLUMNS}
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     pq.write_table(pa.table(columns), temporary)
     temporary.replace(path)
@@ -71,47 +71,29 @@ def read_index(path: Path) -> list[Recording]:
 
 
 def _find(source: str, config: TrainConfig) -> list[Recording]:
-    path = Path(source)
-    if path.is_dir():
-        found = list(_in_folder(path))
-    elif path.suffix in {".csv", ".tsv", ".parquet"}:
-        found = list(_in_catalogue(path, config.data.path_column, config.data.singer_column))
-    else:
-        raise CatalogError(f"{source}: neither a folder nor a catalogue (.csv, .tsv, .parquet). Give one with --data")
+    if not Path(source).is_dir():
+        return list(_in_catalogue(source, Columns(path=config.data.path_column), config.data.singer_column))
+    found = sorted(_in_folder(Path(source)), key=lambda each: each.path)
     if not found:
         raise CatalogError(f"{source}: no recordings; looked for {', '.join(sorted(AUDIO_SUFFIXES))}")
-    return sorted(found, key=lambda each: each.path)
+    return found
 
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
     """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own."""
     for path in folder.rglob("*"):
         if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-            yield Recording(str(path), path.relative_to(folder).parts[0], 0.0)
+            yield Recording(str(path), path.relative_to(folder).parts[0])
 
 
-def _in_catalogue(path: Path, path_column: str, singer_column: str) -> Iterator[Recording]:
-    """Rows of a catalogue; without a singer column each recording is a singer of its own."""
-    table = _read_table(path)
-    if path_column not in table.column_names:
-        raise CatalogError(
-            f'{path} has no column "{path_column}"; it has: {", ".join(table.column_names)}. '
-            "Name it with --set data.path_column=NAME"
-        )
-    paths = [str(path.parent / name) for name in table[path_column].to_pylist()]
-    singers = table[singer_column].to_pylist() if singer_column in table.column_names else paths
-    for each, singer in zip(paths, singers, strict=True):
-        yield Recording(each, str(singer) if singer is not None else each, 0.0)
-
-
-def _read_table(path: Path) -> pa.Table:
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path)
-        delimiter = "\t" if path.suffix == ".tsv" else ","
-        return pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter))
-    except (OSError, pa.ArrowInvalid) as exc:
-        raise CatalogError(f"{path} cannot be read as a catalogue: {exc}") from exc
+def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[Recording]:
+    """Rows of a catalogue; without a singer each row is a singer of its own. Rows that are wrong are left out later."""
+    for unit in Catalog(path, columns).units():
+        known = singer_column in unit.extra.column_names
+        singers = unit.extra[singer_column].to_pylist() if known else [None] * len(unit.tracks)
+        for track, singer in zip(unit.tracks, singers, strict=True):
+            seconds = math.inf if track.end is None else track.end - track.start
+            yield Recording(track.location, str(singer or track.track_id), seconds, track.start)
 
 
 def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
@@ -119,7 +101,7 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
     with ThreadPoolExecutor(_PROBE_THREADS) as threads:
         lengths = list(
             tqdm(
-                threads.map(lambda each: _seconds(each.path), recordings),
+                threads.map(_seconds, recordings),
                 total=len(recordings),
                 desc="looking at recordings",
                 unit=" files",
@@ -128,7 +110,7 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
         )
     unreadable = sum(length is None for length in lengths)
     kept = [
-        Recording(each.path, each.singer, length)
+        replace(each, seconds=length)
         for each, length in zip(recordings, lengths, strict=True)
         if length is not None and length >= min_seconds
     ]
@@ -141,13 +123,15 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
     return kept
 
 
-def _seconds(path: str) -> float | None:
-    """Length as the header says; None for a file that cannot be opened."""
+def _seconds(recording: Recording) -> float | None:
+    """Length of a recording as the file's header says; None for a file that cannot be opened."""
+    limit = TimeLimit(_PROBE_SECONDS)
     try:
-        with open_recording(path, 44_100, Deadline(_PROBE_SECONDS)) as reader:
-            return reader.n_samples / reader.sample_rate
+        with limit.counting(), open_recording(recording.path, _PROBE_SAMPLE_RATE, limit) as reader:
+            length = reader.n_samples / reader.sample_rate
     except TrackError:
         return None
+    return min(length - recording.start, recording.seconds)
 
 
 def _draw_singers(singers: set[str], fraction: float, seed: int) -> set[str]:

@@ -23,9 +23,15 @@ LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
 
 
 @command
-@click.option("--config", "config_path", required=True, type=click.Path(path_type=Path), help="One of training/configs/.")
-@click.option("--data", required=True, help="A folder SINGER/**/*.wav (or flac, mp3, ...), or a catalogue with a path column.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run's folder: checkpoints and TensorBoard.")
+@click.option(
+    "--config", "config_path", required=True, type=click.Path(path_type=Path), help="One of training/configs/."
+)
+@click.option(
+    "--data", required=True, help="A folder SINGER/**/*.wav (or flac, mp3, ...), or a catalogue with a path column."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The run's folder: checkpoints and TensorBoard."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. --set data.batch_size=32.")
 def main(config_path: Path, data: str, out: Path, overrides: tuple[str, ...]) -> None:
     """Train a singer encoder with one of five self-supervised methods.
