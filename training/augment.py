@@ -48,8 +48,8 @@ class Augmenter:
         """Return an augmented copy of `pcm`, float32 [samples], of the same length."""
         config = self._config
         if self._pitch is not None and rng.random() < config.pitch_probability:
-            ratio = draw_ratio(config.pitch_ratio, rng)
-            pcm = self._pitch.shift(pcm, self._sample_rate, ratio, draw_ratio(config.pitch_range_ratio, rng))
+            ratio, range_ratio = draw_ratio(config.pitch_ratio, rng), draw_ratio(config.pitch_range_ratio, rng)
+            pcm = self._pitch.shift(pcm, self._sample_rate, ratio, range_ratio, seed=int(rng.integers(2**31)))
         with _global_generators_seeded(int(rng.integers(2**32))):
             for transform in self._channel:
                 pcm = transform(pcm, self._sample_rate)
@@ -72,13 +72,14 @@ class PitchShifter:
         sample_rate: int,
         ratio: float,
         range_ratio: float,
+        seed: int,
         timeout_seconds: float = PITCH_TIMEOUT_SECONDS,
     ) -> Samples:
         """Return `pcm` shifted, or `pcm` itself where Praat dies or takes longer than the limit."""
         process = self._running()
         deadline = time.monotonic() + timeout_seconds
         try:
-            header = pitch_worker.REQUEST.pack(len(pcm), sample_rate, ratio, range_ratio)
+            header = pitch_worker.REQUEST.pack(len(pcm), sample_rate, ratio, range_ratio, seed)
             requests, replies = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
             _write(requests, header + pcm.tobytes(), deadline)
             (length,) = pitch_worker.REPLY.unpack(_read(replies, pitch_worker.REPLY.size, deadline))

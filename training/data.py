@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -172,31 +172,34 @@ class PairSampler(Sampler[list[PairKey]]):
         self._batch_size = config.data.batch_size
         self._devices = devices
         self._seed = config.seed
-        self._rank, self._next_step = 0, 0
+        self._rank = 0
+        self._step: Callable[[], int] = lambda: 0
         if len(self) == 0:
             raise UsageError(
                 f"an epoch has {self._n_pairs} pairs, fewer than one batch of {self._batch_size} on {devices} device(s). "
                 "Lower data.batch_size or raise data.pairs_per_recording"
             )
 
-    def start(self, rank: int, step: int) -> None:
-        """Give the batches of device `rank`, beginning with that of training step `step`."""
-        self._rank, self._next_step = rank, step
+    def follow(self, rank: int, step: Callable[[], int]) -> None:
+        """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.
+
+        Asked for whenever iteration begins, so that it is right in a resumed run, and however far ahead workers have read.
+        """
+        self._rank, self._step = rank, step
 
     def __len__(self) -> int:
         """Return the steps of an epoch; a last batch that is not full is dropped."""
         return self._n_pairs // (self._batch_size * self._devices)
 
     def __iter__(self) -> Iterator[list[PairKey]]:
-        """Yield the batches that are left of the epoch; the next call goes on with the next epoch."""
-        epoch, first = divmod(self._next_step, len(self))
+        """Yield the batches that are left of the epoch."""
+        epoch, first = divmod(self._step(), len(self))
         groups = self._epoch(epoch)
         for step in range(first, len(self)):
             start = (step * self._devices + self._rank) * self._batch_size
             yield [
                 PairKey(epoch, position, int(groups[position])) for position in range(start, start + self._batch_size)
             ]
-        self._next_step = (epoch + 1) * len(self)
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """Rounds over all groups, each in an order of its own, so that a batch has as many groups as there can be."""
@@ -320,7 +323,7 @@ class PairData(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[dict[str, object]]:
         """Return this device's batches from the trainer's current step on."""
         trainer = self._trainer()
-        self._sampler.start(trainer.global_rank, trainer.global_step)
+        self._sampler.follow(trainer.global_rank, lambda: trainer.global_step)
         return DataLoader(self._pairs, batch_sampler=self._sampler, **self._loading())
 
     def val_dataloader(self) -> DataLoader[dict[str, object]]:

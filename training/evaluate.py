@@ -46,7 +46,7 @@ def encoder_embedder(path: str) -> Embedder:
         spec = checkpoint.spec
     else:
         torch.manual_seed(0)
-    front_end, encoder = MelSpectrogram(spec), Encoder(spec, normalise=spec.normalise, pretrained=False).eval()
+    front_end, encoder = MelSpectrogram(spec), Encoder(spec, normalise=spec.normalise).eval()
     if path:
         encoder.backbone.load_state_dict(checkpoint.state_dict)
 

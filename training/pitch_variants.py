@@ -69,7 +69,7 @@ def make_variant(recording: Recording, number: int, config: TrainConfig, shifter
         draw_ratio(each, rng) for each in (config.augment.pitch_ratio, config.augment.pitch_range_ratio)
     )
     timeout = _TIMEOUT_SECONDS + _TIMEOUT_PER_SECOND * recording.seconds
-    shifted = shifter.shift(pcm, sample_rate, ratio, range_ratio, timeout_seconds=timeout)
+    shifted = shifter.shift(pcm, sample_rate, ratio, range_ratio, int(rng.integers(2**31)), timeout_seconds=timeout)
     if shifted is pcm:
         return False
     target.parent.mkdir(parents=True, exist_ok=True)

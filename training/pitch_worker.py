@@ -15,10 +15,10 @@ from typing import BinaryIO
 import numpy as np
 import parselmouth
 from numpy.typing import NDArray
-from parselmouth.praat import call
+from parselmouth.praat import call, run
 
-# Request: samples, sample rate in Hz, pitch ratio, pitch range ratio; then float32 samples. Reply: samples; then they.
-REQUEST = struct.Struct("<qddd")
+# Request: samples, sample rate in Hz, pitch ratio, pitch range ratio, seed; then float32 samples. Reply: samples; then they.
+REQUEST = struct.Struct("<qdddq")
 REPLY = struct.Struct("<q")
 
 # Where the paper's code looks for pitch, in Hz. Praat advises a time step of 0.75 to 0.8 periods of the lowest.
@@ -27,12 +27,14 @@ PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0
 Samples = NDArray[np.float32]
 
 
-def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: float) -> Samples:
+def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: float, seed: int) -> Samples:
     """Multiply the pitch of `pcm` by `ratio` and its range about the median by `range_ratio`; formants stay.
 
     Returns as many samples as it was given; unvoiced audio comes back as it was. Method: PSOLA, Praat's "Change gender"
     with a formant shift ratio of 1.
     """
+    # Where the voice is unvoiced Praat places periods at random.
+    run(f"random_initializeWithSeedUnsafelyButPredictably ({seed})")
     sound = parselmouth.Sound(pcm.astype(np.float64), sampling_frequency=sample_rate)
     pitch = call(sound, "To Pitch", 0.8 / PITCH_FLOOR, PITCH_FLOOR, PITCH_CEILING)
     median = call(pitch, "Get quantile", 0.0, 0.0, 0.5, "Hertz")
@@ -51,10 +53,10 @@ def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: flo
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer requests until there are no more."""
     while header := requests.read(REQUEST.size):
-        n_samples, sample_rate, ratio, range_ratio = REQUEST.unpack(header)
+        n_samples, sample_rate, ratio, range_ratio, seed = REQUEST.unpack(header)
         pcm = np.frombuffer(requests.read(4 * n_samples), np.float32)
         with contextlib.suppress(parselmouth.PraatError):  # a crop that Praat refuses is used as it is
-            pcm = shift_pitch(pcm, sample_rate, ratio, range_ratio)
+            pcm = shift_pitch(pcm, sample_rate, ratio, range_ratio, seed)
         replies.write(REPLY.pack(len(pcm)))
         replies.write(np.ascontiguousarray(pcm, np.float32).tobytes())
         replies.flush()

@@ -24,7 +24,12 @@ LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
 
 @command
 @click.option(
-    "--config", "config_path", required=True, type=click.Path(path_type=Path), help="One of training/configs/."
+    "--config",
+    "config_paths",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="One of training/configs/. A second one goes over it.",
 )
 @click.option(
     "--data", required=True, help="A folder SINGER/**/*.wav (or flac, mp3, ...), or a catalogue with a path column."
@@ -33,7 +38,7 @@ LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
     "--out", required=True, type=click.Path(path_type=Path), help="The run's folder: checkpoints and TensorBoard."
 )
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. --set data.batch_size=32.")
-def main(config_path: Path, data: str, out: Path, overrides: tuple[str, ...]) -> None:
+def main(config_paths: tuple[Path, ...], data: str, out: Path, overrides: tuple[str, ...]) -> None:
     """Train a singer encoder with one of five self-supervised methods.
 
     The run's folder gets last.ckpt (every few hundred steps and every epoch), best.ckpt (lowest error rate on the
@@ -45,7 +50,7 @@ def main(config_path: Path, data: str, out: Path, overrides: tuple[str, ...]) ->
     python -m training.export runs/contrastive/last.ckpt contrastive.pt
     singerembed build-engine contrastive.pt
     """
-    config = load_config(config_path, overrides)
+    config = load_config(config_paths, overrides)
     source = config.data.model_copy(update={"source": str(Path(data).absolute())})
     train(config.model_copy(update={"data": source, "name": config.name or out.name}), out)
 

@@ -51,7 +51,7 @@ def test_nothing_asked_for_changes_nothing_but_the_peak(voice: NDArray[np.float3
 def test_pitch_moves_by_the_ratio_and_the_spectral_envelope_stays(
     voice: NDArray[np.float32], shifter: PitchShifter, ratio: float
 ) -> None:
-    shifted = shifter.shift(voice, SAMPLE_RATE, ratio, 1.0)
+    shifted = shifter.shift(voice, SAMPLE_RATE, ratio, 1.0, seed=1)
     assert shifted.shape == voice.shape
     assert median_pitch(shifted) / median_pitch(voice) == pytest.approx(ratio, rel=0.05)
     # The vowel's formants would move by 30 % with a resampled voice, and the centre of the spectrum with them.
@@ -65,6 +65,14 @@ def spectral_centre(pcm: NDArray[np.float32]) -> float:
     return float((power * frequencies)[band].sum() / power[band].sum())
 
 
+def test_a_shift_is_a_function_of_its_seed(voice: NDArray[np.float32], shifter: PitchShifter) -> None:
+    other = PitchShifter()
+    first = shifter.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7)
+    np.testing.assert_array_equal(first, shifter.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7))
+    np.testing.assert_array_equal(first, other.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7))
+    other.close()
+
+
 def test_a_hang_in_praat_costs_the_limit_and_leaves_the_crop(
     voice: NDArray[np.float32], shifter: PitchShifter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,22 +81,22 @@ def test_a_hang_in_praat_costs_the_limit_and_leaves_the_crop(
     monkeypatch.setattr(pitch_worker, "__file__", str(hanging))
     # The request is larger than a pipe holds, and this worker reads only its beginning: writing hangs as well.
     started = time.monotonic()
-    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, timeout_seconds=0.5) is voice
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1, timeout_seconds=0.5) is voice
     assert time.monotonic() - started < 5
     monkeypatch.undo()
-    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0) is not voice  # the next call has a new process
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is not voice  # the next call has a new process
 
 
 def test_a_worker_that_dies_leaves_the_crop(
     voice: NDArray[np.float32], shifter: PitchShifter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0) is voice
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
 
 
 def test_unvoiced_audio_and_silence_come_back_as_they_are(shifter: PitchShifter) -> None:
     for pcm in (np.zeros(22_050, np.float32), np.zeros(100, np.float32)):
-        np.testing.assert_array_equal(shifter.shift(pcm, SAMPLE_RATE, 1.3, 1.5), pcm)
+        np.testing.assert_array_equal(shifter.shift(pcm, SAMPLE_RATE, 1.3, 1.5, seed=1), pcm)
 
 
 def test_noise_has_the_amplitude_asked_for(voice: NDArray[np.float32]) -> None:

@@ -55,7 +55,7 @@ def test_a_few_steps_lower_the_loss_and_every_weight_takes_part(name: str, corpu
 def test_configurations_of_the_paper_are_read(name: str) -> None:
     from training.config import load_config
 
-    config = load_config(Path(__file__).parents[2] / "training" / "configs" / f"{name}.yaml")
+    config = load_config([Path(__file__).parents[2] / "training" / "configs" / f"{name}.yaml"])
     assert config.method == name
     options = METHODS[name].options_type.model_validate(config.loss)
     assert options == METHODS[name].options_type()  # what a file spells out are the defaults

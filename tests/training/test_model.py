@@ -38,7 +38,7 @@ def peaked() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def golden_encoder() -> Encoder:
-    encoder = Encoder(SPEC, normalise="crop", pretrained=False).eval()
+    encoder = Encoder(SPEC, normalise="crop").eval()
     encoder.backbone.load_state_dict({name: torch.from_numpy(value) for name, value in weights.state_dict().items()})
     return encoder
 

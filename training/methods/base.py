@@ -46,9 +46,14 @@ class Method(lightning.LightningModule):
         self.options = self._parse_options(config.loss)
         spec = config.front_end()
         self.save_hyperparameters({"config": config.model_dump(mode="json"), "spec": spec.to_dict()}, logger=False)
-        pretrained = config.model.initialise == "imagenet"
         self.feature_extractor = MelSpectrogram(spec)
-        self.encoder = Encoder(spec, normalise=config.model.normalise, pretrained=pretrained)
+        self.encoder = Encoder(
+            spec,
+            normalise=config.model.normalise,
+            pretrained=config.model.initialise == "imagenet",
+            dropout=config.model.dropout,
+            stochastic_depth_prob=config.model.stochastic_depth,
+        )
         self.projection = Projection(spec.embedding_dim, l2_normalise=config.model.l2_normalise)
         if config.model.initialise not in {"imagenet", "random"}:
             self.encoder.backbone.load_state_dict(load_checkpoint(config.model.initialise).state_dict)
