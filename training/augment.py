@@ -24,8 +24,8 @@ from training.config import AugmentConfig
 
 Samples = NDArray[np.float32]
 
-# A 4 s crop takes Praat 0.05 s. The bound is far from that, because a crop that is given up on a busy machine and not on
-# an idle one would make two runs differ.
+# A 4 s crop takes Praat 0.05 s. The bound is far from that: a crop that is given up on a busy machine, and not on an
+# idle one, would make two runs differ.
 PITCH_TIMEOUT_SECONDS = 20.0
 
 
@@ -159,11 +159,11 @@ def _transform(
 @contextlib.contextmanager
 def _global_generators_seeded(seed: int) -> Iterator[None]:
     """Seed the generators that audiomentations draws from, and put them back: a crop is then a function of its seed."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
+    np.random.seed(seed)
     try:
         yield
     finally:
         random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
+        np.random.set_state(numpy_state)

@@ -55,8 +55,8 @@ class CollapseWatch(Callback):
         if self._collapsed_steps == self._patience_steps:
             rank_zero_warn(
                 f"collapse: for {self._patience_steps} steps all projections have been the same vector but for "
-                f"{self._threshold:g} of their length squared (step {trainer.global_step}). Stop this run. Lower the learning "
-                "rate, raise the weight of variance or uniformity, or check that the pairs are not all alike"
+                f"{self._threshold:g} of their length squared (step {trainer.global_step}). Stop this run. Lower the "
+                "learning rate, raise the weight of variance or uniformity, or check that the pairs are not all alike"
             )
 
 

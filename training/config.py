@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """The encoder at the start, and its front end."""
 
     initialise: str = "imagenet"  # "imagenet", "random", or the path of a checkpoint to go on from
-    # Divide the log-mel spectrogram by the maximum of the "crop", by a constant, or as the official code of the "batch".
+    # Divide the log-mel spectrogram by the "crop"'s maximum, by a constant, or as the official code by the "batch"'s.
     normalise: Literal["crop", "batch"] | Positive = "crop"
     l2_normalise: bool = True  # the projections
     # torchvision's defaults, as the paper has them. Short runs from scratch learn twice as fast without.

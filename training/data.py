@@ -8,11 +8,12 @@ what one device with batches of 2 n sees.
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import lightning
 import numpy as np
@@ -116,7 +117,7 @@ def draw_crop(
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-class PairDataset(Dataset[dict[str, object]]):
+class PairDataset(Dataset[dict[str, Any]]):
     """Pairs of augmented crops of one recording or one singer."""
 
     def __init__(self, recordings: Sequence[Recording], config: TrainConfig) -> None:
@@ -128,7 +129,7 @@ class PairDataset(Dataset[dict[str, object]]):
         self._variants = _find_variants(recordings, config.data) if config.data.pitch_variants else {}
         self._augment = Augmenter(config.augment, self._sample_rate, shift_pitch=not config.data.pitch_variants)
 
-    def __getitem__(self, key: PairKey) -> dict[str, object]:
+    def __getitem__(self, key: PairKey) -> dict[str, Any]:
         """Return `clips`, float32 [2, samples], and their `groups` label.
 
         A group that cannot be read gives way to one drawn at random. Raises SingerEmbedError when that goes on and on.
@@ -176,14 +177,14 @@ class PairSampler(Sampler[list[PairKey]]):
         self._step: Callable[[], int] = lambda: 0
         if len(self) == 0:
             raise UsageError(
-                f"an epoch has {self._n_pairs} pairs, fewer than one batch of {self._batch_size} on {devices} device(s). "
-                "Lower data.batch_size or raise data.pairs_per_recording"
+                f"an epoch has {self._n_pairs} pairs, fewer than a batch of {self._batch_size} on {devices} device(s)."
+                " Lower data.batch_size or raise data.pairs_per_recording"
             )
 
     def follow(self, rank: int, step: Callable[[], int]) -> None:
         """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.
 
-        Asked for whenever iteration begins, so that it is right in a resumed run, and however far ahead workers have read.
+        Asked for whenever iteration begins, so that it is right in a resumed run, however far ahead workers have read.
         """
         self._rank, self._step = rank, step
 
@@ -204,7 +205,7 @@ class PairSampler(Sampler[list[PairKey]]):
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         """Rounds over all groups, each in an order of its own, so that a batch has as many groups as there can be."""
         rng = np.random.default_rng((self._seed, epoch))
-        rounds = -(-self._n_pairs // self._n_groups)
+        rounds = math.ceil(self._n_pairs / self._n_groups)
         return np.concatenate([rng.permutation(self._n_groups) for _ in range(rounds)])
 
 
@@ -217,8 +218,8 @@ def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[in
         members[recording.singer].append(index)
     if len(members) in {1, len(recordings)}:
         raise UsageError(
-            f"pairs of singers need several singers with several recordings each; there are {len(recordings)} recordings "
-            f"of {len(members)} singers. Put each singer's into a folder, or use --set data.pairs=recording"
+            f"pairs of singers need several singers with several recordings each; there are {len(recordings)} "
+            f"recordings of {len(members)} singers. Put each singer's into a folder, or use --set data.pairs=recording"
         )
     return list(members.values())
 
@@ -250,7 +251,7 @@ def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[in
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
-class CropDataset(Dataset[dict[str, object]]):
+class CropDataset(Dataset[dict[str, Any]]):
     """Crops of the validation recordings, as long as those of the finished encoder, not augmented, always the same."""
 
     def __init__(self, recordings: Sequence[Recording], config: TrainConfig) -> None:
@@ -272,7 +273,7 @@ class CropDataset(Dataset[dict[str, object]]):
         """Return the number of crops."""
         return len(self._recordings)
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         """Return `clips`, float32 [samples], zeros for a recording that cannot be used, and `indices`."""
         recording = self._recordings[index]
         rng = np.random.default_rng((self._config.seed, index))
@@ -291,11 +292,17 @@ class _Share(Sampler[int]):
         self._n_crops, self._rank, self._devices = n_crops, rank, devices
 
     def __len__(self) -> int:
-        return -(-self._n_crops // self._devices)
+        return math.ceil(self._n_crops / self._devices)
 
     def __iter__(self) -> Iterator[int]:
         for turn in range(len(self)):
             yield (turn * self._devices + self._rank) % self._n_crops
+
+
+class _Loading(TypedDict):
+    num_workers: int
+    persistent_workers: bool
+    pin_memory: bool
 
 
 class PairData(lightning.LightningDataModule):
@@ -320,13 +327,13 @@ class PairData(lightning.LightningDataModule):
         """Whether there are two validation singers to be told apart."""
         return len(set(self._crops.labels.singers.tolist())) > 1
 
-    def train_dataloader(self) -> DataLoader[dict[str, object]]:
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return this device's batches from the trainer's current step on."""
         trainer = self._trainer()
         self._sampler.follow(trainer.global_rank, lambda: trainer.global_step)
         return DataLoader(self._pairs, batch_sampler=self._sampler, **self._loading())
 
-    def val_dataloader(self) -> DataLoader[dict[str, object]]:
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return this device's share of the validation crops."""
         trainer = self._trainer()
         share = _Share(len(self._crops), trainer.global_rank, trainer.world_size)
@@ -346,7 +353,7 @@ class PairData(lightning.LightningDataModule):
             raise RuntimeError("the loaders follow the trainer's step: ask for them in a fit")
         return self.trainer
 
-    def _loading(self) -> dict[str, object]:
+    def _loading(self) -> _Loading:
         workers = self._config.data.workers
         return {
             "num_workers": workers,

@@ -30,7 +30,7 @@ Embedder = Callable[[Samples], NDArray[np.float32]]  # a crop, [samples], to its
 
 
 def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
-    """Return mean and standard deviation over time of 20 cepstral coefficients (without the first, the level) and deltas."""
+    """Return mean and deviation over time of 20 cepstral coefficients (the first, the level, left out) and deltas."""
     spec = ModelSpec(name="mfcc", method="mfcc", mel_sample_rate=44_100, mel_fmax=16_000.0)
     power = MelSpectrogram(spec)(torch.from_numpy(pcm)[None])[0].numpy()
     cepstrum = dct(10 * np.log10(power + 1e-10), axis=0, norm="ortho")[1 : N_MFCC + 1]
@@ -60,8 +60,8 @@ def encoder_embedder(path: str) -> Embedder:
 def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> dict[str, float]:
     """Return the verification metrics of `embed` on `crops`.
 
-    `standardise`: bring each dimension to mean 0 and deviation 1 over the crops, without which features of different units
-    cannot be compared by their cosine.
+    `standardise`: bring each dimension to mean 0 and deviation 1 over the crops: features of different units cannot be
+    compared by their cosine otherwise.
     """
     embeddings = np.stack([embed(crops[index]["clips"]) for index in tqdm(range(len(crops)), disable=None)])
     if standardise:

@@ -87,7 +87,7 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
-    """Return the fixed kernels that nnAudio's MelSpectrogram keeps in its state: windowed sines and cosines, and the basis."""
+    """Return the kernels that nnAudio's MelSpectrogram keeps in its state: windowed sines, cosines, and the basis."""
     sample = np.arange(spec.n_fft)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * sample / spec.n_fft)
     phase = 2 * np.pi / spec.n_fft * (np.arange(spec.n_fft // 2 + 1)[:, None] * sample % spec.n_fft)

@@ -85,7 +85,7 @@ def covariance(z1: Tensor, z2: Tensor) -> Tensor:
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     """Mean distance within pairs, to the power `alpha`: arXiv 2005.10242, section 4.1."""
     _check_pair(z1, z2)
-    return (z1 - z2).norm(dim=1).pow(alpha).mean()
+    return torch.linalg.vector_norm(z1 - z2, dim=1).pow(alpha).mean()
 
 
 def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
@@ -94,7 +94,9 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
     On the unit sphere of many dimensions it is about -2 t at best. Raises ValueError for a batch below 2.
     """
     _check_pair(z, z)
-    return torch.pdist(z).square().mul(-t).exp().mean().log()
+    squared_distances: Tensor = torch.pdist(z).square()
+    potential: Tensor = (-t * squared_distances).exp().mean()
+    return potential.log()
 
 
 def _check_pair(z1: Tensor, z2: Tensor) -> None:

@@ -33,11 +33,11 @@ class CropLabels:
         singers = self.singers[:, None] == self.singers[None, :]
         recordings = self.recordings[:, None] == self.recordings[None, :]
         across = singers & ~recordings
-        return across if across.any() else recordings & ~np.eye(len(self.singers), dtype=bool)
+        return np.asarray(across if across.any() else recordings & ~np.eye(len(self.singers), dtype=bool))
 
     def other_singer(self) -> NDArray[np.bool_]:
         """Return which of the pairs [n, n] are negative."""
-        return self.singers[:, None] != self.singers[None, :]
+        return np.asarray(self.singers[:, None] != self.singers[None, :])
 
 
 def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, float]:

@@ -19,8 +19,8 @@ from singerembed.spec import ModelSpec
 
 PROJECTION_DIM = 128
 PREDICTOR_WIDTH = 1024
-# The official code divides by the maximum over the batch in training and in evaluation alike. Here evaluation divides by
-# a running mean of those maxima, as batch normalisation does, so that an embedding depends on its own crop alone.
+# The official code divides by the maximum over the batch in training and evaluation alike. Here evaluation divides by a
+# running mean of those maxima, as batch normalisation does, so that an embedding depends on its own crop alone.
 _MAXIMUM_MOMENTUM = 0.01
 # The mean of batches of 128 crops of professional singing: where the running mean starts.
 _FIRST_MAXIMUM = 9.2
@@ -153,7 +153,7 @@ def _imagenet_backbone(**options: float) -> nn.Module:
     """EfficientNet-B0 with torchvision's ImageNet weights. Raises CheckpointError where they are not to be had."""
     weights = EfficientNet_B0_Weights.IMAGENET1K_V1
     try:
-        return efficientnet_b0(weights=weights, **options)
+        return cast(nn.Module, efficientnet_b0(weights=weights, **options))
     except OSError as exc:
         folder = f"{torch.hub.get_dir()}/checkpoints"
         raise CheckpointError(

@@ -54,7 +54,7 @@ def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
 
 
 def make_variant(recording: Recording, number: int, config: TrainConfig, shifter: PitchShifter, seed: int) -> bool:
-    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed, name and number."""
+    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed and name."""
     target = variant_path(config.data, recording, number)
     if target.exists():
         return True

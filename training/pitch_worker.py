@@ -17,7 +17,8 @@ import parselmouth
 from numpy.typing import NDArray
 from parselmouth.praat import call, run
 
-# Request: samples, sample rate in Hz, pitch ratio, pitch range ratio, seed; then float32 samples. Reply: samples; then they.
+# Request: number of samples, sample rate in Hz, pitch ratio, pitch range ratio, seed; then the samples, float32.
+# Reply: number of samples; then the samples, float32.
 REQUEST = struct.Struct("<qdddq")
 REPLY = struct.Struct("<q")
 

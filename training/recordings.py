@@ -41,8 +41,8 @@ class Recording:
 def build_index(config: TrainConfig) -> list[Recording]:
     """Find, measure and split the recordings of a run, in an order that depends on their names only.
 
-    What cannot be opened, or is shorter than the crops taken of it, is left out and counted on stderr. Raises CatalogError
-    where too little is left.
+    What cannot be opened, or is shorter than the crops taken of it, is left out and counted. Raises CatalogError where
+    nothing is left to train on.
     """
     data, crop_seconds = config.data, config.front_end().crop_seconds
     training = _measured(_find(data.source, config), data.crop_seconds)

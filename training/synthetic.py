@@ -2,7 +2,7 @@
 
 A singer is a vocal tract (its length, its own deviation of each formant, its bandwidths), a glottis (spectral tilt,
 breath) and manners (vibrato, register). A recording is a melody on random vowels, through a channel of its own
-(equaliser, level). Statistics of a short crop's spectrum say more of its vowels, its pitch and its channel than of the singer.
+(equaliser, level). Statistics of a crop's spectrum say more of its vowels, pitch and channel than of the singer.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def sing(singer: Singer, seconds: float, rng: np.random.Generator) -> Samples:
         notes.append(_note(singer, midi, str(rng.choice(list(VOWELS))), n_samples, rng))
         remaining -= n_samples
     pcm = _channel(np.concatenate(notes), rng)
-    return pcm * 0.9 / np.abs(pcm).max()
+    return np.asarray(pcm * 0.9 / np.abs(pcm).max())
 
 
 def _note(singer: Singer, midi: float, vowel: str, n_samples: int, rng: np.random.Generator) -> Samples:
@@ -88,7 +88,7 @@ def _note(singer: Singer, midi: float, vowel: str, n_samples: int, rng: np.rando
     envelope[:ramp] = np.linspace(0, 1, ramp)
     envelope[n_samples - ramp :] = np.linspace(1, 0, ramp)
     loudness = 10 ** (rng.uniform(-12, 0) / 20)
-    return loudness * envelope * voice / max(float(np.abs(voice).max()), 1e-9)
+    return np.asarray(loudness * envelope * voice / max(float(np.abs(voice).max()), 1e-9))
 
 
 def _pulses(singer: Singer, midi: float, n_samples: int, rng: np.random.Generator) -> Samples:
@@ -117,7 +117,7 @@ def _channel(pcm: Samples, rng: np.random.Generator) -> Samples:
     """A recording chain: gains in smooth curves over log frequency, by multiplication of the spectrum."""
     frequencies = np.fft.rfftfreq(len(pcm), 1 / SAMPLE_RATE)
     knots = np.geomspace(60, 16_000, 7)
-    gain_db = np.interp(np.log(frequencies + 1), np.log(knots), rng.normal(0, 4, len(knots)))
+    gain_db = np.interp(np.log(frequencies + 1), np.log(knots), rng.normal(0, 8, len(knots)))
     return np.fft.irfft(np.fft.rfft(pcm) * 10 ** (gain_db / 20), len(pcm))
 
 

@@ -117,21 +117,24 @@ def test_gain_and_mask_stay_in_their_ranges(voice: NDArray[np.float32]) -> None:
 
 def test_a_crop_is_a_function_of_its_generator_and_leaves_the_global_ones(voice: NDArray[np.float32]) -> None:
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
-    expected = random.random(), np.random.random()  # noqa: NPY002
+    np.random.seed(5)
+    expected = random.random(), np.random.random()
     random.seed(5)
-    np.random.seed(5)  # noqa: NPY002
+    np.random.seed(5)
     config = AugmentConfig(pitch_probability=0.0)
     first, second = augmented(config, voice, 1), augmented(config, voice, 1)
     np.testing.assert_array_equal(first, second)
     assert not np.array_equal(first, augmented(config, voice, 2))
-    assert (random.random(), np.random.random()) == expected  # noqa: NPY002
+    assert (random.random(), np.random.random()) == expected
 
 
 def test_transforms_of_audiomentations_by_name(voice: NDArray[np.float32]) -> None:
     config = NONE.model_copy(update={"channel": ({"transform": "PolarityInversion", "p": 1.0},)})
     np.testing.assert_array_equal(augmented(config, voice), -peak_normalised(voice))
-    for fields, message in (({"transform": "Nonsense"}, "Nonsense"), ({"transform": "Gain", "loudness": 3}, "loudness")):
+    for fields, message in (
+        ({"transform": "Nonsense"}, "Nonsense"),
+        ({"transform": "Gain", "loudness": 3}, "loudness"),
+    ):
         with pytest.raises(UsageError, match=message):
             Augmenter(NONE.model_copy(update={"channel": (fields,)}), SAMPLE_RATE, shift_pitch=False)
 

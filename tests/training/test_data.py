@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import soundfile
 from click.testing import CliRunner
-from training_config import small_config
 from numpy.typing import NDArray
+from training_config import small_config
 
 from singerembed.errors import CatalogError, SingerEmbedError, UsageError
 from training import pitch_variants
@@ -61,11 +61,15 @@ def test_a_catalogue_with_a_singer_column(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b", "c"):
         write(tmp_path / f"{name}.wav", tone(4))
     catalogue = tmp_path / f"catalog.{suffix}"
-    catalogue.write_text(
-        "file,who,start,end\na.wav,Ann,1,3.5\nb.wav,Ann,,\nc.wav,,,\n"
-        if suffix == "csv"
-        else '{"file": "a.wav", "who": "Ann", "start": 1, "end": 3.5}\n{"file": "b.wav", "who": "Ann"}\n{"file": "c.wav"}\n'
-    )
+    rows = {
+        "csv": ["file,who,start,end", "a.wav,Ann,1,3.5", "b.wav,Ann,,", "c.wav,,,"],
+        "jsonl": [
+            '{"file": "a.wav", "who": "Ann", "start": 1, "end": 3.5}',
+            '{"file": "b.wav", "who": "Ann"}',
+            '{"file": "c.wav"}',
+        ],
+    }
+    catalogue.write_text("\n".join(rows[suffix]))
     columns = {"path_column": "file", "singer_column": "who", "validation_fraction": 0}
     recordings = build_index(small_config(catalogue, data=columns))
     assert [each.singer for each in recordings] == ["Ann", "Ann", "c.wav"]
@@ -73,7 +77,9 @@ def test_a_catalogue_with_a_singer_column(tmp_path: Path, suffix: str) -> None:
     assert recordings[1].seconds == pytest.approx(4.0)
 
 
-def test_short_and_broken_recordings_are_left_out_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_short_and_broken_recordings_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "s" / "good.wav", tone(0.5))
     write(tmp_path / "s" / "short.wav", tone(0.499))
     (tmp_path / "s" / "broken.wav").write_bytes(b"not audio")
@@ -151,7 +157,7 @@ def test_a_pair_is_two_crops_of_its_recording_and_a_function_of_its_key(corpus: 
     dataset, _ = pairs(small_config(corpus))
     first, again, later = dataset[PairKey(0, 1, 2)], dataset[PairKey(0, 1, 2)], dataset[PairKey(1, 1, 2)]
     assert first["groups"] == 2
-    clips = np.asarray(first["clips"])
+    clips = first["clips"]
     assert (clips.shape, clips.dtype) == ((2, 22_050), np.float32)
     assert not np.array_equal(clips[0], clips[1])
     np.testing.assert_array_equal(clips, np.asarray(again["clips"]))
@@ -161,7 +167,10 @@ def test_a_pair_is_two_crops_of_its_recording_and_a_function_of_its_key(corpus: 
 def test_pairs_of_a_singer_are_of_two_recordings(tmp_path: Path) -> None:
     for singer in range(3):
         for recording in range(2):  # the level says which recording a crop is of
-            write(tmp_path / f"s{singer}" / f"{recording}.wav", np.full(RATE, 0.1) * tone(1) + (0.2 if recording else -0.2))
+            write(
+                tmp_path / f"s{singer}" / f"{recording}.wav",
+                np.full(RATE, 0.1) * tone(1) + (0.2 if recording else -0.2),
+            )
     nothing = {f"{name}_probability": 0 for name in ("pitch", "noise", "gain", "mask")}
     config = small_config(tmp_path, data={"pairs": "singer", "validation_fraction": 0}, augment=nothing)
     dataset, sampler = pairs(config)
@@ -180,7 +189,9 @@ def test_pairs_of_singers_need_singers(corpus: Path, tmp_path: Path) -> None:
         pairs(small_config(tmp_path, data={"pairs": "singer", "validation_fraction": 0}))
 
 
-def test_a_recording_that_is_gone_or_silent_gives_way(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_recording_that_is_gone_or_silent_gives_way(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     home = tmp_path / "corpus"
     shutil.copytree(corpus, home)
     config = small_config(home, data={"validation_fraction": 0})
@@ -231,7 +242,7 @@ def test_two_devices_share_what_one_would_have(corpus: Path) -> None:
 
 
 def test_an_epoch_without_a_batch_is_an_error(corpus: Path) -> None:
-    with pytest.raises(UsageError, match="8 pairs, fewer than one batch of 9"):
+    with pytest.raises(UsageError, match="8 pairs, fewer than a batch of 9"):
         pairs(small_config(corpus, data={"batch_size": 9}))
 
 
@@ -248,14 +259,16 @@ def test_pitch_variants_are_made_once_and_used(corpus: Path, tmp_path: Path) -> 
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flac")} == files
 
     nothing = {f"{name}_probability": 0 for name in ("noise", "gain", "mask")}
-    sections = {"data": {"pitch_variants": str(out), "validation_fraction": 0}}
-    shifted, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 1.0}, **sections))
-    plain, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 0.0}, **sections))
-    assert not np.array_equal(np.asarray(shifted[PairKey(0, 0, 0)]["clips"]), np.asarray(plain[PairKey(0, 0, 0)]["clips"]))
+    data = {"pitch_variants": str(out), "validation_fraction": 0}
+    shifted, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 1.0}, data=data))
+    plain, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 0.0}, data=data))
+    assert not np.array_equal(
+        np.asarray(shifted[PairKey(0, 0, 0)]["clips"]), np.asarray(plain[PairKey(0, 0, 0)]["clips"])
+    )
     for path in files:
         path.unlink()
     with pytest.raises(UsageError, match="holds no variants"):
-        pairs(small_config(corpus, **sections))
+        pairs(small_config(corpus, data=data))
 
 
 def test_validation_crops_are_the_encoders_length_and_always_the_same(corpus: Path) -> None:
@@ -276,5 +289,7 @@ def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None
     rng = np.random.default_rng(0)
     embeddings = rng.normal(size=(9, 4)).astype(np.float32)
     without = data.validation_metrics(embeddings[:7], np.array([0, 1, 2, 3, 4, 5, 6]))
-    repeated_and_unread = data.validation_metrics(embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1]))
+    repeated_and_unread = data.validation_metrics(
+        embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1])
+    )
     assert repeated_and_unread == without

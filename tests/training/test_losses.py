@@ -78,7 +78,9 @@ def test_contrastive_equals_a_loop_over_rows() -> None:
     rows = []
     for i in range(len(z1)):
         cosines = F.cosine_similarity(z1[i : i + 1], z2) / 0.2
-        negatives = [cosines[(i - shift) % len(z1)] for shift in range(1, 9) if singers[i] != singers[(i - shift) % len(z1)]]
+        negatives = [
+            cosines[(i - shift) % len(z1)] for shift in range(1, 9) if singers[i] != singers[(i - shift) % len(z1)]
+        ]
         rows.append(torch.stack(negatives).logsumexp(0) - cosines[i])
     assert float(contrastive(8, singers=singers)(z1, z2)) == pytest.approx(float(torch.stack(rows).mean()), rel=1e-5)
 

@@ -94,7 +94,13 @@ def test_projection_and_predictor_are_those_of_the_paper() -> None:
         "net.1.weight": (128, 1000),
         "net.1.bias": (128,),
     }
-    assert [tuple(value.shape) for value in predictor.parameters()] == [(1024, 128), (1024,), (1024,), (128, 1024), (128,)]
+    assert [tuple(value.shape) for value in predictor.parameters()] == [
+        (1024, 128),
+        (1024,),
+        (1024,),
+        (128, 1024),
+        (128,),
+    ]
     torch.testing.assert_close(predictor(z).norm(dim=1), torch.ones(4))
 
 

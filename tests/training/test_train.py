@@ -33,12 +33,14 @@ GOLDEN = ROOT / "tests" / "golden"
 # --- kill and resume ------------------------------------------------------------------------------------------------
 
 
-def start(corpus: Path, out: Path, method: str, *overrides: str) -> subprocess.Popen[bytes]:
+def start(corpus: Path, out: Path, method: str) -> subprocess.Popen[bytes]:
     """Start a run of two epochs of four steps in a process of its own, with a checkpoint at every third step."""
     settings = (
-        "data.crop_seconds=0.5", "data.batch_size=3", "data.workers=0", "data.validation_fraction=0", "data.pairs_per_recording=1",
-        "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu", "trainer.max_steps=-1",
-        "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2", *overrides,
+        "data.crop_seconds=0.5", "data.batch_size=3", "data.workers=0", "data.validation_fraction=0",
+        "data.pairs_per_recording=1",
+        "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu",
+        "trainer.max_steps=-1",
+        "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2",
     )  # fmt: skip
     configs = [argument for name in (method, "small") for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
     command = [sys.executable, "-m", "training.train", *configs, "--data", str(corpus), "--out", str(out)]
@@ -105,7 +107,9 @@ def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
-    assert {"last.ckpt", "best.ckpt", "recordings.parquet", "tensorboard"} <= {path.name for path in short_run.iterdir()}
+    assert {"last.ckpt", "best.ckpt", "recordings.parquet", "tensorboard"} <= {
+        path.name for path in short_run.iterdir()
+    }
     facts = export.training_facts(short_run / "best.ckpt")
     for name in ("eer", "mean_rank", "alignment", "uniformity", "spread"):
         assert np.isfinite(facts["metrics"][f"validation/{name}"])
@@ -113,7 +117,9 @@ def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
 
     events = EventAccumulator(str(short_run / "tensorboard"))
     events.Reload()
-    assert {"loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam"} <= set(events.Tags()["scalars"])
+    assert {"loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam"} <= set(
+        events.Tags()["scalars"]
+    )
 
 
 def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> None:
@@ -129,7 +135,9 @@ def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> N
 
 def test_another_configuration_is_refused_with_the_difference(short_run: Path, corpus: Path) -> None:
     with pytest.raises(UsageError, match=r"data\.batch_size: 2 here, 3 there"):
-        config = small_config(corpus, "byol", model={"normalise": "batch"}, data={"validation_crops": 2, "batch_size": 2})
+        config = small_config(
+            corpus, "byol", model={"normalise": "batch"}, data={"validation_crops": 2, "batch_size": 2}
+        )
         train.train(config, short_run)
 
 

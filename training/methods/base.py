@@ -146,15 +146,15 @@ class Method(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics over all validation crops, those of other devices included."""
-        embeddings = self.all_gather(torch.cat([embedding for embedding, _ in self._validated]))
-        indices = self.all_gather(torch.cat([index for _, index in self._validated]))
+        gathered = self.all_gather(tuple(map(torch.cat, zip(*self._validated, strict=True))))
+        embeddings, indices = cast(tuple[Tensor, Tensor], gathered)
         data: PairData = self.trainer.datamodule  # type: ignore[attr-defined]
         metrics = data.validation_metrics(embeddings.flatten(0, -2).cpu().numpy(), indices.flatten().cpu().numpy())
         self.log_dict({f"validation/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
         self._validated.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the spec as it is now (the constant for a batch-wide maximum follows the training) and the run's facts."""
+        """Add the spec as it is now (a constant for batch-wide maxima follows the training) and the run's facts."""
         checkpoint["hyper_parameters"]["spec"] = self.spec.to_dict()
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint["training"] = {"metrics": metrics, "versions": _versions()}
