@@ -11,6 +11,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -60,8 +61,8 @@ def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
     crops = [read() for _ in range(batch)]
     for name, label in STAGES.items():
         one = AugmentConfig(**{**OFF, f"{name}_probability": 1.0})
-        augment = Augmenter(one, sample_rate, shift_pitch=True)
-        results[label] = rate(lambda: [augment(crop, rng) for crop in crops[:10]], 10, repetitions)
+        augment = partial(Augmenter(one, sample_rate, shift_pitch=True), rng=rng)
+        results[label] = rate(partial(lambda each: list(map(each, crops[:10])), augment), 10, repetitions)
     dataset = PairDataset(recordings, config)
     keys = [PairKey(0, position, position % len(dataset.groups)) for position in range(5)]
     results["one worker, everything at the paper's odds"] = rate(

@@ -2,7 +2,7 @@
 
 A singer is a vocal tract (its length, its own deviation of each formant, its bandwidths), a glottis (spectral tilt,
 breath) and manners (vibrato, register). A recording is a melody on random vowels, through a channel of its own
-(equaliser, level). Statistics of a crop's spectrum say more of its vowels, pitch and channel than of the singer.
+(equaliser, noise). Statistics of a crop's spectrum say more of its vowels, pitch and channel than of the singer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ VOWELS = {
 BANDWIDTHS = (80.0, 90.0, 120.0, 160.0, 220.0)  # Hz
 _ANTI_CLICK_SECONDS = 0.02
 _NOTE_SECONDS = (0.25, 0.9)
+_NOISE = (0.001, 0.03)  # standard deviation against the voice's peak
 
 Samples = NDArray[np.float64]
 
@@ -74,6 +75,7 @@ def sing(singer: Singer, seconds: float, rng: np.random.Generator) -> Samples:
         notes.append(_note(singer, midi, str(rng.choice(list(VOWELS))), n_samples, rng))
         remaining -= n_samples
     pcm = _channel(np.concatenate(notes), rng)
+    pcm = pcm / np.abs(pcm).max() + np.exp(rng.uniform(*np.log(_NOISE))) * rng.standard_normal(len(pcm))
     return np.asarray(pcm * 0.9 / np.abs(pcm).max())
 
 
@@ -121,14 +123,17 @@ def _channel(pcm: Samples, rng: np.random.Generator) -> Samples:
     return np.fft.irfft(np.fft.rfft(pcm) * 10 ** (gain_db / 20), len(pcm))
 
 
-def make_corpus(folder: Path, *, singers: int, recordings: int, seconds: float, seed: int) -> None:
-    """Write `folder`/singer-000/0.wav and so on, mono PCM16 at 44.1 kHz, the same for the same arguments."""
+def make_corpus(folder: Path, *, singers: int, recordings: int, seconds: float, seed: int, first: int = 0) -> None:
+    """Write `folder`/singer-000/0.wav and so on, mono PCM16 at 44.1 kHz.
+
+    Singer n of a seed is always the same, and so is recording m of a singer; `first` is the first recording's number.
+    """
     for number in range(singers):
-        rng = np.random.default_rng((seed, number))
-        singer = draw_singer(rng)
+        singer = draw_singer(np.random.default_rng((seed, number)))
         home = folder / f"singer-{number:03d}"
         home.mkdir(parents=True, exist_ok=True)
-        for recording in range(recordings):
+        for recording in range(first, first + recordings):
+            rng = np.random.default_rng((seed, number, recording))
             soundfile.write(home / f"{recording}.wav", sing(singer, seconds, rng), SAMPLE_RATE, subtype="PCM_16")
 
 
@@ -138,9 +143,10 @@ def make_corpus(folder: Path, *, singers: int, recordings: int, seconds: float, 
 @click.option("--recordings", default=4, help="Of each singer.")
 @click.option("--seconds", default=12.0, help="Of each recording.")
 @click.option("--seed", default=0, help="Another seed gives other singers.")
-def main(folder: Path, singers: int, recordings: int, seconds: float, seed: int) -> None:
+@click.option("--first", default=0, help="Number of the first recording: others of the same singers.")
+def main(folder: Path, singers: int, recordings: int, seconds: float, seed: int, first: int) -> None:
     """Make a corpus of synthetic singers in FOLDER, one folder for each."""
-    make_corpus(folder, singers=singers, recordings=recordings, seconds=seconds, seed=seed)
+    make_corpus(folder, singers=singers, recordings=recordings, seconds=seconds, seed=seed, first=first)
     click.echo(f"wrote    {singers * recordings} recordings of {singers} singers to {folder}")
 
 
