@@ -85,7 +85,8 @@ def covariance(z1: Tensor, z2: Tensor) -> Tensor:
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
     """Mean distance within pairs, to the power `alpha`: arXiv 2005.10242, section 4.1."""
     _check_pair(z1, z2)
-    return torch.linalg.vector_norm(z1 - z2, dim=1).pow(alpha).mean()
+    distances: Tensor = torch.linalg.vector_norm(z1 - z2, dim=1)
+    return distances.pow(alpha).mean()
 
 
 def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:

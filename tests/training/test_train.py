@@ -185,9 +185,8 @@ def test_build_engine_takes_the_checkpoint_unchanged(short_run: Path, tmp_path: 
 
 
 def test_training_beats_mfcc_statistics_and_the_untrained_network(tmp_path: Path) -> None:
-    corpus = {"singers": 40, "seconds": 6.0, "seed": 0}
-    make_corpus(tmp_path / "train", recordings=3, **corpus)
-    make_corpus(tmp_path / "unseen", recordings=2, first=3, **corpus)
+    make_corpus(tmp_path / "train", singers=40, recordings=3, seconds=6.0, seed=0)
+    make_corpus(tmp_path / "unseen", singers=40, recordings=2, seconds=6.0, seed=0, first=3)
     overrides = [
         f"data.source={tmp_path / 'train'}", "data.validation_fraction=0", "augment.pitch_probability=0.2",
         "trainer.max_steps=180",

@@ -1,4 +1,4 @@
-"""Clips a second of each stage of training, on one thread: `python benchmarks/training.py DATA [--seconds 4]`.
+"""Clips a second of each stage of training, on one thread: `python benchmarks/training_stages.py DATA [--seconds 4]`.
 
 Prints JSON: the machine, the versions, and for each stage the median over repetitions and the spread.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from training.augment import Augmenter
-from training.config import AugmentConfig, DataConfig, TrainConfig
+from training.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from training.data import PairDataset, PairKey, draw_crop
 from training.methods import build_method
 from training.recordings import build_index
@@ -48,7 +48,7 @@ def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
     """Measure on the recordings in the folder or catalogue DATA."""
     torch.set_num_threads(1)
     section = DataConfig(source=data, validation_fraction=0, crop_seconds=seconds)
-    config = TrainConfig(method="contrastive", data=section, model={"initialise": "random"})
+    config = TrainConfig(method="contrastive", data=section, model=ModelConfig(initialise="random"))
     recordings = build_index(config)
     sample_rate = config.front_end().sample_rate
     rng = np.random.default_rng(0)
@@ -60,7 +60,7 @@ def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
     results = {"read, avoiding silence": rate(lambda: [read() for _ in range(10)], 10, repetitions)}
     crops = [read() for _ in range(batch)]
     for name, label in STAGES.items():
-        one = AugmentConfig(**{**OFF, f"{name}_probability": 1.0})
+        one = AugmentConfig.model_validate({**OFF, f"{name}_probability": 1.0})
         augment = partial(Augmenter(one, sample_rate, shift_pitch=True), rng=rng)
         results[label] = rate(partial(lambda each: list(map(each, crops[:10])), augment), 10, repetitions)
     dataset = PairDataset(recordings, config)
