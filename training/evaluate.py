@@ -80,7 +80,7 @@ def labelled_crops(source: str, crops: int) -> CropDataset:
 @command
 @click.argument("data")
 @click.argument("checkpoints", nargs=-1)
-@click.option("--crops", default=4, help="Of each recording.")
+@click.option("--crops", default=4, type=click.IntRange(min=2), help="Of each recording.")
 def main(data: str, checkpoints: Sequence[str], crops: int) -> None:
     """Compare CHECKPOINTS with MFCC statistics and the untrained encoder on the labelled folder or catalogue DATA."""
     dataset = labelled_crops(str(Path(data).absolute()), crops)

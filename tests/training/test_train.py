@@ -189,10 +189,10 @@ def test_training_beats_mfcc_statistics_and_the_untrained_network(tmp_path: Path
     make_corpus(tmp_path / "unseen", singers=40, recordings=2, seconds=6.0, seed=0, first=3)
     overrides = [
         f"data.source={tmp_path / 'train'}", "data.validation_fraction=0", "augment.pitch_probability=0.2",
-        "trainer.max_steps=180",
+        "trainer.max_steps=300",
     ]  # fmt: skip
     train.train(load_config([CONFIGS / "contrastive.yaml", CONFIGS / "small.yaml"], overrides), tmp_path / "run")
-    crops = evaluate.labelled_crops(str(tmp_path / "unseen"), 1)
+    crops = evaluate.labelled_crops(str(tmp_path / "unseen"), 2)
     trained = evaluate.score(evaluate.encoder_embedder(str(tmp_path / "run" / "last.ckpt")), crops)["eer"]
     untrained = evaluate.score(evaluate.encoder_embedder(""), crops)["eer"]
     mfcc = evaluate.score(evaluate.mfcc_statistics, crops, standardise=True)["eer"]
