@@ -105,7 +105,7 @@ NB_MODULE(_csrc, m) {
     for (const char* name : singerembed::available_isas()) names.emplace_back(name);
     return names;
   });
-  m.def("mix_down", &mix_down, "pcm"_a);
+  m.def("mix_down", &mix_down, "pcm"_a.noconvert());
 
   nb::class_<MelPlan>(m, "MelPlan")
       .def(
@@ -120,6 +120,6 @@ NB_MODULE(_csrc, m) {
           "log_offset"_a, "log_divisor"_a, "silence_peak"_a, "isa"_a = "")
       .def_prop_ro("isa", &MelPlan::isa)
       .def_prop_ro("mel_basis", &mel_basis, nb::rv_policy::automatic)
-      .def("run", &run<std::int16_t>, "pcm"_a, nb::kw_only(), "power"_a = false)
-      .def("run", &run<float>, "pcm"_a, nb::kw_only(), "power"_a = false);
+      .def("run", &run<std::int16_t>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false)
+      .def("run", &run<float>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false);
 }

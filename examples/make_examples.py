@@ -41,7 +41,12 @@ SINGERS = (
     Singer("alto", 56, 1.08, 5.4, 0.25, 0.020, 0.90),
     Singer("soprano", 62, 1.18, 6.3, 0.60, 0.008, 0.85),
 )
-MELODIES = ((0, 2, 4, 5, 7, 5, 4, 2, 0), (7, 4, 0, 4, 7, 12, 9, 7), (0, 0, 7, 7, 9, 9, 7, 5, 4, 2), (12, 11, 9, 7, 9, 4, 5, 7))
+MELODIES = (
+    (0, 2, 4, 5, 7, 5, 4, 2, 0),
+    (7, 4, 0, 4, 7, 12, 9, 7),
+    (0, 0, 7, 7, 9, 9, 7, 5, 4, 2),
+    (12, 11, 9, 7, 9, 4, 5, 7),
+)
 
 
 def sing(singer: Singer, melody: tuple[int, ...], seconds: float, seed: int) -> NDArray[np.float64]:
@@ -94,7 +99,9 @@ def write_aac(path: Path, song: NDArray[np.float64]) -> None:
     with av.open(str(path), "w") as container:
         stream = container.add_stream("aac", rate=RATE, layout="mono")
         for start in range(0, len(song) - 1023, 1024):
-            frame = av.AudioFrame.from_ndarray(song[np.newaxis, start : start + 1024].astype(np.float32), "fltp", "mono")
+            frame = av.AudioFrame.from_ndarray(
+                song[np.newaxis, start : start + 1024].astype(np.float32), "fltp", "mono"
+            )
             frame.rate, frame.pts = RATE, start
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))

@@ -20,9 +20,15 @@ from numpy.typing import NDArray
 
 from singerembed.mel import mix_down
 
+_SKIP_SAMPLES = 1 << 20
+
 
 class _Recording:
-    """One open file: decodes frame by frame and counts samples by the container's time stamps."""
+    """One open file, decoded frame by frame from its start.
+
+    Seeking decodes forward and drops what lies before: FFmpeg's AAC decoder fills noise bands from a generator whose
+    state is the whole past, so a seek in the container would give other samples than a full read.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -36,53 +42,34 @@ class _Recording:
         self._stream = self._container.streams.audio[0]
         self.sample_rate: int = self._stream.rate
         self.channels: int = self._stream.channels
-        self._time_base = self._stream.time_base or Fraction(1, self.sample_rate)
-        self.n_samples = round((self._stream.duration or 0) * self._time_base * self.sample_rate)
-        self._start_pts = self._stream.start_time or 0
-        self._restart()
-
-    def _restart(self) -> None:
+        time_base = self._stream.time_base or Fraction(1, self.sample_rate)
+        self.n_samples = round((self._stream.duration or 0) * time_base * self.sample_rate)
         self._resampler = av.AudioResampler(format="flt", layout=self._stream.layout, rate=self.sample_rate)
-        self._frames = self._decode()
+        self._chunks = self._decode()
         self._rest: NDArray[np.float32] = np.empty(0, np.float32)
+        self._position = 0
 
-    def _decode(self) -> Iterator[tuple[int | None, NDArray[np.float32]]]:
-        """Yield each frame's first sample (None if it carries no time stamp) and its mono samples."""
+    def _decode(self) -> Iterator[NDArray[np.float32]]:
         for frame in self._container.decode(self._stream):
-            start = None
-            if frame.pts is not None:
-                start = round((frame.pts - self._start_pts) * self._time_base * self.sample_rate)
             for packed in self._resampler.resample(frame):
-                yield start, mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self.channels)))
+                yield mix_down(np.ascontiguousarray(packed.to_ndarray().reshape(-1, self.channels)))
 
     def read(self, n: int) -> NDArray[np.float32]:
         chunks, have = [self._rest], len(self._rest)
-        while have < n:
-            _, pcm = next(self._frames, (None, None))
-            if pcm is None:
-                break
-            chunks.append(pcm)
-            have += len(pcm)
+        while have < n and (chunk := next(self._chunks, None)) is not None:
+            chunks.append(chunk)
+            have += len(chunk)
         joined = np.concatenate(chunks)
         self._rest = joined[n:]
+        self._position += min(n, have)
         return joined[:n]
 
     def seek(self, sample: int) -> None:
-        """Go back to a packet well before `sample`, decode, and drop what comes before it."""
-        early = sample - self.sample_rate
-        if early > 0:
-            offset = int(early / self.sample_rate / self._time_base)
-            self._container.seek(self._start_pts + offset, stream=self._stream)
-            self._restart()
-        else:  # a decoder that is sent back to the start drops its delay another way than one that starts there
+        if sample < self._position:
             self.close()
             self._open()
-        for start, pcm in self._frames:
-            if start is None:
-                raise ValueError("the container has no time stamps to seek by")
-            if start + len(pcm) > sample:
-                self._rest = pcm[max(0, sample - start) :]
-                return
+        while self._position < sample and len(self.read(min(_SKIP_SAMPLES, sample - self._position))):
+            pass
 
     def close(self) -> None:
         self._container.close()

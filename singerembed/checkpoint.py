@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,7 +38,13 @@ MEL_BASIS_TOLERANCE = 1e-7
 # stand-ins: nothing of theirs is imported or run.
 INERT_PACKAGES = {
     "singer_identity", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities",
-    "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "pathlib", "numpy", "typing", "functools",
+    "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "copyreg", "pathlib", "numpy", "typing",
+    "functools",
+}  # fmt: skip
+# What a pickle of tensors needs, and may have.
+REAL_NAMES = {
+    "collections.OrderedDict", "torch.Size", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
+    *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")),
 }  # fmt: skip
 INERT_BUILTINS = {
     f"builtins.{name}" for name in ("object", "set", "frozenset", "slice", "range", "complex", "bytearray")
@@ -150,31 +155,58 @@ class _Inert:
     def __setstate__(self, _state: object) -> None:
         pass
 
+    def append(self, _item: object) -> None:
+        pass
+
+    def __setitem__(self, _key: object, _value: object) -> None:
+        pass
+
+
+class _RestrictedUnpickler(pickle.Unpickler):
+    """Builds tensors and plain containers; knows the names in INERT_PACKAGES, and makes nothing of them."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 named them
+        full_name = f"{module}.{name}"
+        if full_name in REAL_NAMES or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        if module.partition(".")[0] in INERT_PACKAGES or full_name in INERT_BUILTINS:
+            return _Inert
+        raise _CodeFound(full_name)
+
+
+class _CodeFound(Exception):
+    """A pickle names something that is neither data nor known to be harmless."""
+
+
+class _RestrictedPickle:
+    """What `torch.load` wants of a pickle module."""
+
+    Unpickler = _RestrictedUnpickler
+
+    @staticmethod
+    def load(file: IO[bytes], **options: Any) -> Any:
+        return _RestrictedUnpickler(file, **options).load()
+
 
 def _load_safely(path: Path) -> Any:
-    """`torch.load` restricted to tensors and plain containers, with foreign objects replaced by inert ones."""
+    """`torch.load` with a restricted unpickler: nothing that the file names is imported or called."""
     try:
         import torch
-        from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
     except ImportError as exc:
         raise MissingDependencyError("reading a checkpoint", "torch", "build") from exc
 
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    foreign: list[str] = []
     try:
         if zipfile.is_zipfile(path):
             _refuse_compression(path)
-            foreign = get_unsafe_globals_in_checkpoint(path)
-        _refuse_code(path, foreign)
-        inert = [(type("Inert", (_Inert,), {}), name) for name in foreign]
-        with safe_globals(inert):  # type: ignore[arg-type]  # its annotation omits the documented (class, name) pairs
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:
-        named = re.search(r"GLOBAL (\S+)", str(exc))
-        if named:
-            _refuse_code(path, [named.group(1)])
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_first_line(exc)}") from exc
+        return torch.load(path, map_location="cpu", pickle_module=_RestrictedPickle, weights_only=False)
+    except _CodeFound as exc:
+        raise CheckpointError(
+            f"{path} would run {exc} when loaded: refused. A checkpoint holds tensors; this file asks for code. "
+            "Do not load it with other tools either"
+        ) from exc
     except CheckpointError:
         raise
     except Exception as exc:  # a damaged file may raise anything at all
@@ -191,15 +223,6 @@ def _refuse_compression(path: Path) -> None:
                 raise CheckpointError(
                     f"{path}: entry {entry.filename!r} is compressed; torch never writes that, so it is refused"
                 )
-
-
-def _refuse_code(path: Path, names: list[str]) -> None:
-    for name in names:
-        if name.split(".")[0] not in INERT_PACKAGES and name not in INERT_BUILTINS:
-            raise CheckpointError(
-                f"{path} would run {name} when loaded: refused. A checkpoint holds tensors; this file asks for code. "
-                "Do not load it with other tools either"
-            )
 
 
 def _first_line(exc: BaseException) -> str:

@@ -27,12 +27,20 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except SingerEmbedError as exc:
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as exc:
             if _verbosity(ctx) > 0:
                 traceback.print_exc()
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(exc), err=True)
-            ctx.exit(exc.exit_code)
+            if isinstance(exc, SingerEmbedError):
+                click.echo(str(exc), err=True)
+                ctx.exit(exc.exit_code)
+            click.echo(
+                f"a mistake in singerembed itself: {type(exc).__name__}: {exc}. Run it with -v and report that",
+                err=True,
+            )
+            ctx.exit(1)
 
 
 def _verbosity(ctx: click.Context) -> int:
@@ -240,11 +248,9 @@ def _quiet_libraries() -> Iterator[None]:
         yield
         return
     sys.stderr.flush()
-    own = os.dup(2)
-    before, sys.stderr = (
-        sys.stderr,
-        os.fdopen(own, "w", encoding=sys.stderr.encoding, errors="backslashreplace", buffering=1),
-    )
+    own, before = os.dup(2), sys.stderr
+    if before is sys.__stderr__:
+        sys.stderr = os.fdopen(os.dup(own), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
@@ -252,8 +258,10 @@ def _quiet_libraries() -> Iterator[None]:
         yield
     finally:
         os.dup2(own, 2)
-        sys.stderr.close()
-        sys.stderr = before
+        os.close(own)
+        if before is sys.__stderr__:
+            sys.stderr.close()
+            sys.stderr = before
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class ProgressBar:
 
     def skipped(self, counts: Counts) -> None:
         """Count a unit that was done before."""
-        if self._bar is not None:
+        if self._bar is not None and not self._bar.disable:
             self._bar.update(counts.tracks)
             self._bar.initial += counts.tracks  # they say nothing about this run's speed
 

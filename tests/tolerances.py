@@ -1,4 +1,27 @@
-"""How near two computations of the same thing have to be, each with its reason."""
+"""How close is close enough, in one place, each with its reason."""
+
+# Mel power against the official pipeline's (nnAudio in float32), as a share of the crop's maximum. Our own error
+# against float64 is ten times smaller; the rest is nnAudio's, which sums 2048 products a bin in float32.
+MEL_OFFICIAL = 1e-5
+# After the logarithm: the quiet crop with a DC offset has bands near the offset of 1e-8, where nnAudio itself is off by
+# 9.8e-4.
+LOG_MEL_OFFICIAL = 1e-3
+# Mel power against float64, share of the maximum: an FFT of 2048 points in float32 rounds eleven times.
+MEL_FLOAT64 = 1e-6
+# The same after the logarithm.
+LOG_MEL_FLOAT64 = 2e-4
+# Between instruction sets: the same operations in another order of lanes, and fused multiply-adds or not.
+MEL_BETWEEN_ISAS = 1e-6
+# Embeddings against the official pipeline's, FP32: what independent implementations reach is 2.5e-6 of the norm.
+EMBEDDING_COSINE = 0.999999
+EMBEDDING_DIFFERENCE = 1e-3
+# Samples read by seeking against samples of a full read, full scale 1: soxr's filter starts anew, in float32; mpg123's
+# synthesis too. Without either they are the same bits.
+SEEK = 2e-6
+# Level of a resampled sine against the original's: HQ has 0.01 dB of ripple in its pass band.
+RESAMPLED_LEVEL = 2e-3
+# peak and rms: one float32 division, and a sum in double of squares in float.
+LEVEL = 1e-6
 
 # --- training -------------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ def build_engine(
     options: BuildOptions | None = None,
     *,
     force: bool = False,
-    say: Callable[[str, str], None],
+    say: Callable[[str, str], None] = lambda _what, _text: None,
 ) -> EngineFile:
     """Build the engine of the checkpoint `source` and publish it as `output`.
 

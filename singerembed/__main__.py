@@ -1,0 +1,5 @@
+"""`python -m singerembed`."""
+
+from singerembed.cli import main
+
+main()
