@@ -29,9 +29,13 @@ VOWELS = {
     "u": (300, 870, 2240, 3500, 4500),
 }
 BANDWIDTHS = (80.0, 90.0, 120.0, 160.0, 220.0)  # Hz
-_ANTI_CLICK_SECONDS = 0.02
-_NOTE_SECONDS = (0.25, 0.9)
-_NOISE = (0.001, 0.03)  # standard deviation against the voice's peak
+_RELEASE_SECONDS = 0.02
+_NOTE_SECONDS = (0.2, 0.7)
+_JITTER_SAMPLES = 441  # from one turn of the course to the next: 10 ms
+_RANGE = 18  # semitones, of a singer
+_TESSITURA = 9  # semitones that a melody moves in, somewhere in the singer's range
+_CHANNEL_DB = 10.0  # standard deviation of a recording chain's gains
+_NOISE = (0.0003, 0.02)  # standard deviation against the voice's peak
 
 Samples = NDArray[np.float64]
 
@@ -45,21 +49,27 @@ class Singer:
     bandwidth: float  # factor
     tilt_hz: float  # corner of the source's low-pass
     breath: float  # noise against the pulses
+    jitter_cents: float  # standard deviation of a random course of the pitch
     vibrato_hz: float
     vibrato_cents: float
+    tremolo: float  # share by which loudness follows the vibrato
+    onset_seconds: float  # of a note's rise
     lowest_midi: float  # of a range of an octave and a half
 
 
 def draw_singer(rng: np.random.Generator) -> Singer:
     """Draw a singer at random."""
     return Singer(
-        tract=float(rng.uniform(0.85, 1.3)),
-        formant_deviation=tuple(rng.uniform(0.9, 1.1, len(BANDWIDTHS)).tolist()),
-        bandwidth=float(rng.uniform(0.6, 1.6)),
-        tilt_hz=float(np.exp(rng.uniform(np.log(300), np.log(2500)))),
-        breath=float(np.exp(rng.uniform(np.log(0.002), np.log(0.05)))),
-        vibrato_hz=float(rng.uniform(4.5, 7.0)),
-        vibrato_cents=float(rng.uniform(10, 80)),
+        tract=float(rng.uniform(0.8, 1.35)),
+        formant_deviation=tuple(rng.uniform(0.88, 1.12, len(BANDWIDTHS)).tolist()),
+        bandwidth=float(rng.uniform(0.5, 1.5)),
+        tilt_hz=float(np.exp(rng.uniform(np.log(500), np.log(4000)))),
+        breath=float(np.exp(rng.uniform(np.log(0.002), np.log(0.3)))),
+        jitter_cents=float(np.exp(rng.uniform(np.log(1), np.log(60)))),
+        vibrato_hz=float(rng.uniform(4, 8)),
+        vibrato_cents=float(rng.uniform(0, 120)),
+        tremolo=float(rng.uniform(0, 0.8)),
+        onset_seconds=float(np.exp(rng.uniform(np.log(0.01), np.log(0.15)))),
         lowest_midi=float(rng.uniform(45, 57)),
     )
 
@@ -68,11 +78,13 @@ def sing(singer: Singer, seconds: float, rng: np.random.Generator) -> Samples:
     """Sing a random melody on random vowels, float64 [samples] with a peak of 0.9."""
     notes: list[Samples] = []
     remaining = round(seconds * SAMPLE_RATE)
-    midi = singer.lowest_midi + rng.uniform(0, 18)
+    lowest = singer.lowest_midi + rng.uniform(0, _RANGE - _TESSITURA)
+    midi = lowest + rng.uniform(0, _TESSITURA)
+    vowels = rng.dirichlet(np.ones(len(VOWELS)))
     while remaining > 0:
         n_samples = min(remaining, round(rng.uniform(*_NOTE_SECONDS) * SAMPLE_RATE))
-        midi = float(np.clip(midi + rng.normal(0, 4), singer.lowest_midi, singer.lowest_midi + 18))
-        notes.append(_note(singer, midi, str(rng.choice(list(VOWELS))), n_samples, rng))
+        midi = float(np.clip(midi + rng.normal(0, 4), lowest, lowest + _TESSITURA))
+        notes.append(_note(singer, midi, str(rng.choice(list(VOWELS), p=vowels)), n_samples, rng))
         remaining -= n_samples
     pcm = _channel(np.concatenate(notes), rng)
     pcm = pcm / np.abs(pcm).max() + np.exp(rng.uniform(*np.log(_NOISE))) * rng.standard_normal(len(pcm))
@@ -80,24 +92,28 @@ def sing(singer: Singer, seconds: float, rng: np.random.Generator) -> Samples:
 
 
 def _note(singer: Singer, midi: float, vowel: str, n_samples: int, rng: np.random.Generator) -> Samples:
-    source = _pulses(singer, midi, n_samples, rng) + singer.breath * rng.standard_normal(n_samples)
+    vibrato = np.sin(2 * np.pi * (singer.vibrato_hz * np.arange(n_samples) / SAMPLE_RATE + rng.random()))
+    knots = np.arange(0, n_samples + _JITTER_SAMPLES, _JITTER_SAMPLES)
+    jitter = np.interp(np.arange(n_samples), knots, rng.standard_normal(len(knots)))
+    cents = singer.vibrato_cents * vibrato + singer.jitter_cents * jitter
+    source = _pulses(midi + cents / 100) + singer.breath * rng.standard_normal(n_samples)
     tilt = np.exp(-2 * np.pi * singer.tilt_hz / SAMPLE_RATE)
     voice = lfilter([1 - tilt], [1, -tilt], source)
     frequencies = singer.tract * np.array(VOWELS[vowel]) * np.array(singer.formant_deviation)
     voice = sosfilt(_resonators(frequencies, singer.bandwidth * np.array(BANDWIDTHS)), voice)
-    ramp = min(round(_ANTI_CLICK_SECONDS * SAMPLE_RATE), n_samples // 2)
-    envelope = np.ones(n_samples)
-    envelope[:ramp] = np.linspace(0, 1, ramp)
-    envelope[n_samples - ramp :] = np.linspace(1, 0, ramp)
+    onset, release = (
+        min(round(seconds * SAMPLE_RATE), n_samples // 2) for seconds in (singer.onset_seconds, _RELEASE_SECONDS)
+    )
+    envelope = 1 - singer.tremolo * (1 + vibrato) / 2
+    envelope[:onset] *= np.linspace(0, 1, onset)
+    envelope[n_samples - release :] *= np.linspace(1, 0, release)
     loudness = 10 ** (rng.uniform(-12, 0) / 20)
     return np.asarray(loudness * envelope * voice / max(float(np.abs(voice).max()), 1e-9))
 
 
-def _pulses(singer: Singer, midi: float, n_samples: int, rng: np.random.Generator) -> Samples:
-    """A band-limited pulse train with vibrato: the closed sum of equal cosines up to half the sample rate."""
-    seconds = np.arange(n_samples) / SAMPLE_RATE
-    cents = singer.vibrato_cents * np.sin(2 * np.pi * (singer.vibrato_hz * seconds + rng.random()))
-    frequency = 440 * 2 ** ((midi - 69) / 12 + cents / 1200)
+def _pulses(midi: Samples) -> Samples:
+    """A band-limited pulse train of the pitch `midi`: the closed sum of equal cosines up to half the sample rate."""
+    frequency = 440 * 2 ** ((midi - 69) / 12)
     phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
     harmonics = int(0.45 * SAMPLE_RATE / frequency.max())
     half = np.sin(phase / 2)
@@ -119,7 +135,7 @@ def _channel(pcm: Samples, rng: np.random.Generator) -> Samples:
     """A recording chain: gains in smooth curves over log frequency, by multiplication of the spectrum."""
     frequencies = np.fft.rfftfreq(len(pcm), 1 / SAMPLE_RATE)
     knots = np.geomspace(60, 16_000, 7)
-    gain_db = np.interp(np.log(frequencies + 1), np.log(knots), rng.normal(0, 8, len(knots)))
+    gain_db = np.interp(np.log(frequencies + 1), np.log(knots), rng.normal(0, _CHANNEL_DB, len(knots)))
     return np.fft.irfft(np.fft.rfft(pcm) * 10 ** (gain_db / 20), len(pcm))
 
 
