@@ -17,7 +17,7 @@ COLLAPSE_PATIENCE_STEPS = 200
 
 
 class LastCheckpoint(Callback):
-    """Keep `last.ckpt`: every so many steps, and at the end of each epoch and of the run.
+    """Keep `last.ckpt`: every so many steps, and at the end of each epoch.
 
     It holds a whole step, moving average included, and is replaced by rename, so that a kill at any time leaves one.
     """
@@ -31,18 +31,22 @@ class LastCheckpoint(Callback):
     ) -> None:
         """Write it where this step is one to be kept."""
         del pl_module, outputs, batch
-        is_last = batch_idx + 1 == trainer.num_training_batches or trainer.global_step == trainer.max_steps
+        is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or trainer.global_step % self._every_steps == 0:
             trainer.save_checkpoint(self._path)
 
 
 class CollapseWatch(Callback):
-    """Say so when the projections have become one constant vector: no loss can teach anything from there on."""
+    """Say so when the projections have become one constant vector: no loss can teach anything from there on.
+
+    And when the validation's embeddings have: batch norm can keep a batch's projections apart that follow from nothing.
+    """
 
     def __init__(self, threshold: float = COLLAPSED_SPREAD, patience_steps: int = COLLAPSE_PATIENCE_STEPS) -> None:
         self._threshold = threshold
         self._patience_steps = patience_steps
         self._collapsed_steps = 0
+        self._collapsed_validations = 0
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -53,11 +57,22 @@ class CollapseWatch(Callback):
         self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
         pl_module.log("collapsed_steps", float(self._collapsed_steps))
         if self._collapsed_steps == self._patience_steps:
-            rank_zero_warn(
-                f"collapse: for {self._patience_steps} steps all projections have been the same vector but for "
-                f"{self._threshold:g} of their length squared (step {trainer.global_step}). Stop this run. Lower the "
-                "learning rate, raise the weight of variance or uniformity, or check that the pairs are not all alike"
-            )
+            self._say(f"for {self._patience_steps} steps all projections have been", trainer.global_step)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Warn when the embeddings of the validation crops are all the same twice on end: once may be the start."""
+        del pl_module
+        collapsed = float(trainer.callback_metrics.get("validation/spread", 1.0)) < self._threshold
+        self._collapsed_validations = self._collapsed_validations + 1 if collapsed else 0
+        if self._collapsed_validations == 2:
+            self._say("all embeddings of validation crops are", trainer.global_step)
+
+    def _say(self, finding: str, step: int) -> None:
+        rank_zero_warn(
+            f"collapse: {finding} the same vector but for {self._threshold:g} of their length squared (step {step}). "
+            "Stop this run. Lower the learning rate, raise the weight of variance or uniformity, or check that the "
+            "pairs are not all alike"
+        )
 
 
 class Throughput(Callback):

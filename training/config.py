@@ -85,7 +85,6 @@ class TrainerConfig(Section):
     """How long, on what, and what is written. May change when a run goes on."""
 
     max_epochs: Count = 1000
-    max_steps: int = -1
     accelerator: str = "auto"
     devices: str | int = "auto"
     nodes: Count = 1

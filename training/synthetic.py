@@ -1,8 +1,9 @@
 """A made corpus of synthetic singers, on which a method can be seen to work within minutes.
 
 A singer is a vocal tract (its length, its own deviation of each formant, its bandwidths), a glottis (spectral tilt,
-breath) and manners (vibrato, register). A recording is a melody on random vowels, through a channel of its own
-(equaliser, noise). Statistics of a crop's spectrum say more of its vowels, pitch and channel than of the singer.
+breath, jitter) and manners (vibrato, tremolo, onset of notes, range). A recording is a melody in a part of the range,
+on vowels of which it prefers some, through a channel of its own (equaliser, noise). Statistics of a crop's spectrum say
+more of its vowels, pitch and channel than of the singer.
 """
 
 from __future__ import annotations

@@ -96,7 +96,6 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
     ]
     return lightning.Trainer(
         max_epochs=settings.max_epochs,
-        max_steps=settings.max_steps,
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.nodes,

@@ -172,6 +172,17 @@ def test_a_collapse_is_said_once() -> None:
     assert watch([1e-4, 1e-4, 0.5, 1e-4, 1e-4]) == []
 
 
+def test_a_collapse_of_the_validations_embeddings_is_said_once() -> None:
+    callback = CollapseWatch(threshold=1e-3)
+    module = cast(lightning.LightningModule, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for spread in (1e-4, 0.3, 1e-4, 1e-5, 1e-5):
+            trainer: Any = SimpleNamespace(callback_metrics={"validation/spread": torch.tensor(spread)}, global_step=7)
+            callback.on_validation_end(trainer, module)
+    assert ["embeddings of validation crops" in str(each.message) for each in caught] == [True]
+
+
 class _AlignmentOnly(Contrastive):
     """A loss that a constant minimises."""
 
