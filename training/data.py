@@ -252,12 +252,14 @@ def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[in
 
 
 class CropDataset(Dataset[dict[str, Any]]):
-    """Crops of the validation recordings, as long as those of the finished encoder, not augmented, always the same."""
+    """Crops of the validation recordings, not augmented, always the same."""
 
-    def __init__(self, recordings: Sequence[Recording], config: TrainConfig) -> None:
+    def __init__(self, recordings: Sequence[Recording], config: TrainConfig, seconds: float | None = None) -> None:
+        """`seconds`: of a crop; None for those of the finished encoder."""
         spec = config.front_end()
         self._config = config
-        self._n_samples, self._sample_rate = spec.crop_samples, spec.sample_rate
+        self._sample_rate = spec.sample_rate
+        self._n_samples = spec.crop_samples if seconds is None else round(seconds * spec.sample_rate)
         per_recording = config.data.validation_crops
         fitting = MAX_VALIDATION_CROPS // per_recording
         chosen = np.random.default_rng(config.seed).permutation(len(recordings))[:fitting]

@@ -69,21 +69,22 @@ def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> 
     return verification_metrics(embeddings, crops.labels)
 
 
-def labelled_crops(source: str, crops: int) -> CropDataset:
-    """Return `crops` crops of each recording of a labelled folder or catalogue."""
+def labelled_crops(source: str, crops: int, seconds: float | None = None) -> CropDataset:
+    """Return `crops` crops of each recording of labelled data, of the encoder's length or `seconds`."""
     data = DataConfig(source=source, validation_fraction=0, validation_crops=crops)
     config = TrainConfig(method="", data=data)
     recordings = [replace(each, split=VALIDATION) for each in build_index(config)]
-    return CropDataset(recordings, config)
+    return CropDataset(recordings, config, seconds)
 
 
 @command
 @click.argument("data")
 @click.argument("checkpoints", nargs=-1)
 @click.option("--crops", default=4, type=click.IntRange(min=2), help="Of each recording.")
-def main(data: str, checkpoints: Sequence[str], crops: int) -> None:
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Of a crop; the encoder's own length if not given.")
+def main(data: str, checkpoints: Sequence[str], crops: int, seconds: float | None) -> None:
     """Compare CHECKPOINTS with MFCC statistics and the untrained encoder on the labelled folder or catalogue DATA."""
-    dataset = labelled_crops(str(Path(data).absolute()), crops)
+    dataset = labelled_crops(str(Path(data).absolute()), crops, seconds)
     click.echo(f"{'':32}" + "".join(f"{name:>12}" for name in _SHOWN))
     rows: list[tuple[str, Embedder]] = [("mfcc statistics", mfcc_statistics), ("untrained", encoder_embedder(""))]
     rows += [(path, encoder_embedder(path)) for path in checkpoints]

@@ -188,7 +188,7 @@ def test_training_beats_mfcc_statistics_and_the_untrained_network(tmp_path: Path
     make_corpus(tmp_path / "unseen", singers=40, recordings=2, seconds=6.0, seed=100, first=3)
     overrides = [f"data.source={tmp_path / 'train'}", "data.validation_fraction=0"]
     train.train(load_config([CONFIGS / "contrastive.yaml", CONFIGS / "small.yaml"], overrides), tmp_path / "run")
-    crops = evaluate.labelled_crops(str(tmp_path / "unseen"), 2)
+    crops = evaluate.labelled_crops(str(tmp_path / "unseen"), 2, seconds=0.5)
     trained = evaluate.score(evaluate.encoder_embedder(str(tmp_path / "run" / "last.ckpt")), crops)["eer"]
     untrained = evaluate.score(evaluate.encoder_embedder(""), crops)["eer"]
     mfcc = evaluate.score(evaluate.mfcc_statistics, crops, standardise=True)["eer"]
