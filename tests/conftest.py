@@ -24,6 +24,7 @@ from singerembed.spec import ModelSpec
 RATE = 44_100
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
+sys.path.append(str(GOLDEN.parent.parent))  # for `training`; behind the installed package, which is what is tested
 
 
 def pytest_report_header() -> str:

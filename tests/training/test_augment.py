@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import parselmouth
+import pytest
+from numpy.typing import NDArray
+from parselmouth.praat import call
+
+from singerembed.errors import UsageError
+from training import augment, pitch_worker
+from training.augment import Augmenter, PitchShifter, peak_normalised
+from training.config import AugmentConfig
+from training.synthetic import SAMPLE_RATE, draw_singer, sing
+
+NONE = AugmentConfig(pitch_probability=0, noise_probability=0, gain_probability=0, mask_probability=0)
+
+
+@pytest.fixture(scope="module")
+def voice() -> NDArray[np.float32]:
+    rng = np.random.default_rng(4)
+    clear = replace(draw_singer(rng), breath=0.005, jitter_cents=5, vibrato_cents=20, tremolo=0)  # pitch is to be read
+    return sing(clear, 2.0, rng).astype(np.float32)
+
+
+@pytest.fixture
+def shifter() -> Iterator[PitchShifter]:
+    shifter = PitchShifter()
+    yield shifter
+    shifter.close()
+
+
+def median_pitch(pcm: NDArray[np.float32]) -> float:
+    pitch = call(parselmouth.Sound(pcm.astype(float), SAMPLE_RATE), "To Pitch", 0.0, 75.0, 900.0)
+    return float(call(pitch, "Get quantile", 0.0, 0.0, 0.5, "Hertz"))
+
+
+def augmented(config: AugmentConfig, pcm: NDArray[np.float32], seed: int = 0) -> NDArray[np.float32]:
+    return Augmenter(config, SAMPLE_RATE, shift_pitch=True)(pcm, np.random.default_rng(seed))
+
+
+def test_nothing_asked_for_changes_nothing_but_the_peak(voice: NDArray[np.float32]) -> None:
+    np.testing.assert_array_equal(augmented(NONE, voice), peak_normalised(voice))
+
+
+@pytest.mark.parametrize("ratio", [1.3, 1 / 1.3])
+def test_pitch_moves_by_the_ratio_and_the_spectral_envelope_stays(
+    voice: NDArray[np.float32], shifter: PitchShifter, ratio: float
+) -> None:
+    shifted = shifter.shift(voice, SAMPLE_RATE, ratio, 1.0, seed=1)
+    assert shifted.shape == voice.shape
+    assert median_pitch(shifted) / median_pitch(voice) == pytest.approx(ratio, rel=0.05)
+    # The vowel's formants would move by 30 % with a resampled voice, and the centre of the spectrum with them.
+    assert spectral_centre(shifted) / spectral_centre(voice) == pytest.approx(1.0, abs=0.15)
+
+
+def spectral_centre(pcm: NDArray[np.float32]) -> float:
+    power = np.abs(np.fft.rfft(pcm)) ** 2
+    frequencies = np.fft.rfftfreq(len(pcm), 1 / SAMPLE_RATE)
+    band = (frequencies > 200) & (frequencies < 4000)
+    return float((power * frequencies)[band].sum() / power[band].sum())
+
+
+def test_a_shift_is_a_function_of_its_seed(voice: NDArray[np.float32], shifter: PitchShifter) -> None:
+    other = PitchShifter()
+    first = shifter.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7)
+    np.testing.assert_array_equal(first, shifter.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7))
+    np.testing.assert_array_equal(first, other.shift(voice, SAMPLE_RATE, 1.2, 1.3, seed=7))
+    other.close()
+
+
+def test_a_hang_in_praat_costs_the_limit_and_leaves_the_crop(
+    voice: NDArray[np.float32], shifter: PitchShifter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = tmp_path / "hanging.py"
+    hanging.write_text("import sys, time\nsys.stdin.buffer.read(100)\ntime.sleep(600)\n")
+    monkeypatch.setattr(pitch_worker, "__file__", str(hanging))
+    # The request is larger than a pipe holds, and this worker reads only its beginning: writing hangs as well.
+    started = time.monotonic()
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1, timeout_seconds=0.5) is voice
+    assert time.monotonic() - started < 5
+    monkeypatch.undo()
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is not voice  # the next call has a new process
+
+
+def test_a_worker_that_dies_leaves_the_crop(
+    voice: NDArray[np.float32], shifter: PitchShifter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
+
+
+def test_unvoiced_audio_and_silence_come_back_as_they_are(shifter: PitchShifter) -> None:
+    for pcm in (np.zeros(22_050, np.float32), np.zeros(100, np.float32)):
+        np.testing.assert_array_equal(shifter.shift(pcm, SAMPLE_RATE, 1.3, 1.5, seed=1), pcm)
+
+
+def test_noise_has_the_amplitude_asked_for(voice: NDArray[np.float32]) -> None:
+    config = NONE.model_copy(update={"noise_probability": 1.0, "noise_amplitude": (0.02, 0.02)})
+    difference = augmented(config, voice) - peak_normalised(voice)
+    assert float(difference.std()) == pytest.approx(0.02, rel=0.02)
+
+
+def test_gain_and_mask_stay_in_their_ranges(voice: NDArray[np.float32]) -> None:
+    gained = NONE.model_copy(update={"gain_probability": 1.0})
+    peaks = [float(np.abs(augmented(gained, voice, seed)).max()) for seed in range(20)]
+    assert 10 ** (-6 / 20) - 1e-6 <= min(peaks) < max(peaks) <= 1.0
+    masked = NONE.model_copy(update={"mask_probability": 1.0})
+    ones = np.ones(40_000, np.float32)
+    shares = [float((augmented(masked, ones, seed) == 0).mean()) for seed in range(20)]
+    assert 0 < max(shares) <= 1 / 8
+
+
+def test_a_crop_is_a_function_of_its_generator_and_leaves_the_global_ones(voice: NDArray[np.float32]) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    expected = random.random(), np.random.random()
+    random.seed(5)
+    np.random.seed(5)
+    config = AugmentConfig(pitch_probability=0.0)
+    first, second = augmented(config, voice, 1), augmented(config, voice, 1)
+    np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(first, augmented(config, voice, 2))
+    assert (random.random(), np.random.random()) == expected
+
+
+def test_transforms_of_audiomentations_by_name(voice: NDArray[np.float32]) -> None:
+    config = NONE.model_copy(update={"channel": ({"transform": "PolarityInversion", "p": 1.0},)})
+    np.testing.assert_array_equal(augmented(config, voice), -peak_normalised(voice))
+    for fields, message in (
+        ({"transform": "Nonsense"}, "Nonsense"),
+        ({"transform": "Gain", "loudness": 3}, "loudness"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Augmenter(NONE.model_copy(update={"channel": (fields,)}), SAMPLE_RATE, shift_pitch=False)
+
+
+def test_half_of_the_ratios_are_reciprocals() -> None:
+    rng = np.random.default_rng(0)
+    ratios = np.array([augment.draw_ratio(1.3, rng) for _ in range(2000)])
+    assert 1 / 1.3 <= ratios.min() < 0.8
+    assert 1.28 < ratios.max() <= 1.3
+    assert (ratios > 1).mean() == pytest.approx(0.5, abs=0.05)

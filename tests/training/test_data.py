@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner
+from numpy.typing import NDArray
+from training_config import small_config
+
+from singerembed.errors import CatalogError, SingerEmbedError, UsageError
+from training import pitch_variants
+from training.config import TrainConfig
+from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop, read_crop
+from training.recordings import TRAIN, VALIDATION, Recording, build_index, read_index, write_index
+
+RATE = 44_100
+
+
+def write(path: Path, pcm: NDArray[np.floating], rate: int = RATE) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, pcm, rate)
+    return str(path)
+
+
+def tone(seconds: float, rate: int = RATE) -> NDArray[np.float64]:
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)
+
+
+def pairs(config: TrainConfig, devices: int = 1) -> tuple[PairDataset, PairSampler]:
+    recordings = [each for each in build_index(config) if each.split == TRAIN]
+    dataset = PairDataset(recordings, config)
+    return dataset, PairSampler(dataset, len(recordings), config, devices)
+
+
+# --- recordings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_singers_is_split_by_singer(corpus: Path) -> None:
+    recordings = build_index(small_config(corpus))
+    singers = {split: {each.singer for each in recordings if each.split == split} for split in (TRAIN, VALIDATION)}
+    assert len(recordings) == 12
+    assert not singers[TRAIN] & singers[VALIDATION]
+    assert (len(singers[TRAIN]), len(singers[VALIDATION])) == (4, 2)
+    assert all(each.seconds == pytest.approx(5.0) for each in recordings)
+
+
+def test_unlabelled_files_are_singers_of_their_own(tmp_path: Path) -> None:
+    for name in ("a.wav", "b.flac", "c.ogg"):
+        write(tmp_path / name, tone(1))
+    write(tmp_path / "voice" / "deep" / "d.wav", tone(1))
+    (tmp_path / "notes.txt").write_text("no audio")
+    config = small_config(tmp_path, data={"validation_fraction": 0})
+    assert [each.singer for each in build_index(config)] == ["a.wav", "b.flac", "c.ogg", "voice"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_catalogue_with_a_singer_column(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b", "c"):
+        write(tmp_path / f"{name}.wav", tone(4))
+    catalogue = tmp_path / f"catalog.{suffix}"
+    rows = {
+        "csv": ["file,who,start,end", "a.wav,Ann,1,3.5", "b.wav,Ann,,", "c.wav,,,"],
+        "jsonl": [
+            '{"file": "a.wav", "who": "Ann", "start": 1, "end": 3.5}',
+            '{"file": "b.wav", "who": "Ann"}',
+            '{"file": "c.wav"}',
+        ],
+    }
+    catalogue.write_text("\n".join(rows[suffix]))
+    columns = {"path_column": "file", "singer_column": "who", "validation_fraction": 0}
+    recordings = build_index(small_config(catalogue, data=columns))
+    assert [each.singer for each in recordings] == ["Ann", "Ann", "c.wav"]
+    assert (recordings[0].start, recordings[0].seconds) == (1.0, 2.5)
+    assert recordings[1].seconds == pytest.approx(4.0)
+
+
+def test_short_and_broken_recordings_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "s" / "good.wav", tone(0.5))
+    write(tmp_path / "s" / "short.wav", tone(0.499))
+    (tmp_path / "s" / "broken.wav").write_bytes(b"not audio")
+    recordings = build_index(small_config(tmp_path, data={"validation_fraction": 0}))
+    assert [Path(each.path).name for each in recordings] == ["good.wav"]
+    assert "1 recordings that cannot be opened, 1 shorter than 0.5 s; 1 of 3" in capsys.readouterr().out
+
+
+def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="no recordings"):
+        build_index(small_config(tmp_path))
+    write(tmp_path / "s" / "short.wav", tone(0.1))
+    with pytest.raises(CatalogError, match=r"no recording of 0\.5 s or more"):
+        build_index(small_config(tmp_path))
+    with pytest.raises(CatalogError, match="missing"):
+        build_index(small_config(tmp_path / "missing.csv"))
+
+
+def test_validation_may_be_other_data(corpus: Path, tmp_path: Path) -> None:
+    write(tmp_path / "x" / "0.wav", tone(4))
+    recordings = build_index(small_config(corpus, data={"validation": str(tmp_path)}))
+    assert [each.singer for each in recordings if each.split == VALIDATION] == ["x"]
+    assert len(recordings) == 13
+
+
+def test_the_index_is_read_back_as_it_was_written(corpus: Path, tmp_path: Path) -> None:
+    recordings = build_index(small_config(corpus))
+    write_index(tmp_path / "index.parquet", recordings)
+    assert read_index(tmp_path / "index.parquet") == recordings
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_reading_by_seeking_equals_a_slice(tmp_path: Path, suffix: str) -> None:
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, RATE)
+    path = write(tmp_path / f"a.{suffix}", np.stack([noise, -noise / 2], axis=1))
+    whole = soundfile.read(path, dtype="float32")[0].mean(axis=1)
+    np.testing.assert_allclose(read_crop(path, 0.25, 1000, RATE), whole[11_025:12_025], atol=1e-6)
+    tail = read_crop(path, 0.99, 1000, RATE)
+    np.testing.assert_allclose(tail[:441], whole[-441:], atol=1e-6)
+    assert not tail[441:].any()
+
+
+def test_reading_resamples(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", tone(2, 48_000), 48_000)
+    crop = read_crop(path, 1.0, RATE // 2, RATE)
+    np.testing.assert_allclose(crop, tone(2)[RATE : RATE + RATE // 2], atol=2e-3)
+
+
+def test_active_share() -> None:
+    pcm = np.zeros(RATE, np.float32)
+    assert active_share(pcm, RATE, -60.0) == -1.0
+    pcm[: RATE // 4] = tone(0.25).astype(np.float32)
+    assert active_share(pcm, RATE, -60.0) == pytest.approx(0.25)
+    assert active_share(pcm * np.float32(1e-3), RATE, -60.0) == -1.0  # -66 dBFS
+    assert active_share(pcm * np.float32(np.nan), RATE, -60.0) == -1.0
+
+
+def test_silence_is_avoided(tmp_path: Path) -> None:
+    pcm = np.concatenate([np.zeros(4 * RATE), tone(2), np.zeros(4 * RATE)])
+    recording = Recording(write(tmp_path / "a.wav", pcm), "s", 10.0)
+    config = small_config(tmp_path)
+    crops = [draw_crop(recording, recording.path, 2 * RATE, RATE, config, np.random.default_rng(i)) for i in range(20)]
+    assert all(float(np.abs(crop).max()) == pytest.approx(1.0) for crop in crops)
+    # One blind draw in three would have the share of voice that is asked for, one in two would be all silence.
+    assert np.mean([active_share(crop, RATE, -60.0) >= config.data.min_active for crop in crops]) > 0.9
+
+
+# --- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_two_crops_of_its_recording_and_a_function_of_its_key(corpus: Path) -> None:
+    dataset, _ = pairs(small_config(corpus))
+    first, again, later = dataset[PairKey(0, 1, 2)], dataset[PairKey(0, 1, 2)], dataset[PairKey(1, 1, 2)]
+    assert first["groups"] == 2
+    clips = first["clips"]
+    assert (clips.shape, clips.dtype) == ((2, 22_050), np.float32)
+    assert not np.array_equal(clips[0], clips[1])
+    np.testing.assert_array_equal(clips, np.asarray(again["clips"]))
+    assert not np.array_equal(clips, np.asarray(later["clips"]))
+
+
+def test_pairs_of_a_singer_are_of_two_recordings(tmp_path: Path) -> None:
+    for singer in range(3):
+        for recording in range(2):  # the level says which recording a crop is of
+            write(
+                tmp_path / f"s{singer}" / f"{recording}.wav",
+                np.full(RATE, 0.1) * tone(1) + (0.2 if recording else -0.2),
+            )
+    nothing = {f"{name}_probability": 0 for name in ("pitch", "noise", "gain", "mask")}
+    config = small_config(tmp_path, data={"pairs": "singer", "validation_fraction": 0}, augment=nothing)
+    dataset, sampler = pairs(config)
+    assert len(dataset.groups) == 3
+    for position in range(8):
+        clips = np.asarray(dataset[PairKey(0, position, position % 3)]["clips"])
+        assert {bool(clip.mean() > 0) for clip in clips} == {True, False}
+    for batch in sampler:
+        assert len({key.group for key in batch}) == 3  # three pairs a batch, three singers
+
+
+def test_pairs_of_singers_need_singers(corpus: Path, tmp_path: Path) -> None:
+    for name in ("a.wav", "b.wav"):
+        write(tmp_path / name, tone(1))
+    with pytest.raises(UsageError, match="2 recordings of 2 singers"):
+        pairs(small_config(tmp_path, data={"pairs": "singer", "validation_fraction": 0}))
+
+
+def test_a_recording_that_is_gone_or_silent_gives_way(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = tmp_path / "corpus"
+    shutil.copytree(corpus, home)
+    config = small_config(home, data={"validation_fraction": 0})
+    dataset, _ = pairs(config)
+    recordings = build_index(config)
+    Path(recordings[0].path).unlink()
+    write(Path(recordings[1].path), np.zeros(5 * RATE))
+    for broken, reason in ((0, "not found"), (1, "silent")):
+        item = dataset[PairKey(0, 0, broken)]
+        assert item["groups"] not in {0, 1}
+        assert reason in caplog.text
+    shutil.rmtree(home)
+    with pytest.raises(SingerEmbedError, match="50 recordings drawn one after the other"):
+        dataset[PairKey(0, 0, 0)]
+
+
+def test_an_epoch_has_each_recording_as_often_as_asked(corpus: Path) -> None:
+    _, sampler = pairs(small_config(corpus, data={"validation_fraction": 0, "pairs_per_recording": 2}))
+    epochs = [keys_from(sampler, epoch * len(sampler)) for epoch in range(2)]
+    for number, keys in enumerate(epochs):
+        assert [key.epoch for key in keys] == [number] * 24
+        assert [key.position for key in keys] == list(range(24))
+        assert np.bincount([key.group for key in keys]).tolist() == [2] * 12
+    assert [key.group for key in epochs[0]] != [key.group for key in epochs[1]]
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 7])
+def test_the_sampler_goes_on_from_any_step(corpus: Path, step: int) -> None:
+    _, sampler = pairs(small_config(corpus, data={"validation_fraction": 0}))
+    epoch, done = divmod(step, len(sampler))
+    whole = keys_from(sampler, epoch * len(sampler))
+    assert keys_from(sampler, step) == whole[done * 3 :]
+
+
+def keys_from(sampler: PairSampler, step: int) -> list[PairKey]:
+    sampler.follow(0, lambda: step)
+    return [key for batch in sampler for key in batch]
+
+
+def test_two_devices_share_what_one_would_have(corpus: Path) -> None:
+    joined = pairs(small_config(corpus, data={"validation_fraction": 0, "batch_size": 4}))[1]
+    parts = []
+    for rank in (0, 1):
+        sampler = pairs(small_config(corpus, data={"validation_fraction": 0, "batch_size": 2}), devices=2)[1]
+        sampler.follow(rank, lambda: 0)
+        parts.append(list(sampler))
+    assert [first + second for first, second in zip(*parts, strict=True)] == list(joined)
+
+
+def test_an_epoch_without_a_batch_is_an_error(corpus: Path) -> None:
+    with pytest.raises(UsageError, match="8 pairs, fewer than a batch of 9"):
+        pairs(small_config(corpus, data={"batch_size": 9}))
+
+
+# --- variants and validation ----------------------------------------------------------------------------------------
+
+
+def test_pitch_variants_are_made_once_and_used(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "variants"
+    arguments = [str(corpus), str(out), "--count", "1"]
+    result = CliRunner().invoke(pitch_variants.main, arguments)
+    assert "12 variants" in result.output, result.output
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*.flac")}
+    CliRunner().invoke(pitch_variants.main, arguments)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.flac")} == files
+
+    nothing = {f"{name}_probability": 0 for name in ("noise", "gain", "mask")}
+    data = {"pitch_variants": str(out), "validation_fraction": 0}
+    shifted, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 1.0}, data=data))
+    plain, _ = pairs(small_config(corpus, augment={**nothing, "pitch_probability": 0.0}, data=data))
+    assert not np.array_equal(
+        np.asarray(shifted[PairKey(0, 0, 0)]["clips"]), np.asarray(plain[PairKey(0, 0, 0)]["clips"])
+    )
+    for path in files:
+        path.unlink()
+    with pytest.raises(UsageError, match="holds no variants"):
+        pairs(small_config(corpus, data=data))
+
+
+def test_validation_crops_are_the_encoders_length_and_always_the_same(corpus: Path) -> None:
+    config = small_config(corpus, data={"validation_crops": 3})
+    recordings = [each for each in build_index(config) if each.split == VALIDATION]
+    crops = CropDataset(recordings, config)
+    assert len(crops) == 12
+    assert crops.labels.recordings.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert crops.labels.singers.tolist() == [0] * 6 + [1] * 6
+    clip = np.asarray(crops[4]["clips"])
+    assert clip.shape == (176_400,)
+    np.testing.assert_array_equal(clip, np.asarray(CropDataset(recordings, config)[4]["clips"]))
+
+
+def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None:
+    config = small_config(corpus, data={"validation_crops": 2})
+    data = PairData(build_index(config), config, devices=1)
+    rng = np.random.default_rng(0)
+    embeddings = rng.normal(size=(9, 4)).astype(np.float32)
+    without = data.validation_metrics(embeddings[:7], np.array([0, 1, 2, 3, 4, 5, 6]))
+    repeated_and_unread = data.validation_metrics(
+        embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1])
+    )
+    assert repeated_and_unread == without

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from training.metrics import CropLabels, equal_error_rate, mean_normalised_rank, spread, verification_metrics
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def test_equal_error_rate_equals_the_official_codes() -> None:
+    data = np.load(GOLDEN / "evaluation_in.npz")
+    unit = data["embedding"] / np.linalg.norm(data["embedding"], axis=1, keepdims=True)
+    rows = {str(name): row for row, name in enumerate(data["names"])}
+    with (GOLDEN / "evaluation_pairs.txt").open() as file:
+        pairs = [(int(label), unit[rows[first]] @ unit[rows[second]]) for label, first, second in csv.reader(file)]
+    positive, negative = (np.array([score for label, score in pairs if label == wanted]) for wanted in (1, 0))
+    expected = json.loads((GOLDEN / "evaluation.json").read_text())["eer"]
+    assert equal_error_rate(positive, negative) == pytest.approx(expected, abs=1e-4)
+
+
+def test_equal_error_rate_at_the_ends() -> None:
+    assert equal_error_rate(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == pytest.approx(0.0)
+    assert equal_error_rate(np.array([0.0, 1.0]), np.array([2.0, 3.0])) == pytest.approx(1.0)
+    assert equal_error_rate(np.ones(3), np.ones(5)) == pytest.approx(0.5)
+
+
+def test_mean_rank_is_what_the_area_under_the_curve_says() -> None:
+    rng = np.random.default_rng(0)
+    similarity = rng.normal(size=(1, 40))
+    positive, negative = np.zeros((1, 40), bool), np.zeros((1, 40), bool)
+    positive[0, :10], negative[0, 10:] = True, True
+    area = roc_auc_score(positive[0], similarity[0])
+    assert mean_normalised_rank(similarity, positive, negative) == pytest.approx((1 - area) * 30 / 31)
+
+
+def test_pairs_are_of_different_recordings_where_there_are_some() -> None:
+    labels = CropLabels(singers=np.array([0, 0, 0, 1]), recordings=np.array([0, 0, 1, 2]))
+    assert {tuple(pair) for pair in np.argwhere(labels.same_singer())} == {(0, 2), (2, 0), (1, 2), (2, 1)}
+    unlabelled = CropLabels(singers=np.array([0, 0, 1, 1]), recordings=np.array([0, 0, 1, 1]))
+    assert {tuple(pair) for pair in np.argwhere(unlabelled.same_singer())} == {(0, 1), (1, 0), (2, 3), (3, 2)}
+
+
+def test_one_singer_cannot_be_validated() -> None:
+    labels = CropLabels(singers=np.array([0, 0]), recordings=np.array([0, 1]))
+    with pytest.raises(ValueError, match="two singers"):
+        verification_metrics(np.eye(2, dtype=np.float32), labels)
+
+
+def test_separate_singers_are_told_apart() -> None:
+    embeddings = np.repeat(np.eye(3, dtype=np.float32), 4, axis=0)
+    labels = CropLabels(singers=np.repeat(np.arange(3), 4), recordings=np.arange(12) // 2)
+    metrics = verification_metrics(embeddings, labels)
+    assert metrics["eer"] == pytest.approx(0.0)
+    assert metrics["mean_rank"] == pytest.approx(0.0)
+    assert metrics["alignment"] == pytest.approx(0.0)
+
+
+def test_spread_of_a_constant_and_of_a_basis() -> None:
+    assert float(spread(torch.ones(8, 16))) == pytest.approx(0.0, abs=1e-6)
+    assert float(spread(torch.eye(8))) == pytest.approx(1 - 1 / 8)

@@ -1,0 +1,197 @@
+"""Whole runs: interrupted, exported, built into an engine, and better than the floors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tolerances
+import torch
+from click.testing import CliRunner
+from training_config import small_config
+
+from singerembed.checkpoint import load_checkpoint
+from singerembed.engine.build import build_engine
+from singerembed.errors import UsageError
+from training import evaluate, export, train
+from training.config import load_config
+from training.synthetic import make_corpus
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "training" / "configs"
+GOLDEN = ROOT / "tests" / "golden"
+
+
+# --- kill and resume ------------------------------------------------------------------------------------------------
+
+
+def start(corpus: Path, out: Path, method: str) -> subprocess.Popen[bytes]:
+    """Start a run of two epochs of four steps in a process of its own, with a checkpoint at every third step."""
+    settings = (
+        "data.crop_seconds=0.5", "data.batch_size=3", "data.workers=0", "data.validation_fraction=0",
+        "data.pairs_per_recording=1",
+        "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu",
+        "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2",
+    )  # fmt: skip
+    configs = [argument for name in (method, "small") for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    command = [sys.executable, "-m", "training.train", *configs, "--data", str(corpus), "--out", str(out)]
+    return subprocess.Popen(
+        [*command, *(argument for setting in settings for argument in ("--set", setting))],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors.decode()
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+
+
+def kill_after_step(process: subprocess.Popen[bytes], last: Path, step: int) -> None:
+    deadline = time.monotonic() + 100
+    while not last.exists() or step_of(last) < step:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+# In the middle of an epoch, and at its end; Praat, an equaliser, dropout and a moving average take part.
+@pytest.mark.parametrize(("method", "step"), [("contrastive", 3), ("byol", 4)])
+def test_kill_and_resume_gives_the_weights_of_an_undisturbed_run(
+    method: str, step: int, corpus: Path, tmp_path: Path
+) -> None:
+    undisturbed, out = tmp_path / "undisturbed" / "run", tmp_path / "run"  # the folder's name is the weights'
+    finish(start(corpus, undisturbed, method))
+    kill_after_step(start(corpus, out, method), out / "last.ckpt", step)
+    assert step <= step_of(out / "last.ckpt") < 8
+    finish(start(corpus, out, method))
+    ours, expected = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (out, undisturbed))
+    assert ours["global_step"] == expected["global_step"] == 8
+    assert ours["lr_schedulers"] == expected["lr_schedulers"]
+    assert_equal(ours["state_dict"], expected["state_dict"])
+    assert_equal(ours["optimizer_states"], expected["optimizer_states"])
+
+
+def assert_equal(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+# --- one short run in this process ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a BYOL run of one epoch with validation, normalised by the official code's batch-wide maximum."""
+    out = tmp_path_factory.mktemp("short") / "run"
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"normalise": "batch"},
+        "data": {"validation_crops": 2, "workers": 1},
+        "trainer": {"validate_every_epochs": 1, "log_every_steps": 1},
+    }
+    train.train(small_config(corpus, "byol", **sections), out)
+    return out
+
+
+def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
+    assert {"last.ckpt", "best.ckpt", "recordings.parquet", "tensorboard"} <= {
+        path.name for path in short_run.iterdir()
+    }
+    facts = export.training_facts(short_run / "best.ckpt")
+    for name in ("eer", "mean_rank", "alignment", "uniformity", "spread"):
+        assert np.isfinite(facts["metrics"][f"validation/{name}"])
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(short_run / "tensorboard"))
+    events.Reload()
+    assert {"loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam"} <= set(
+        events.Tags()["scalars"]
+    )
+
+
+def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> None:
+    checkpoint = load_checkpoint(str(short_run / "last.ckpt"))
+    assert (checkpoint.spec.method, checkpoint.spec.name) == ("byol", "small")
+    # A batch-wide maximum becomes a constant, the running mean of the maxima that were met.
+    assert isinstance(checkpoint.spec.normalise, float)
+    assert 5 < checkpoint.spec.normalise < 12
+    state = torch.load(short_run / "last.ckpt", weights_only=True)["state_dict"]
+    roots = {".".join(name.split(".")[:2]) for name in state}
+    assert roots == {"encoder.net", "projection.net", "predictor.model", "teacher.encoder", "teacher.projection"}
+
+
+def test_another_configuration_is_refused_with_the_difference(short_run: Path, corpus: Path) -> None:
+    with pytest.raises(UsageError, match=r"data\.batch_size: 2 here, 3 there"):
+        config = small_config(
+            corpus, "byol", model={"normalise": "batch"}, data={"validation_crops": 2, "batch_size": 2}
+        )
+        train.train(config, short_run)
+
+
+def test_export_to_the_own_layout(short_run: Path, tmp_path: Path) -> None:
+    source, target = short_run / "last.ckpt", tmp_path / "new" / "encoder.pt"
+    result = CliRunner().invoke(export.main, [str(source), str(target)])
+    assert result.exit_code == 0, result.output
+    ours, theirs = load_checkpoint(str(target)), load_checkpoint(str(source))
+    assert ours.spec == theirs.spec
+    assert_equal(ours.state_dict, theirs.state_dict)
+    assert ours.facts["method"] == "byol"
+    assert ours.facts["step"] == step_of(source)
+    assert torch.__version__.startswith(ours.facts["versions"]["torch"])
+    assert all(tensor.is_contiguous() for tensor in torch.load(target, weights_only=True)["state_dict"].values())
+
+
+def test_export_to_the_official_layout(short_run: Path, tmp_path: Path) -> None:
+    source, target = short_run / "last.ckpt", tmp_path / "byol"
+    result = CliRunner().invoke(export.main, [str(source), str(target), "--layout", "official"])
+    assert result.exit_code == 0, result.output
+    assert_equal(load_checkpoint(str(target)).state_dict, load_checkpoint(str(source)).state_dict)
+    # The stored kernels give the official code's mel spectrogram: it convolves with them.
+    state = torch.load(target / "model.pt", weights_only=True)
+    kernels = {name.rsplit(".", 1)[1]: value for name, value in state.items() if "spec_layer" in name}
+    golden = np.load(GOLDEN / "expected.npz")
+    import soundfile
+
+    pcm = torch.from_numpy(soundfile.read(GOLDEN / "crops" / "tenor.wav", dtype="float32")[0])
+    padded = torch.nn.functional.pad(pcm[None, None] / pcm.abs().max(), (1024, 1024), mode="reflect")
+    real, imaginary = (torch.nn.functional.conv1d(padded, kernels[name], stride=512) for name in ("wcos", "wsin"))
+    mel = kernels["mel_basis"] @ (real.square() + imaginary.square())[0]
+    expected = golden["mel"][[str(name).removesuffix(".wav") for name in golden["names"]].index("tenor")]
+    assert float(np.abs(mel.numpy() - expected).max()) <= 1e-5 * expected.max()
+    assert set(kernels) == {"mel_basis", "wsin", "wcos", "window_mask"}
+
+
+def test_build_engine_takes_the_checkpoint_unchanged(short_run: Path, tmp_path: Path) -> None:
+    for source in (short_run / "last.ckpt", tmp_path / "encoder.pt"):
+        if source.suffix == ".pt":
+            CliRunner().invoke(export.main, [str(short_run / "last.ckpt"), str(source)])
+        build_engine(str(source), str(tmp_path / f"{source.suffix[1:]}.engine"), say=lambda *_: None)
+        assert (tmp_path / f"{source.suffix[1:]}.engine").stat().st_size > 20_000_000
+
+
+# --- it learns ------------------------------------------------------------------------------------------------------
+
+
+def test_training_beats_mfcc_statistics_and_the_untrained_network(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "train", singers=40, recordings=3, seconds=6.0, seed=100)
+    make_corpus(tmp_path / "unseen", singers=40, recordings=2, seconds=6.0, seed=100, first=3)
+    overrides = [f"data.source={tmp_path / 'train'}", "data.validation_fraction=0"]
+    train.train(load_config([CONFIGS / "contrastive.yaml", CONFIGS / "small.yaml"], overrides), tmp_path / "run")
+    crops = evaluate.labelled_crops(str(tmp_path / "unseen"), 2, seconds=0.5)
+    trained = evaluate.score(evaluate.encoder_embedder(str(tmp_path / "run" / "last.ckpt")), crops)["eer"]
+    untrained = evaluate.score(evaluate.encoder_embedder(""), crops)["eer"]
+    mfcc = evaluate.score(evaluate.mfcc_statistics, crops, standardise=True)["eer"]
+    figures = f"equal error rate on unseen recordings: {trained:.3f}, untrained {untrained:.3f}, MFCC {mfcc:.3f}"
+    print(figures)
+    assert trained < min(untrained, mfcc) - tolerances.LEARNT_EER_MARGIN, figures

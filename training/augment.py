@@ -1,0 +1,169 @@
+"""Augmentations of a crop: formant-preserving pitch shift, then the recording chain, noise, gain and time mask."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import select
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, cast
+
+import audiomentations
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.errors import UsageError
+from training import pitch_worker
+from training.config import AugmentConfig
+
+Samples = NDArray[np.float32]
+
+# A 4 s crop takes Praat 0.05 s. The bound is far from that: a crop that is given up on a busy machine, and not on an
+# idle one, would make two runs differ.
+PITCH_TIMEOUT_SECONDS = 20.0
+
+
+class Augmenter:
+    """Draws and applies the augmentations; all randomness comes from the generator that is passed."""
+
+    def __init__(self, config: AugmentConfig, sample_rate: int, *, shift_pitch: bool) -> None:
+        """`shift_pitch`: False where pitch was shifted beforehand. Raises UsageError for an unknown transform."""
+        self._config = config
+        self._sample_rate = sample_rate
+        self._pitch = PitchShifter() if shift_pitch and config.pitch_probability > 0 else None
+        self._channel = [_transform(fields) for fields in config.channel]
+        self._others = [
+            audiomentations.AddGaussianNoise(*config.noise_amplitude, p=config.noise_probability),
+            audiomentations.Gain(*config.gain_db, p=config.gain_probability),
+            audiomentations.TimeMask(min_band_part=0.0, max_band_part=config.mask_fraction, p=config.mask_probability),
+        ]
+
+    def __call__(self, pcm: Samples, rng: np.random.Generator) -> Samples:
+        """Return an augmented copy of `pcm`, float32 [samples], of the same length."""
+        config = self._config
+        if self._pitch is not None and rng.random() < config.pitch_probability:
+            ratio, range_ratio = draw_ratio(config.pitch_ratio, rng), draw_ratio(config.pitch_range_ratio, rng)
+            pcm = self._pitch.shift(pcm, self._sample_rate, ratio, range_ratio, seed=int(rng.integers(2**31)))
+        with _global_generators_seeded(int(rng.integers(2**32))):
+            for transform in self._channel:
+                pcm = transform(pcm, self._sample_rate)
+            # Praat and the channel change the level; the noise's amplitude is relative to a peak of 1.
+            pcm = peak_normalised(pcm)
+            for transform in self._others:
+                pcm = transform(pcm, self._sample_rate)
+        return pcm
+
+
+class PitchShifter:
+    """`pitch_worker.shift_pitch` with a time limit, in a process that is started at the first use."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def shift(
+        self,
+        pcm: Samples,
+        sample_rate: int,
+        ratio: float,
+        range_ratio: float,
+        seed: int,
+        timeout_seconds: float = PITCH_TIMEOUT_SECONDS,
+    ) -> Samples:
+        """Return `pcm` shifted, or `pcm` itself where Praat dies or takes longer than the limit."""
+        process = self._running()
+        deadline = time.monotonic() + timeout_seconds
+        try:
+            header = pitch_worker.REQUEST.pack(len(pcm), sample_rate, ratio, range_ratio, seed)
+            requests, replies = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
+            _write(requests, header + pcm.tobytes(), deadline)
+            (length,) = pitch_worker.REPLY.unpack(_read(replies, pitch_worker.REPLY.size, deadline))
+            return np.frombuffer(_read(replies, 4 * length, deadline), np.float32)
+        except (TimeoutError, EOFError, BrokenPipeError):
+            self.close()
+            return pcm
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            # -P: the file's folder holds modules with common names, which are not to be found before others.
+            command = [sys.executable, "-P", str(Path(pitch_worker.__file__))]
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+            os.set_blocking(cast(IO[bytes], self._process.stdin).fileno(), False)  # a hang must not stop us in writing
+            weakref.finalize(self, self._process.kill)
+        return self._process
+
+
+def peak_normalised(pcm: Samples) -> Samples:
+    """Divide by the largest magnitude; silence stays silence."""
+    peak = float(np.abs(pcm).max())
+    return pcm / np.float32(peak) if peak > 0 else pcm
+
+
+def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
+    """Write all of `data`. Raises TimeoutError after `deadline` and BrokenPipeError where the process ended."""
+    while data:
+        _, ready, _ = select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        data = data[os.write(pipe.fileno(), data) :]
+
+
+def _read(pipe: IO[bytes], size: int, deadline: float) -> bytearray:
+    """Read `size` bytes. Raises TimeoutError after `deadline` and EOFError where the process ended."""
+    received = bytearray()
+    while len(received) < size:
+        ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError
+        chunk = os.read(pipe.fileno(), size - len(received))
+        if not chunk:
+            raise EOFError
+        received += chunk
+    return received
+
+
+def draw_ratio(largest: float, rng: np.random.Generator) -> float:
+    """Draw from 1 to `largest` uniformly, or with even odds the reciprocal of that."""
+    ratio = rng.uniform(1.0, largest)
+    return 1 / ratio if rng.random() < 0.5 else ratio
+
+
+def _transform(
+    fields: Mapping[str, Any],
+) -> Any:  # one of audiomentations' transforms, which have no common public type
+    arguments = dict(fields)
+    name = arguments.pop("transform", None)
+    kind = getattr(audiomentations, name, None) if isinstance(name, str) else None
+    if kind is None:
+        raise UsageError(
+            f"augment.channel: {name!r} is not a transform of audiomentations {audiomentations.__version__}"
+        )
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as exc:
+        raise UsageError(f"augment.channel: {name}: {exc}") from exc
+
+
+@contextlib.contextmanager
+def _global_generators_seeded(seed: int) -> Iterator[None]:
+    """Seed the generators that audiomentations draws from, and put them back: a crop is then a function of its seed."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -1,0 +1,179 @@
+"""What a training run is asked to do: YAML files, checked at the door, stored in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from singerembed.errors import UsageError
+from singerembed.spec import ModelSpec
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """A part of a configuration: unknown keys are refused, and nothing changes once it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(Section):
+    """The encoder at the start, and its front end."""
+
+    initialise: str = "imagenet"  # "imagenet", "random", or the path of a checkpoint to go on from
+    # Divide the log-mel spectrogram by the "crop"'s maximum, by a constant, or as the official code by the "batch"'s.
+    normalise: Literal["crop", "batch"] | Positive = "crop"
+    l2_normalise: bool = True  # the projections
+    # torchvision's defaults, as the paper has them. Short runs from scratch learn twice as fast without.
+    stochastic_depth: Probability = 0.2
+    dropout: Probability = 0.2
+
+
+class DataConfig(Section):
+    """Where the recordings are, and how pairs are drawn from them."""
+
+    source: str = ""  # a folder or a catalogue; --data
+    validation: str = ""  # another folder or catalogue to validate on; empty: a share of the singers of `source`
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    validation_crops: Annotated[int, Field(ge=2)] = 4  # of each validation recording
+    path_column: str = "path"  # of a catalogue
+    singer_column: str = "singer"
+    # Two crops of one recording, or of one singer (arXiv 2407.08647): the contrastive losses then never contrast a
+    # singer with themselves.
+    pairs: Literal["recording", "singer"] = "recording"
+    pairs_per_recording: Count = 1  # in one epoch
+    crop_seconds: Positive = 4.0
+    batch_size: Annotated[int, Field(ge=2)] = 140  # pairs, on each device
+    workers: Annotated[int, Field(ge=0)] = 4  # processes that read and augment, for each device
+    silence_dbfs: float = -60.0  # a crop whose peak is not above it is silent
+    min_active: Probability = 0.3  # share of a crop that is to be louder than 40 dB below its peak
+    pitch_variants: str = ""  # a folder made by training.pitch_variants; empty: shift pitch while training
+
+
+class AugmentConfig(Section):
+    """The paper's augmentations, each drawn for each crop by itself."""
+
+    pitch_probability: Probability = 0.5
+    pitch_ratio: Annotated[float, Field(ge=1)] = 1.3  # 1 to this, or its reciprocal
+    pitch_range_ratio: Annotated[float, Field(ge=1)] = 1.5
+    noise_probability: Probability = 0.5
+    noise_amplitude: tuple[Positive, Positive] = (0.001, 0.05)  # full scale is 1
+    gain_probability: Probability = 0.5
+    gain_db: tuple[float, float] = (-6.0, 0.0)
+    mask_probability: Probability = 0.5
+    mask_fraction: Annotated[float, Field(ge=0, lt=1)] = 1 / 8  # of the crop, at most
+    # Further transforms of audiomentations, between pitch and noise: {transform: ITS NAME, and its arguments}.
+    channel: tuple[dict[str, Any], ...] = ()
+
+
+class OptimiserConfig(Section):
+    """Adam, whose weight decay is L2 as in the official code, and its learning rate's course."""
+
+    learning_rate: Positive = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-5
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    cosine_epochs: Annotated[float, Field(ge=0)] = 0.0  # the rate reaches 0 at this epoch; 0: it stays
+
+
+class TrainerConfig(Section):
+    """How long, on what, and what is written. May change when a run goes on."""
+
+    max_epochs: Count = 1000
+    accelerator: str = "auto"
+    devices: str | int = "auto"
+    nodes: Count = 1
+    precision: str = "auto"  # bf16-mixed on CUDA, 32-true elsewhere; or what Lightning's Trainer takes
+    sync_batchnorm: bool = False  # on many GPUs; the official code does not
+    deterministic: bool = False
+    threads: Annotated[int, Field(ge=0)] = 0  # of torch on a CPU; 0: its own choice
+    checkpoint_every_steps: Count = 500
+    validate_every_epochs: Count = 5
+    log_every_steps: Count = 10
+
+
+class TrainConfig(Section):
+    """One training run."""
+
+    method: str  # one of training.methods.METHODS
+    loss: dict[str, Any] = {}  # the method's own options
+    name: str = ""  # what the weights are called wherever they show; empty: the output folder's name
+    seed: Annotated[int, Field(ge=0)] = 123
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    optimiser: OptimiserConfig = OptimiserConfig()
+    trainer: TrainerConfig = TrainerConfig()
+
+    def front_end(self) -> ModelSpec:
+        """The spec of the encoder to be, as far as it is known before training."""
+        normalise = "crop" if self.model.normalise == "batch" else self.model.normalise
+        return ModelSpec(name=self.name, method=self.method, normalise=normalise)
+
+    @property
+    def crop_samples(self) -> int:
+        """Samples of a training crop; validation uses the spec's own length."""
+        return round(self.data.crop_seconds * self.front_end().sample_rate)
+
+    def differences(self, other: TrainConfig) -> list[str]:
+        """Name what `other` has otherwise, apart from what may change when a run goes on."""
+        mine, theirs = _flat(self), _flat(other)
+        return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in mine if mine[key] != theirs.get(key)]
+
+
+def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read YAML files, each over those before it, and apply `section.key=value` overrides, whose values are YAML.
+
+    Raises UsageError.
+    """
+    content: dict[str, Any] = {}
+    for path in paths:
+        for key, value in _read_yaml(path).items():
+            is_section = isinstance(value, dict) and isinstance(content.get(key), dict)
+            content[key] = {**content[key], **value} if is_section else value
+    for override in overrides:
+        _apply(content, override)
+    return parse_config(content, ", ".join(map(str, paths)))
+
+
+def parse_config(content: dict[str, Any], where: str) -> TrainConfig:
+    """Check `content`. Raises UsageError naming each key that is unknown or out of range."""
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as exc:
+        problems = [f"{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors()]
+        raise UsageError(f"{where}: {'; '.join(problems)}") from exc
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as exc:
+        raise UsageError(f"{path} cannot be read as a configuration: {exc}") from exc
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a configuration: it holds no keys")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *sections, last = key.split(".")
+    if not equals or not last:
+        raise UsageError(f"--set {override}: write section.key=value, for example --set data.batch_size=32")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise UsageError(f"--set {override}: {section} is a value, not a section")
+    content[last] = yaml.safe_load(value)
+
+
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    dumped = config.model_dump(mode="json", exclude={"trainer": True, "data": {"workers"}})
+    nested = {key: value for key, value in dumped.items() if isinstance(value, dict)}
+    flat = {f"{section}.{key}": value for section, fields in nested.items() for key, value in fields.items()}
+    return {**{key: value for key, value in dumped.items() if key not in nested}, **flat}

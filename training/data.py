@@ -1,0 +1,364 @@
+"""Pairs of crops for training and single crops for validation.
+
+Everything random about an item is a function of (seed, epoch, position in the epoch). It does not matter then which
+worker, device or run draws it: a resumed run sees what an undisturbed one sees, and two devices with batches of n see
+what one device with batches of 2 n sees.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import lightning
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from singerembed.audio import TimeLimit, open_recording
+from singerembed.errors import SingerEmbedError, TrackError, UsageError
+from training.augment import Augmenter, Samples, peak_normalised
+from training.config import DataConfig, TrainConfig
+from training.metrics import CropLabels, verification_metrics
+from training.recordings import TRAIN, VALIDATION, Recording
+
+# A crop that is mostly silence is drawn again, so many times; then the best of them is taken.
+DRAWS_PER_CROP = 8
+# A recording that cannot be read, or is silent, gives way to another, so many times; then the run ends.
+RECORDINGS_PER_PAIR = 50
+# A frame is active if it is louder than this below the crop's peak.
+ACTIVE_DB = -40.0
+ACTIVE_FRAME_SECONDS = 0.05
+# All pairs of the validation crops are compared: the similarities of 4096 take 64 MiB.
+MAX_VALIDATION_CROPS = 4096
+_READ_TIMEOUT_SECONDS = 60.0
+
+_log = logging.getLogger(__name__)
+
+
+class PairBatch(TypedDict):
+    """A training batch as it is collated."""
+
+    clips: Tensor  # float32 [batch, 2, samples]: the two views of each pair
+    groups: Tensor  # int64 [batch]: the recording, or the singer with `pairs: singer`
+
+
+class CropBatch(TypedDict):
+    """A validation batch as it is collated."""
+
+    clips: Tensor  # float32 [batch, samples]
+    indices: Tensor  # int64 [batch]: which validation crop
+
+
+class PairKey(NamedTuple):
+    """What an item of training is a function of, with the seed."""
+
+    epoch: int
+    position: int
+    group: int
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int) -> Samples:
+    """Read mono float32 [n_samples] from `start_seconds` on, by seeking; zeros follow where the recording ends.
+
+    Raises TrackError.
+    """
+    limit = TimeLimit(_READ_TIMEOUT_SECONDS)
+    with limit.counting(), open_recording(path, sample_rate, limit) as reader:
+        reader.seek(round(start_seconds * sample_rate))
+        pcm = reader.read(n_samples)
+    if pcm.dtype == np.int16:
+        pcm = pcm.astype(np.float32) / np.float32(32768)
+    return np.pad(pcm, (0, n_samples - len(pcm))).astype(np.float32, copy=False)
+
+
+def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
+    """Return the share of frames louder than 40 dB below the peak; -1 for a silent crop, or one with NaN in it."""
+    peak = float(np.abs(pcm).max())
+    if not peak > 10 ** (silence_dbfs / 20):
+        return -1.0
+    frame = round(ACTIVE_FRAME_SECONDS * sample_rate)
+    frames = pcm[: len(pcm) // frame * frame].reshape(-1, frame)
+    power = np.einsum("ij,ij->i", frames, frames) / frame
+    return float((power > (peak * 10 ** (ACTIVE_DB / 20)) ** 2).mean())
+
+
+def draw_crop(
+    recording: Recording, path: str, n_samples: int, sample_rate: int, config: TrainConfig, rng: np.random.Generator
+) -> Samples:
+    """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, itself or a variant of it.
+
+    Raises TrackError where it cannot be read or every crop that was drawn is silent.
+    """
+    latest = max(0.0, recording.seconds - n_samples / sample_rate)
+    best, best_share = None, -1.0
+    for _ in range(DRAWS_PER_CROP):
+        pcm = read_crop(path, recording.start + rng.uniform(0.0, latest), n_samples, sample_rate)
+        share = active_share(pcm, sample_rate, config.data.silence_dbfs)
+        if share > best_share:
+            best, best_share = pcm, share
+        if best_share >= config.data.min_active:
+            break
+    if best is None:
+        raise TrackError("silent", f"{DRAWS_PER_CROP} crops drawn at random are all silent")
+    return peak_normalised(best)
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+class PairDataset(Dataset[dict[str, Any]]):
+    """Pairs of augmented crops of one recording or one singer."""
+
+    def __init__(self, recordings: Sequence[Recording], config: TrainConfig) -> None:
+        """`recordings`: those of the training split. Raises UsageError where pairs of singers are impossible."""
+        self._recordings = recordings
+        self._config = config
+        self._sample_rate = config.front_end().sample_rate
+        self.groups = _groups(recordings, by_singer=config.data.pairs == "singer")
+        self._variants = _find_variants(recordings, config.data) if config.data.pitch_variants else {}
+        self._augment = Augmenter(config.augment, self._sample_rate, shift_pitch=not config.data.pitch_variants)
+
+    def __getitem__(self, key: PairKey) -> dict[str, Any]:
+        """Return `clips`, float32 [2, samples], and their `groups` label.
+
+        A group that cannot be read gives way to one drawn at random. Raises SingerEmbedError when that goes on and on.
+        """
+        rng = np.random.default_rng((self._config.seed, key.epoch, key.position))
+        group = key.group
+        for _ in range(RECORDINGS_PER_PAIR):
+            try:
+                return {"clips": self._pair(group, rng), "groups": group}
+            except TrackError as exc:
+                problem = exc
+                _log.warning("%s: %s; another takes its place", self._recordings[self.groups[group][0]].path, exc)
+                group = int(rng.integers(len(self.groups)))
+        raise SingerEmbedError(
+            f"{RECORDINGS_PER_PAIR} recordings drawn one after the other cannot be used (the last: {problem}). "
+            "Is the data still there? If it is quiet, lower data.silence_dbfs"
+        )
+
+    def _pair(self, group: int, rng: np.random.Generator) -> Samples:
+        members = self.groups[group]
+        chosen = rng.choice(members, 2, replace=len(members) == 1)
+        return np.stack([self._view(int(index), rng) for index in chosen])
+
+    def _view(self, index: int, rng: np.random.Generator) -> Samples:
+        recording = self._recordings[index]
+        path = recording.path
+        variants = self._variants.get(index)
+        if variants and rng.random() < self._config.augment.pitch_probability:
+            path = variants[rng.integers(len(variants))]
+        pcm = draw_crop(recording, path, self._config.crop_samples, self._sample_rate, self._config, rng)
+        return self._augment(pcm, rng)
+
+
+class PairSampler(Sampler[list[PairKey]]):
+    """Batches of keys for one device, a function of seed and step."""
+
+    def __init__(self, dataset: PairDataset, n_recordings: int, config: TrainConfig, devices: int) -> None:
+        """Raises UsageError where an epoch has less than one batch."""
+        self._n_groups = len(dataset.groups)
+        self._n_pairs = n_recordings * config.data.pairs_per_recording
+        self._batch_size = config.data.batch_size
+        self._devices = devices
+        self._seed = config.seed
+        self._rank = 0
+        self._step: Callable[[], int] = lambda: 0
+        if len(self) == 0:
+            raise UsageError(
+                f"an epoch has {self._n_pairs} pairs, fewer than a batch of {self._batch_size} on {devices} device(s)."
+                " Lower data.batch_size or raise data.pairs_per_recording"
+            )
+
+    def follow(self, rank: int, step: Callable[[], int]) -> None:
+        """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.
+
+        Asked for whenever iteration begins, so that it is right in a resumed run, however far ahead workers have read.
+        """
+        self._rank, self._step = rank, step
+
+    def __len__(self) -> int:
+        """Return the steps of an epoch; a last batch that is not full is dropped."""
+        return self._n_pairs // (self._batch_size * self._devices)
+
+    def __iter__(self) -> Iterator[list[PairKey]]:
+        """Yield the batches that are left of the epoch."""
+        epoch, first = divmod(self._step(), len(self))
+        groups = self._epoch(epoch)
+        for step in range(first, len(self)):
+            start = (step * self._devices + self._rank) * self._batch_size
+            yield [
+                PairKey(epoch, position, int(groups[position])) for position in range(start, start + self._batch_size)
+            ]
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        """Rounds over all groups, each in an order of its own, so that a batch has as many groups as there can be."""
+        rng = np.random.default_rng((self._seed, epoch))
+        rounds = math.ceil(self._n_pairs / self._n_groups)
+        return np.concatenate([rng.permutation(self._n_groups) for _ in range(rounds)])
+
+
+def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[int]]:
+    """Indices of the recordings that pairs are drawn from: each alone, or those of each singer."""
+    if not by_singer:
+        return [[index] for index in range(len(recordings))]
+    members: dict[str, list[int]] = defaultdict(list)
+    for index, recording in enumerate(recordings):
+        members[recording.singer].append(index)
+    if len(members) in {1, len(recordings)}:
+        raise UsageError(
+            f"pairs of singers need several singers with several recordings each; there are {len(recordings)} "
+            f"recordings of {len(members)} singers. Put each singer's into a folder, or use --set data.pairs=recording"
+        )
+    return list(members.values())
+
+
+# --- pitch variants made beforehand ---------------------------------------------------------------------------------
+
+
+def variant_path(data: DataConfig, recording: Recording, number: int) -> Path:
+    """Return where variant `number` of a recording lies. Raises UsageError where `data.source` is no folder."""
+    if not Path(data.source).is_dir():
+        raise UsageError(f"pitch variants lie beside the recordings of a folder, and {data.source} is not one")
+    relative = Path(recording.path).relative_to(data.source)
+    return Path(data.pitch_variants) / relative.parent / f"{relative.name}.{number}.flac"
+
+
+def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[int, list[str]]:
+    """Variants there are of each recording, by its index. Raises UsageError where there are none at all."""
+    found: dict[int, list[str]] = {}
+    for index, recording in enumerate(recordings):
+        paths = takewhile(Path.exists, (variant_path(data, recording, number) for number in count()))
+        found[index] = [str(path) for path in paths]
+    if not any(found.values()):
+        raise UsageError(
+            f"{data.pitch_variants} holds no variants; make them: python -m training.pitch_variants --help"
+        )
+    return found
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+class CropDataset(Dataset[dict[str, Any]]):
+    """Crops of the validation recordings, not augmented, always the same."""
+
+    def __init__(self, recordings: Sequence[Recording], config: TrainConfig, seconds: float | None = None) -> None:
+        """`seconds`: of a crop; None for those of the finished encoder."""
+        spec = config.front_end()
+        self._config = config
+        self._sample_rate = spec.sample_rate
+        self._n_samples = spec.crop_samples if seconds is None else round(seconds * spec.sample_rate)
+        per_recording = config.data.validation_crops
+        fitting = MAX_VALIDATION_CROPS // per_recording
+        chosen = np.random.default_rng(config.seed).permutation(len(recordings))[:fitting]
+        kept = [recordings[index] for index in np.sort(chosen)]
+        self._recordings = [recording for recording in kept for _ in range(per_recording)]
+        singers = {singer: number for number, singer in enumerate(dict.fromkeys(each.singer for each in kept))}
+        self.labels = CropLabels(
+            singers=np.array([singers[each.singer] for each in self._recordings], np.int64),
+            recordings=np.repeat(np.arange(len(kept)), per_recording),
+        )
+
+    def __len__(self) -> int:
+        """Return the number of crops."""
+        return len(self._recordings)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Return `clips`, float32 [samples], zeros for a recording that cannot be used, and `indices`."""
+        recording = self._recordings[index]
+        rng = np.random.default_rng((self._config.seed, index))
+        try:
+            pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
+        except TrackError as exc:
+            _log.warning("%s: %s; its crops stay out of the validation", recording.path, exc)
+            return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
+        return {"clips": pcm, "indices": index}
+
+
+class _Share(Sampler[int]):
+    """One device's share of the validation crops; all devices get as many, the first crops twice if need be."""
+
+    def __init__(self, n_crops: int, rank: int, devices: int) -> None:
+        self._n_crops, self._rank, self._devices = n_crops, rank, devices
+
+    def __len__(self) -> int:
+        return math.ceil(self._n_crops / self._devices)
+
+    def __iter__(self) -> Iterator[int]:
+        for turn in range(len(self)):
+            yield (turn * self._devices + self._rank) % self._n_crops
+
+
+class _Loading(TypedDict):
+    num_workers: int
+    persistent_workers: bool
+    pin_memory: bool
+
+
+class PairData(lightning.LightningDataModule):
+    """The loaders of a run."""
+
+    def __init__(self, recordings: Sequence[Recording], config: TrainConfig, devices: int) -> None:
+        """`devices`: in all. Raises UsageError where the recordings do not fit the configuration."""
+        super().__init__()
+        self._config = config
+        training = [each for each in recordings if each.split == TRAIN]
+        self._pairs = PairDataset(training, config)
+        self._sampler = PairSampler(self._pairs, len(training), config, devices)
+        self._crops = CropDataset([each for each in recordings if each.split == VALIDATION], config)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimiser steps in one epoch."""
+        return len(self._sampler)
+
+    @property
+    def can_validate(self) -> bool:
+        """Whether there are two validation singers to be told apart."""
+        return len(set(self._crops.labels.singers.tolist())) > 1
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return this device's batches from the trainer's current step on."""
+        trainer = self._trainer()
+        self._sampler.follow(trainer.global_rank, lambda: trainer.global_step)
+        return DataLoader(self._pairs, batch_sampler=self._sampler, **self._loading())
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        """Return this device's share of the validation crops."""
+        trainer = self._trainer()
+        share = _Share(len(self._crops), trainer.global_rank, trainer.world_size)
+        # Validation crops are often longer than those of training, but need no gradients: the same number fits.
+        return DataLoader(self._crops, batch_size=self._config.data.batch_size, sampler=share, **self._loading())
+
+    def validation_metrics(self, embeddings: NDArray[np.float32], indices: NDArray[np.int64]) -> dict[str, float]:
+        """Return the metrics of embeddings [n, dim] of the validation crops `indices`, [n]; repeats count once."""
+        unique, first = np.unique(indices, return_index=True)
+        usable = unique >= 0
+        unique, first = unique[usable], first[usable]
+        labels = CropLabels(self._crops.labels.singers[unique], self._crops.labels.recordings[unique])
+        return verification_metrics(embeddings[first], labels)
+
+    def _trainer(self) -> lightning.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("the loaders follow the trainer's step: ask for them in a fit")
+        return self.trainer
+
+    def _loading(self) -> _Loading:
+        workers = self._config.data.workers
+        return {
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }

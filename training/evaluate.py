@@ -1,0 +1,97 @@
+"""Scores training checkpoints on a labelled folder, beside two floors: `singerembed evaluate` does it in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.fft import dct
+from tqdm import tqdm
+
+from singerembed.checkpoint import load_checkpoint
+from singerembed.spec import ModelSpec
+from training.augment import Samples
+from training.command import command
+from training.config import DataConfig, TrainConfig
+from training.data import CropDataset
+from training.metrics import verification_metrics
+from training.model import Encoder, MelSpectrogram
+from training.recordings import VALIDATION, build_index
+
+N_MFCC = 20
+_SHOWN = ("eer", "mean_rank", "alignment", "uniformity", "spread")
+
+Embedder = Callable[[Samples], NDArray[np.float32]]  # a crop, [samples], to its embedding, [dim]
+
+
+def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
+    """Return mean and deviation over time of 20 cepstral coefficients (the first, the level, left out) and deltas."""
+    spec = ModelSpec(name="mfcc", method="mfcc", mel_sample_rate=44_100, mel_fmax=16_000.0)
+    power = MelSpectrogram(spec)(torch.from_numpy(pcm)[None])[0].numpy()
+    cepstrum = dct(10 * np.log10(power + 1e-10), axis=0, norm="ortho")[1 : N_MFCC + 1]
+    tracks = np.concatenate([cepstrum, np.gradient(cepstrum, axis=1)])
+    return np.concatenate([tracks.mean(axis=1), tracks.std(axis=1)]).astype(np.float32)
+
+
+def encoder_embedder(path: str) -> Embedder:
+    """Return the encoder of a checkpoint, or a freshly initialised one for an empty path."""
+    spec = ModelSpec(name="untrained", method="untrained")
+    if path:
+        checkpoint = load_checkpoint(path)
+        spec = checkpoint.spec
+    else:
+        torch.manual_seed(0)
+    front_end, encoder = MelSpectrogram(spec), Encoder(spec, normalise=spec.normalise).eval()
+    if path:
+        encoder.backbone.load_state_dict(checkpoint.state_dict)
+
+    @torch.inference_mode()
+    def embed(pcm: Samples) -> NDArray[np.float32]:
+        return np.asarray(encoder(front_end(torch.from_numpy(pcm)[None]))[0].numpy())
+
+    return embed
+
+
+def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> dict[str, float]:
+    """Return the verification metrics of `embed` on `crops`.
+
+    `standardise`: bring each dimension to mean 0 and deviation 1 over the crops: features of different units cannot be
+    compared by their cosine otherwise.
+    """
+    embeddings = np.stack([embed(crops[index]["clips"]) for index in tqdm(range(len(crops)), disable=None)])
+    if standardise:
+        embeddings = (embeddings - embeddings.mean(axis=0)) / (embeddings.std(axis=0) + 1e-9)
+    return verification_metrics(embeddings, crops.labels)
+
+
+def labelled_crops(source: str, crops: int, seconds: float | None = None) -> CropDataset:
+    """Return `crops` crops of each recording of labelled data, of the encoder's length or `seconds`."""
+    data = DataConfig(source=source, validation_fraction=0, validation_crops=crops)
+    config = TrainConfig(method="", data=data)
+    recordings = [replace(each, split=VALIDATION) for each in build_index(config)]
+    return CropDataset(recordings, config, seconds)
+
+
+@command
+@click.argument("data")
+@click.argument("checkpoints", nargs=-1)
+@click.option("--crops", default=4, type=click.IntRange(min=2), help="Of each recording.")
+@click.option("--seconds", type=click.FloatRange(min=0.1), help="Of a crop; the encoder's own length if not given.")
+def main(data: str, checkpoints: Sequence[str], crops: int, seconds: float | None) -> None:
+    """Compare CHECKPOINTS with MFCC statistics and the untrained encoder on the labelled folder or catalogue DATA."""
+    dataset = labelled_crops(str(Path(data).absolute()), crops, seconds)
+    click.echo(f"{'':32}" + "".join(f"{name:>12}" for name in _SHOWN))
+    rows: list[tuple[str, Embedder]] = [("mfcc statistics", mfcc_statistics), ("untrained", encoder_embedder(""))]
+    rows += [(path, encoder_embedder(path)) for path in checkpoints]
+    for name, embed in rows:
+        metrics = score(embed, dataset, standardise=embed is mfcc_statistics)
+        click.echo(f"{name[-32:]:32}" + "".join(f"{metrics[key]:12.4f}" for key in _SHOWN))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Exports a training checkpoint: to the project's own layout, or to that of the official release."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from singerembed.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
+from singerembed.errors import OutputError
+from singerembed.mel import mel_basis
+from singerembed.spec import ModelSpec
+from training.command import command
+
+
+@command
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(["singerembed", "official"]), default="singerembed", help="Of TARGET.")
+def main(source: Path, target: Path, layout: str) -> None:
+    """Export the encoder of a training checkpoint SOURCE (runs/x/last.ckpt) to TARGET.
+
+    Layout singerembed: one file with the encoder's weights, its spec and the facts of its training. Layout official: a
+    folder with model.pt and hyperparams.yaml, which the authors' code loads.
+
+    \b
+    python -m training.export runs/byol/last.ckpt byol.pt
+    python -m training.export runs/byol/last.ckpt released/byol --layout official
+    """
+    if layout == "official":
+        export_official(load_checkpoint(str(source)), target)
+    else:
+        export_own(load_checkpoint(str(source)), training_facts(source), target)
+    click.echo(f"wrote    {target}")
+
+
+def training_facts(source: Path) -> dict[str, Any]:
+    """Return what the Lightning checkpoint `source` says of its training, as JSON types."""
+    content = torch.load(source, map_location="cpu", weights_only=True)
+    config = content["hyper_parameters"]["config"]
+    return {
+        "method": config["method"],
+        "epoch": content["epoch"],
+        "step": content["global_step"],
+        "seed": config["seed"],
+        "config": config,
+        **content["training"],
+    }
+
+
+def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path) -> None:
+    """Write the project's layout, which `singerembed.checkpoint` reads. Raises OutputError."""
+    content = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "spec": checkpoint.spec.to_dict(),
+        "state_dict": _dense(checkpoint.state_dict),
+        "training": facts,
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _save(content, target)
+
+
+def export_official(checkpoint: Checkpoint, target: Path) -> None:
+    """Write the official release's folder. Raises OutputError where `target` is a file or cannot be written.
+
+    The official code divides by the maximum over whatever batch it is given; on single crops that equals this spec's
+    "crop".
+    """
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target} is a file; the official layout is a folder")
+    target.mkdir(parents=True, exist_ok=True)
+    spec = checkpoint.spec
+    encoder = {f"encoder.net.2.{name}": tensor for name, tensor in _dense(checkpoint.state_dict).items()}
+    _save({**_official_front_end(spec), **encoder}, target / "model.pt")
+    hyperparams = {
+        "feature_extractor": {"spec_layer": "melspectogram", "n_fft": spec.n_fft, "hop_length": spec.hop_samples},
+        "encoder": {"backbone": spec.backbone, "pretrained": False, "embedding_dim": spec.embedding_dim},
+    }
+    (target / "hyperparams.yaml").write_text(yaml.safe_dump(hyperparams), encoding="utf-8")
+
+
+def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
+    """Return the kernels that nnAudio's MelSpectrogram keeps in its state: windowed sines, cosines, and the basis."""
+    sample = np.arange(spec.n_fft)
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * sample / spec.n_fft)
+    phase = 2 * np.pi / spec.n_fft * (np.arange(spec.n_fft // 2 + 1)[:, None] * sample % spec.n_fft)
+    kernels = {
+        "mel_basis": mel_basis(spec),
+        "stft.wsin": (np.sin(phase) * window)[:, None, :],
+        "stft.wcos": (np.cos(phase) * window)[:, None, :],
+        "stft.window_mask": window[None, :, None],
+    }
+    prefix = "feature_extractor.spec_layer."
+    return {f"{prefix}{name}": torch.from_numpy(kernel.astype(np.float32)) for name, kernel in kernels.items()}
+
+
+def _dense(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bring tensors that were trained with channels last back to the usual order in memory."""
+    return {name: tensor.contiguous() for name, tensor in state_dict.items()}
+
+
+def _save(content: object, path: Path) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as exc:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path} cannot be written: {exc}") from exc
+
+
+if __name__ == "__main__":
+    main()

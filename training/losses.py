@@ -1,0 +1,109 @@
+"""Terms of the five methods' losses, as pure functions of projections.
+
+Each takes the projections of two views of a batch, `z1` and `z2`, float, [batch, dim], where rows of equal index are a
+positive pair, and returns a scalar. Constants that the papers leave open (the epsilons) are those of the singer
+identity release (github SonyCSLParis/ssl-singer-identity, losses.py), whose values the tests reproduce.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_COSINE_EPS = 1e-8
+_VARIANCE_EPS = 1e-8
+
+
+def contrastive(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    temperature: float,
+    negatives: int,
+    decoupled: bool,
+    singers: Tensor | None = None,
+) -> Tensor:
+    """Contrast each pair's cosine similarity with that of `negatives` others: NT-Xent, arXiv 2002.05709, one direction.
+
+    The negatives of row i are rows i - 1, i - 2, ... of `z2`, wrapping round: the batch shifted, as the singer identity
+    release does it. `decoupled` leaves the positive out of the denominator (arXiv 2110.06848). With `singers`, int
+    [batch], rows of the same singer are no negatives (arXiv 2407.08647), and a row that has none left does not count.
+    Raises ValueError where no row has a negative.
+    """
+    _check_pair(z1, z2)
+    similarity = F.normalize(z1, dim=1, eps=_COSINE_EPS) @ F.normalize(z2, dim=1, eps=_COSINE_EPS).T / temperature
+    rows = torch.arange(len(z1), device=z1.device)
+    shift = (rows[:, None] - rows[None, :]) % len(z1)
+    is_negative = (shift >= 1) & (shift <= negatives)
+    if singers is not None:
+        is_negative &= singers[:, None] != singers[None, :]
+    counts = is_negative.any(dim=1)
+    if not counts.any():
+        raise ValueError("no row of the batch has a negative: it holds one pair, or one singer only")
+    in_denominator = is_negative if decoupled else is_negative | (shift == 0)
+    denominator = similarity.masked_fill(~in_denominator, -math.inf)[counts].logsumexp(dim=1)
+    return (denominator - similarity.diagonal()[counts]).mean()
+
+
+def invariance(z1: Tensor, z2: Tensor) -> Tensor:
+    """Mean squared difference over all elements: VICReg (arXiv 2105.04906), equation 5, divided by the dimension."""
+    _check_pair(z1, z2)
+    return F.mse_loss(z1, z2)
+
+
+def variance(z1: Tensor, z2: Tensor, *, gamma: float) -> Tensor:
+    """Hinge on each dimension's standard deviation, mean of both views: VICReg, equation 1.
+
+    0 where every standard deviation reaches `gamma`. Raises ValueError for a batch below 2.
+    """
+    _check_pair(z1, z2)
+
+    def hinge(z: Tensor) -> Tensor:
+        return F.relu(gamma - (z.var(dim=0) + _VARIANCE_EPS).sqrt()).mean()
+
+    return (hinge(z1) + hinge(z2)) / 2
+
+
+def covariance(z1: Tensor, z2: Tensor) -> Tensor:
+    """Squared off-diagonal covariances over the dimension, summed over both views: VICReg, equations 3 and 4.
+
+    Raises ValueError for a batch below 2.
+    """
+    _check_pair(z1, z2)
+
+    def off_diagonal(z: Tensor) -> Tensor:
+        centred = z - z.mean(dim=0)
+        covariances = centred.T @ centred / (len(z) - 1)
+        return (covariances - covariances.diagonal().diag()).square().sum() / z.shape[1]
+
+    return off_diagonal(z1) + off_diagonal(z2)
+
+
+def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
+    """Mean distance within pairs, to the power `alpha`: arXiv 2005.10242, section 4.1."""
+    _check_pair(z1, z2)
+    distances: Tensor = torch.linalg.vector_norm(z1 - z2, dim=1)
+    return distances.pow(alpha).mean()
+
+
+def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
+    """Log of the mean Gaussian potential over all pairs of one view: arXiv 2005.10242, section 4.1.
+
+    On the unit sphere of many dimensions it is about -2 t at best. Raises ValueError for a batch below 2.
+    """
+    _check_pair(z, z)
+    squared_distances: Tensor = torch.pdist(z).square()
+    potential: Tensor = (-t * squared_distances).exp().mean()
+    return potential.log()
+
+
+def _check_pair(z1: Tensor, z2: Tensor) -> None:
+    if z1.ndim != 2 or z1.shape != z2.shape:
+        raise ValueError(
+            f"projections must be two [batch, dim] tensors alike, got {tuple(z1.shape)} and {tuple(z2.shape)}"
+        )
+    if len(z1) < 2:
+        raise ValueError(f"a batch of {len(z1)} has nothing to compare with; give at least 2")

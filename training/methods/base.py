@@ -1,0 +1,175 @@
+"""What the five methods share: the networks, the step over a pair of views, the optimiser and its schedule."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from typing import Any, ClassVar, cast
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pydantic import ValidationError
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from singerembed.checkpoint import load_checkpoint
+from singerembed.errors import UsageError
+from singerembed.spec import ModelSpec
+from training.config import Section, TrainConfig
+from training.data import CropBatch, PairBatch, PairData
+from training.metrics import spread
+from training.model import Encoder, MelSpectrogram, Projection
+
+
+class Options(Section):
+    """The options of a method's loss, its `loss:` section."""
+
+    # Take the loss over the pairs of all devices together, so that many devices compute what one would on their
+    # batches joined. The official code takes it on each device by itself.
+    gather: bool = True
+
+
+class Method(lightning.LightningModule):
+    """An encoder in training. A method gives `terms`; all else is here, except what BYOL adds.
+
+    The hyper-parameters it saves are plain: `config`, the run's configuration, and `spec`, the encoder's ModelSpec.
+    """
+
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        super().__init__()
+        self.config = config
+        self.steps_per_epoch = steps_per_epoch
+        self.options = self._parse_options(config.loss)
+        spec = config.front_end()
+        self.save_hyperparameters({"config": config.model_dump(mode="json"), "spec": spec.to_dict()}, logger=False)
+        self.feature_extractor = MelSpectrogram(spec)
+        self.encoder = Encoder(
+            spec,
+            normalise=config.model.normalise,
+            pretrained=config.model.initialise == "imagenet",
+            dropout=config.model.dropout,
+            stochastic_depth_prob=config.model.stochastic_depth,
+        )
+        self.projection = Projection(spec.embedding_dim, l2_normalise=config.model.l2_normalise)
+        if config.model.initialise not in {"imagenet", "random"}:
+            self.encoder.backbone.load_state_dict(load_checkpoint(config.model.initialise).state_dict)
+
+    def _parse_options(self, fields: dict[str, Any]) -> Any:  # an instance of options_type, which each method narrows
+        try:
+            return self.options_type.model_validate(fields)
+        except ValidationError as exc:
+            problems = [f"loss.{'.'.join(map(str, error['loc']))}: {error['msg']}" for error in exc.errors()]
+            raise UsageError("; ".join(problems)) from exc
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The spec of the encoder as it is now."""
+        spec = ModelSpec.from_dict(self.hparams["spec"])
+        if self.config.model.normalise != "batch":
+            return spec
+        maximum = self.encoder.net[1].running_maximum
+        return ModelSpec.from_dict({**spec.to_dict(), "normalise": round(float(cast(Tensor, maximum)), 4)})
+
+    def terms(self, z1: Tensor, z2: Tensor, groups: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms of the loss, by name, from projections [batch, 128].
+
+        `groups`, int [batch], says which rows are of one recording, or of one singer with `pairs: singer`.
+        """
+        raise NotImplementedError
+
+    def embed(self, pcm: Tensor) -> Tensor:
+        """Return embeddings [crops, embedding_dim] of `pcm`, float32 [crops, samples]."""
+        return cast(Tensor, self.encoder(self._mel(pcm)))
+
+    def _mel(self, pcm: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast(pcm.device.type, enabled=False):
+            return cast(Tensor, self.feature_extractor(pcm))
+
+    def pair_terms(self, batch: PairBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the terms of the loss and the projections of the first views."""
+        z1, z2 = (self.projection(self.embed(batch["clips"][:, view])) for view in (0, 1))
+        return self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"])), z1
+
+    def gathered(self, rows: Tensor) -> Tensor:
+        """Return `rows` of all devices, in order of rank, with gradients; each device's own only where not asked.
+
+        Every device computes the whole loss then. The backward pass sums their equal gradients, and DDP's mean over
+        devices makes the sum right again.
+        """
+        if not self.options.gather or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return rows
+        return torch.cat(all_gather(rows.contiguous()))  # type: ignore[no-untyped-call]
+
+    # --- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """Make dropout and stochastic depth a function of seed, step and rank, so that no generator is to be kept."""
+        del batch, batch_idx
+        entropy = np.random.SeedSequence((self.config.seed, self.global_step, self.global_rank))
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+
+    def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
+        """Return the loss of one batch of pairs."""
+        del batch_idx
+        terms, z1 = self.pair_terms(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        self.log("loss", loss, prog_bar=True)
+        self.log("spread", spread(z1.detach()), prog_bar=True)
+        if len(terms) > 1:
+            self.log_dict({f"loss/{name}": term for name, term in terms.items()})
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam with a linear warm-up and a cosine decay, in fractions of an epoch."""
+        settings = self.config.optimiser
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimiser = torch.optim.Adam(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+        def factor(step: int) -> float:
+            return learning_rate_factor(step / self.steps_per_epoch, settings.warmup_epochs, settings.cosine_epochs)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+        return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the last validation's embeddings."""
+        self._validated: list[tuple[Tensor, Tensor]] = []
+
+    def validation_step(self, batch: CropBatch, batch_idx: int) -> None:
+        """Embed crops of validation singers."""
+        del batch_idx
+        self._validated.append((self.embed(batch["clips"]).float(), batch["indices"]))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics over all validation crops, those of other devices included."""
+        gathered = self.all_gather(tuple(map(torch.cat, zip(*self._validated, strict=True))))
+        embeddings, indices = cast(tuple[Tensor, Tensor], gathered)
+        data: PairData = self.trainer.datamodule  # type: ignore[attr-defined]
+        metrics = data.validation_metrics(embeddings.flatten(0, -2).cpu().numpy(), indices.flatten().cpu().numpy())
+        self.log_dict({f"validation/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        self._validated.clear()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the spec as it is now (a constant for batch-wide maxima follows the training) and the run's facts."""
+        checkpoint["hyper_parameters"]["spec"] = self.spec.to_dict()
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        checkpoint["training"] = {"metrics": metrics, "versions": _versions()}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "torchvision", "lightning", "audiomentations", "praat-parselmouth")
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def learning_rate_factor(epoch: float, warmup_epochs: float, cosine_epochs: float) -> float:
+    """Factor on the learning rate at a fractional `epoch`: linear from 0 over the warm-up, then a cosine to 0."""
+    if epoch < warmup_epochs:
+        return epoch / warmup_epochs
+    if not cosine_epochs:
+        return 1.0
+    progress = (epoch - warmup_epochs) / max(cosine_epochs - warmup_epochs, 1e-9)
+    return (1 + math.cos(math.pi * min(progress, 1.0))) / 2

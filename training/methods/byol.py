@@ -1,0 +1,70 @@
+"""BYOL, bootstrap your own latent: arXiv 2006.07733."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from training import losses
+from training.config import Positive, TrainConfig
+from training.data import PairBatch
+from training.methods.base import Method, Options
+from training.model import Predictor
+
+
+class ByolOptions(Options):
+    """The paper's settings."""
+
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.99  # at the start
+    tau_epochs: Positive = 1000.0  # tau is 1 after this many
+
+
+class Byol(Method):
+    """Predict a moving average's projection of one view from the other view."""
+
+    options_type: ClassVar[type[Options]] = ByolOptions
+
+    def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
+        super().__init__(config, steps_per_epoch)
+        self.predictor = Predictor()
+        networks = {"encoder": copy.deepcopy(self.encoder), "projection": copy.deepcopy(self.projection)}
+        self.teacher = nn.ModuleDict(networks).requires_grad_(False)
+
+    def pair_terms(self, batch: PairBatch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the symmetric loss: mean squared difference of unit vectors, each view predicting the other.
+
+        It is a mean over pairs, and every device has as many: no gathering, the mean over devices is the whole.
+        """
+        mels = [self._mel(batch["clips"][:, view]) for view in (0, 1)]
+        online = [self.projection(self.encoder(mel)) for mel in mels]
+        with torch.no_grad():
+            # As in the official code the teacher stays in training mode: batch statistics, not running ones.
+            targets = [self.teacher["projection"](self.teacher["encoder"](mel)) for mel in mels]
+        forward = losses.invariance(self.predictor(online[0]), targets[1])
+        backward = losses.invariance(self.predictor(online[1]), targets[0])
+        return {"byol": (forward + backward) / 2}, online[0]
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then move the teacher: here and not in a batch-end hook, which runs after checkpoints are written."""
+        super().optimizer_step(*args, **kwargs)
+        epochs = self.global_step / self.steps_per_epoch
+        update_moving_average(self.teacher, self, moving_average_rate(epochs, self.options))
+
+
+def moving_average_rate(epochs: float, options: ByolOptions) -> float:
+    """Share of itself that the teacher keeps: from tau to 1 on a cosine (arXiv 2006.07733, section 3.2)."""
+    progress = min(epochs / options.tau_epochs, 1.0)
+    return 1 - (1 - options.tau) * (math.cos(math.pi * progress) + 1) / 2
+
+
+@torch.no_grad()
+def update_moving_average(teacher: nn.Module, online: nn.Module, tau: float) -> None:
+    """Move the parameters of `teacher` towards those of `online` that have the same names. Buffers are its own."""
+    sources = dict(online.named_parameters())
+    for name, target in teacher.named_parameters():
+        target.lerp_(sources[name], 1 - tau)

@@ -1,0 +1,88 @@
+"""What validation measures, on embeddings as numpy arrays; `singerembed evaluate` is the full evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.interpolate import interp1d
+from scipy.optimize import brentq
+from sklearn.metrics import roc_curve
+from torch import Tensor
+
+from training import losses
+
+Floats = NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class CropLabels:
+    """Whose crops embeddings are of, row by row."""
+
+    singers: NDArray[np.int64]
+    recordings: NDArray[np.int64]
+
+    def same_singer(self) -> NDArray[np.bool_]:
+        """Return which of the pairs [n, n] are positive: one singer in two recordings.
+
+        Where no singer has two recordings, as in unlabelled data: two crops of one recording.
+        """
+        singers = self.singers[:, None] == self.singers[None, :]
+        recordings = self.recordings[:, None] == self.recordings[None, :]
+        across = singers & ~recordings
+        return np.asarray(across if across.any() else recordings & ~np.eye(len(self.singers), dtype=bool))
+
+    def other_singer(self) -> NDArray[np.bool_]:
+        """Return which of the pairs [n, n] are negative."""
+        return np.asarray(self.singers[:, None] != self.singers[None, :])
+
+
+def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, float]:
+    """Return `eer`, `mean_rank`, `alignment`, `uniformity` and `spread` of embeddings [n, dim].
+
+    All pairs of crops are compared by cosine similarity. Raises ValueError without two singers.
+    """
+    unit = F.normalize(torch.from_numpy(embeddings).float(), dim=1)
+    similarity = (unit @ unit.T).numpy()
+    positive, negative = labels.same_singer(), labels.other_singer()
+    if not positive.any() or not negative.any():
+        raise ValueError("validation needs two singers, and two crops of one of them")
+    once = np.triu(np.ones_like(positive), k=1)
+    first, second = np.nonzero(positive & once)
+    return {
+        "eer": equal_error_rate(similarity[positive & once], similarity[negative & once]),
+        "mean_rank": mean_normalised_rank(similarity, positive, negative),
+        "alignment": float(losses.alignment(unit[first], unit[second])) if len(first) > 1 else float("nan"),
+        "uniformity": float(losses.uniformity(unit)),
+        "spread": float(spread(unit)),
+    }
+
+
+def equal_error_rate(positive: Floats, negative: Floats) -> float:
+    """Return the rate at which false acceptances and false rejections of scores are equal, on the interpolated ROC."""
+    truth = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
+    false_positive, true_positive, _ = roc_curve(truth, np.concatenate([positive, negative]))
+    rate = interp1d(false_positive, true_positive)
+    return float(brentq(lambda x: 1.0 - x - rate(x), 0.0, 1.0))
+
+
+def mean_normalised_rank(similarity: Floats, positive: NDArray[np.bool_], negative: NDArray[np.bool_]) -> float:
+    """Return the mean rank of each positive among its anchor's negatives, over their number: 0 is best, 0.5 is chance.
+
+    As the official code's, with every positive and all negatives where that draws some; ties count half.
+    """
+    ranks = []
+    for row, is_positive, is_negative in zip(similarity, positive, negative, strict=True):
+        others = np.sort(row[is_negative])
+        mine = row[is_positive]
+        below = (np.searchsorted(others, mine, side="left") + np.searchsorted(others, mine, side="right")) / 2
+        ranks.append((len(others) - below) / (len(others) + 1))
+    return float(np.concatenate(ranks).mean())
+
+
+def spread(z: Tensor) -> Tensor:
+    """Return the total variance of the directions of `z`, [batch, dim]: 0 when all are one, 1 when they cancel out."""
+    return 1 - F.normalize(z.float(), dim=1).mean(dim=0).square().sum()

@@ -1,0 +1,90 @@
+"""Shifts the pitch of whole recordings beforehand, where doing it while training would starve the device."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from singerembed.errors import TrackError
+from training.augment import PitchShifter, draw_ratio
+from training.command import command
+from training.config import DataConfig, TrainConfig
+from training.data import read_crop, variant_path
+from training.recordings import Recording, build_index
+
+# Praat takes about a hundredth of a recording's length; a hang takes minutes.
+_TIMEOUT_SECONDS = 20.0
+_TIMEOUT_PER_SECOND = 1.0
+_BLOCK_SAMPLES = 1 << 16  # libsndfile's encoders are not made for whole songs in one call
+
+
+@command
+@click.argument("data", type=click.Path(exists=True, file_okay=False))
+@click.argument("out", type=click.Path(file_okay=False))
+@click.option("--count", default=4, help="Variants of each recording.")
+@click.option("--jobs", default=2, help="Recordings at a time.")
+@click.option("--seed", default=123, help="Of the ratios.")
+def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
+    """Write COUNT pitch-shifted variants of each recording in the folder DATA to the folder OUT.
+
+    What is there already is kept: the same command goes on after a crash. Train with --set data.pitch_variants=OUT.
+    """
+    section = DataConfig(
+        source=str(Path(data).absolute()), pitch_variants=str(Path(out).absolute()), validation_fraction=0
+    )
+    config = TrainConfig(method="", data=section)
+    tasks = [(each, number) for each in build_index(config) for number in range(count)]
+    shifters = threading.local()
+
+    def make(task: tuple[Recording, int]) -> bool:
+        if not hasattr(shifters, "own"):
+            shifters.own = PitchShifter()
+        return make_variant(*task, config, shifters.own, seed)
+
+    with ThreadPoolExecutor(jobs) as threads:
+        made = list(tqdm(threads.map(make, tasks), total=len(tasks), unit=" variants", disable=None))
+    click.echo(f"wrote    {sum(made)} variants to {out}; {len(made) - sum(made)} could not be made")
+
+
+def make_variant(recording: Recording, number: int, config: TrainConfig, shifter: PitchShifter, seed: int) -> bool:
+    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed and name."""
+    target = variant_path(config.data, recording, number)
+    if target.exists():
+        return True
+    name = str(target.relative_to(config.data.pitch_variants))
+    rng = np.random.default_rng([seed, *name.encode()])
+    sample_rate = config.front_end().sample_rate
+    try:
+        pcm = read_crop(recording.path, recording.start, round(recording.seconds * sample_rate), sample_rate)
+    except TrackError:
+        return False
+    ratio, range_ratio = (
+        draw_ratio(each, rng) for each in (config.augment.pitch_ratio, config.augment.pitch_range_ratio)
+    )
+    timeout = _TIMEOUT_SECONDS + _TIMEOUT_PER_SECOND * recording.seconds
+    shifted = shifter.shift(pcm, sample_rate, ratio, range_ratio, int(rng.integers(2**31)), timeout_seconds=timeout)
+    if shifted is pcm:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}")
+    with soundfile.SoundFile(temporary, "w", sample_rate, 1, "PCM_16", format="FLAC") as file:
+        for block in _blocks(shifted / max(1.0, float(np.abs(shifted).max()))):
+            file.write(block)
+    temporary.replace(target)
+    return True
+
+
+def _blocks(pcm: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(pcm), _BLOCK_SAMPLES):
+        yield pcm[start : start + _BLOCK_SAMPLES]
+
+
+if __name__ == "__main__":
+    main()

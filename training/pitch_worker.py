@@ -1,0 +1,67 @@
+"""Shifts pitch with Praat, in a process of its own: requests on stdin, replies on stdout.
+
+A process, because Praat's "Change gender" cannot be interrupted from within and was seen to hang for minutes on short,
+noisy speech. Only numpy and parselmouth are imported, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+import sys
+from typing import BinaryIO
+
+import numpy as np
+import parselmouth
+from numpy.typing import NDArray
+from parselmouth.praat import call, run
+
+# Request: number of samples, sample rate in Hz, pitch ratio, pitch range ratio, seed; then the samples, float32.
+# Reply: number of samples; then the samples, float32.
+REQUEST = struct.Struct("<qdddq")
+REPLY = struct.Struct("<q")
+
+# Where the paper's code looks for pitch, in Hz. Praat advises a time step of 0.75 to 0.8 periods of the lowest.
+PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0
+
+Samples = NDArray[np.float32]
+
+
+def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: float, seed: int) -> Samples:
+    """Multiply the pitch of `pcm` by `ratio` and its range about the median by `range_ratio`; formants stay.
+
+    Returns as many samples as it was given; unvoiced audio comes back as it was. Method: PSOLA, Praat's "Change gender"
+    with a formant shift ratio of 1.
+    """
+    # Where the voice is unvoiced Praat places periods at random.
+    run(f"random_initializeWithSeedUnsafelyButPredictably ({seed})")
+    sound = parselmouth.Sound(pcm.astype(np.float64), sampling_frequency=sample_rate)
+    pitch = call(sound, "To Pitch", 0.8 / PITCH_FLOOR, PITCH_FLOOR, PITCH_CEILING)
+    median = call(pitch, "Get quantile", 0.0, 0.0, 0.5, "Hertz")
+    if math.isnan(median):
+        return pcm
+    lowest = call(pitch, "Get minimum", 0.0, 0.0, "Hertz", "Parabolic")
+    if median + (lowest - median) * range_ratio <= 0:  # Praat would be asked for a pitch below zero
+        range_ratio = 1.0
+    shifted = call((sound, pitch), "Change gender", 1.0, median * ratio, range_ratio, 1.0)
+    samples = np.zeros_like(pcm)
+    values = shifted.values[0, : len(pcm)]
+    samples[: len(values)] = values
+    return samples
+
+
+def serve(requests: BinaryIO, replies: BinaryIO) -> None:
+    """Answer requests until there are no more."""
+    while header := requests.read(REQUEST.size):
+        n_samples, sample_rate, ratio, range_ratio, seed = REQUEST.unpack(header)
+        pcm = np.frombuffer(requests.read(4 * n_samples), np.float32)
+        with contextlib.suppress(parselmouth.PraatError):  # a crop that Praat refuses is used as it is
+            pcm = shift_pitch(pcm, sample_rate, ratio, range_ratio, seed)
+        replies.write(REPLY.pack(len(pcm)))
+        replies.write(np.ascontiguousarray(pcm, np.float32).tobytes())
+        replies.flush()
+
+
+if __name__ == "__main__":
+    serve(sys.stdin.buffer, sys.stdout.buffer)

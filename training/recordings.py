@@ -1,0 +1,143 @@
+"""The recordings of a training set: found in a folder or a catalogue, split by singer, kept as a small Parquet file."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from singerembed.audio import TimeLimit, open_recording
+from singerembed.catalog import Catalog, Columns
+from singerembed.errors import CatalogError, TrackError
+from training.config import TrainConfig
+
+AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
+TRAIN, VALIDATION = "train", "validation"
+_COLUMNS = ("path", "singer", "seconds", "start", "split")
+_PROBE_SECONDS = 60.0
+_PROBE_SAMPLE_RATE = 44_100  # any will do: lengths are in seconds
+_PROBE_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One file and whose voice it is."""
+
+    path: str
+    singer: str
+    seconds: float = math.inf  # as long as the file goes, until it is measured
+    start: float = 0.0  # seconds from the beginning of the file
+    split: str = TRAIN
+
+
+def build_index(config: TrainConfig) -> list[Recording]:
+    """Find, measure and split the recordings of a run, in an order that depends on their names only.
+
+    What cannot be opened, or is shorter than the crops taken of it, is left out and counted. Raises CatalogError where
+    nothing is left to train on.
+    """
+    data, crop_seconds = config.data, config.front_end().crop_seconds
+    training = _measured(_find(data.source, config), data.crop_seconds)
+    if data.validation:
+        held_out = _measured(_find(data.validation, config), crop_seconds)
+    else:
+        held_out_singers = _draw_singers({each.singer for each in training}, data.validation_fraction, config.seed)
+        held_out = [each for each in training if each.singer in held_out_singers and each.seconds >= crop_seconds]
+        training = [each for each in training if each.singer not in held_out_singers]
+    if not training:
+        raise CatalogError(f"{data.source}: no recording of {data.crop_seconds:g} s or more is left to train on")
+    return training + [replace(each, split=VALIDATION) for each in held_out]
+
+
+def write_index(path: Path, recordings: Sequence[Recording]) -> None:
+    """Write the index so that readers see the whole file or none."""
+    columns = {name: [getattr(each, name) for each in recordings] for name in _COLUMNS}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def read_index(path: Path) -> list[Recording]:
+    """Read what `write_index` wrote."""
+    return [Recording(**row) for row in pq.read_table(path).to_pylist()]
+
+
+def _find(source: str, config: TrainConfig) -> list[Recording]:
+    if not Path(source).is_dir():
+        return list(_in_catalogue(source, Columns(path=config.data.path_column), config.data.singer_column))
+    found = sorted(_in_folder(Path(source)), key=lambda each: each.path)
+    if not found:
+        raise CatalogError(f"{source}: no recordings; looked for {', '.join(sorted(AUDIO_SUFFIXES))}")
+    return found
+
+
+def _in_folder(folder: Path) -> Iterator[Recording]:
+    """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own."""
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            yield Recording(str(path), path.relative_to(folder).parts[0])
+
+
+def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[Recording]:
+    """Rows of a catalogue; without a singer each row is a singer of its own. Rows that are wrong are left out later."""
+    for unit in Catalog(path, columns).units():
+        known = singer_column in unit.extra.column_names
+        singers = unit.extra[singer_column].to_pylist() if known else [None] * len(unit.tracks)
+        for track, singer in zip(unit.tracks, singers, strict=True):
+            seconds = math.inf if track.end is None else track.end - track.start
+            yield Recording(track.location, str(singer or track.track_id), seconds, track.start)
+
+
+def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
+    """Return those of `recordings` that last `min_seconds`, with their lengths from the files' headers."""
+    with ThreadPoolExecutor(_PROBE_THREADS) as threads:
+        lengths = list(
+            tqdm(
+                threads.map(_seconds, recordings),
+                total=len(recordings),
+                desc="looking at recordings",
+                unit=" files",
+                disable=None,
+            )
+        )
+    unreadable = sum(length is None for length in lengths)
+    kept = [
+        replace(each, seconds=length)
+        for each, length in zip(recordings, lengths, strict=True)
+        if length is not None and length >= min_seconds
+    ]
+    if len(kept) < len(recordings):
+        short = len(recordings) - len(kept) - unreadable
+        tqdm.write(
+            f"left out  {unreadable} recordings that cannot be opened, {short} shorter than {min_seconds:g} s; "
+            f"{len(kept)} of {len(recordings)} are used"
+        )
+    return kept
+
+
+def _seconds(recording: Recording) -> float | None:
+    """Length of a recording as the file's header says; None for a file that cannot be opened."""
+    limit = TimeLimit(_PROBE_SECONDS)
+    try:
+        with limit.counting(), open_recording(recording.path, _PROBE_SAMPLE_RATE, limit) as reader:
+            length = reader.n_samples / reader.sample_rate
+    except TrackError:
+        return None
+    return min(length - recording.start, recording.seconds)
+
+
+def _draw_singers(singers: set[str], fraction: float, seed: int) -> set[str]:
+    """Draw `fraction` of the singers, two at least where any are wanted, as one has nobody to be told from."""
+    if fraction == 0:
+        return set()
+    count = max(2, round(fraction * len(singers)))
+    order = np.random.default_rng(seed).permutation(sorted(singers))
+    return set(order[:count].tolist())

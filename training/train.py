@@ -1,0 +1,133 @@
+"""Trains an encoder: `python -m training.train --config training/configs/byol.yaml --data DIR --out runs/byol`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import click
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from singerembed.errors import CheckpointError, UsageError
+from training.callbacks import CollapseWatch, LastCheckpoint, Throughput
+from training.command import command
+from training.config import TrainConfig, load_config, parse_config
+from training.data import PairData
+from training.methods import build_method
+from training.recordings import Recording, build_index, read_index, write_index
+
+LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
+
+
+@command
+@click.option(
+    "--config",
+    "config_paths",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="One of training/configs/. A second one goes over it.",
+)
+@click.option(
+    "--data", required=True, help="A folder SINGER/**/*.wav (or flac, mp3, ...), or a catalogue with a path column."
+)
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The run's folder: checkpoints and TensorBoard."
+)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override, e.g. --set data.batch_size=32.")
+def main(config_paths: tuple[Path, ...], data: str, out: Path, overrides: tuple[str, ...]) -> None:
+    """Train a singer encoder with one of five self-supervised methods.
+
+    The run's folder gets last.ckpt (every few hundred steps and every epoch), best.ckpt (lowest error rate on the
+    validation singers), the list of recordings, and TensorBoard's events. The same command after a crash or a kill goes
+    on from last.ckpt, bit for bit where --set trainer.deterministic=true.
+
+    \b
+    python -m training.train --config training/configs/contrastive.yaml --data vocals/ --out runs/contrastive
+    python -m training.export runs/contrastive/last.ckpt contrastive.pt
+    singerembed build-engine contrastive.pt
+    """
+    config = load_config(config_paths, overrides)
+    source = config.data.model_copy(update={"source": str(Path(data).absolute())})
+    train(config.model_copy(update={"data": source, "name": config.name or out.name}), out)
+
+
+def train(config: TrainConfig, out: Path) -> None:
+    """Run `config` in the folder `out`, going on from its `last.ckpt` if there is one.
+
+    Raises UsageError where that was made with another configuration, naming the differences.
+    """
+    last = out / LAST
+    if last.exists():
+        _refuse_differences(config, last)
+    out.mkdir(parents=True, exist_ok=True)
+    if config.trainer.threads:
+        torch.set_num_threads(config.trainer.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
+    lightning.seed_everything(config.seed, verbose=False)
+    recordings = _recordings(config, out / INDEX)
+    trainer = build_trainer(config, out)
+    data = PairData(recordings, config, trainer.world_size)
+    if not data.can_validate:
+        trainer.limit_val_batches = 0
+    method = build_method(config, data.steps_per_epoch)
+    # The sampler starts at the checkpoint's step, which Lightning cannot know.
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
+    """Make Lightning's Trainer for `config`, writing to the folder `out`."""
+    settings = config.trainer
+    on_cuda = torch.cuda.is_available() and settings.accelerator in {"auto", "gpu", "cuda"}
+    precision = ("bf16-mixed" if on_cuda else "32-true") if settings.precision == "auto" else settings.precision
+    best = ModelCheckpoint(
+        dirpath=out, filename=Path(BEST).stem, monitor="validation/eer", mode="min", enable_version_counter=False
+    )
+    callbacks: list[Callback] = [
+        CollapseWatch(),
+        Throughput(),
+        LearningRateMonitor("step"),
+        LastCheckpoint(out / LAST, settings.checkpoint_every_steps),
+        best,
+    ]
+    return lightning.Trainer(
+        max_epochs=settings.max_epochs,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.nodes,
+        precision=precision,  # type: ignore[arg-type]  # one of Lightning's names, which it checks itself
+        sync_batchnorm=settings.sync_batchnorm,
+        deterministic=settings.deterministic,
+        check_val_every_n_epoch=settings.validate_every_epochs,
+        log_every_n_steps=settings.log_every_steps,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # PairSampler deals the batches out
+        callbacks=callbacks,
+        logger=TensorBoardLogger(out, name="", version="tensorboard"),
+    )
+
+
+def _recordings(config: TrainConfig, index: Path) -> list[Recording]:
+    """The recordings of the run: looked for once, then kept, so that a resumed run has the same."""
+    if not index.exists():
+        write_index(index, build_index(config))
+    return read_index(index)
+
+
+def _refuse_differences(config: TrainConfig, last: Path) -> None:
+    try:
+        content = torch.load(last, map_location="cpu", weights_only=True)
+        earlier = parse_config(content["hyper_parameters"]["config"], str(last))
+    except Exception as exc:  # a damaged file may raise anything at all
+        raise CheckpointError(f"{last} cannot be gone on from: {exc}. Give another --out, or remove it") from exc
+    differences = config.differences(earlier)
+    if differences:
+        raise UsageError(f"{last} was made with another configuration ({'; '.join(differences)}). Give another --out")
+
+
+if __name__ == "__main__":
+    main()
