@@ -6,8 +6,8 @@ from importlib import import_module
 from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
 
-# In the project's own folder Python finds these sources before the installed package, which alone has the compiled part:
-# `python -m training.train` and `python -m benchmarks` are started there.
+# In the project's own folder Python finds these sources before the installed package, which alone has the compiled
+# part: `python -m training.train` and `python -m benchmarks` are started there.
 __path__ = extend_path(__path__, __name__)
 
 if TYPE_CHECKING:

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from singerembed.audio import TimeLimit, open_recording
+from singerembed.audio import open_recording
 from singerembed.catalog import Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
+from singerembed.limits import TimeLimit
 from training.config import TrainConfig
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
