@@ -10,7 +10,8 @@ from typing import Any
 from singerembed import storage
 from singerembed.engine.file import MAGIC, is_engine, read_engine_file
 from singerembed.errors import UsageError
-from singerembed.parts import PreviousOutput, count_parts
+from singerembed.parts import count_parts
+from singerembed.previous import PreviousOutput
 
 _PARQUET_MAGIC = b"PAR1"
 

@@ -17,7 +17,8 @@ from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.options import RunOptions
 from singerembed.parquet import RESERVED_COLUMNS, Counts
-from singerembed.parts import PartStore, PreviousOutput, differences
+from singerembed.parts import PartStore, differences
+from singerembed.previous import PreviousOutput
 from singerembed.units import Job, Listener, UnitRunner
 
 

@@ -19,7 +19,8 @@ from singerembed.errors import InterruptedRun
 from singerembed.options import RunOptions
 from singerembed.ordered import ordered_map
 from singerembed.parquet import RESERVED_COLUMNS, Counts, PartWriter, TrackRows, output_schema
-from singerembed.parts import PartStore, PreviousOutput
+from singerembed.parts import PartStore
+from singerembed.previous import PreviousOutput
 from singerembed.spec import ModelSpec
 
 # Rows that are embedded but wait for an earlier track, because the output keeps the catalogue's order: 80 MB.

@@ -61,19 +61,21 @@ ALLOWED: dict[str, set[str]] = {
     "ordered": set(),
     "journal": set(),
     "lock": {"errors", "storage"},
-    "parts": {"errors", "journal", "lock", "parquet", "storage"},
+    "previous": {"errors", "parquet", "storage"},
+    "parts": {"errors", "journal", "lock", "parquet", "previous", "storage"},
     "units": {
         "catalog", "embedding", "engine.file", "engine.load", "errors", "options", "ordered", "parquet", "parts",
-        "spec",
+        "previous", "spec",
     },
     "devices": {"catalog", "engine.load", "errors", "parquet", "parts", "spec", "units"},
     "pipeline": {
-        "catalog", "devices", "engine.file", "engine.load", "errors", "options", "parquet", "parts", "storage", "units",
+        "catalog", "devices", "engine.file", "engine.load", "errors", "options", "parquet", "parts", "previous",
+        "storage", "units",
     },
     "progress": {"catalog", "parquet", "spec", "storage"},
     "runlog": {"catalog", "errors", "parquet", "spec", "storage"},
     "supervisor": set(),
-    "describe": {"checkpoint", "engine.file", "errors", "parts", "storage"},
+    "describe": {"checkpoint", "engine.file", "errors", "parts", "previous", "storage"},
     "doctor": {"errors", "mel", "units"},
 }  # fmt: skip
 HEAVY = ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
