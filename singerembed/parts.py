@@ -150,7 +150,7 @@ class PartStore:
                         assert previous is not None
                         rows = previous.rows(unit)
                         writer.write_table(rows.cast(schema))
-                        units.append((rows.num_rows, previous.unitcounts_of(unit)))
+                        units.append((rows.num_rows, previous.unit_counts(unit)))
                 total = Counts()
                 for _, counts in units:
                     total.merge(counts)
