@@ -31,3 +31,9 @@ LOG_MEL_CUDA = 1e-4
 RMS_CUDA = 2e-6
 # Embeddings of the FP16 network against the official pipeline's: 11 bits through 81 convolutions. Reached: 0.99998.
 EMBEDDING_COSINE_FP16 = 0.9995
+# Equal error rates against the official function's, a root found by bisection: its own stopping width is 2e-12.
+EER_OFFICIAL = 1e-9
+# Mean rank against the official mean of six draws, in standard errors of the difference between two such means.
+MNR_STANDARD_ERRORS = 4.0
+# Shares against the same shares by other sums.
+SHARE = 1e-12
