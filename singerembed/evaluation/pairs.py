@@ -97,12 +97,12 @@ def write_pair_file(path: str, pairs: Pairs, names: list[str]) -> None:
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
-def draw_pairs(singers: Ints, count: int, seed: int) -> Pairs:
+def draw_pairs(singers: Ints, count: int, seed: int, *, uniform: bool = False) -> Pairs:
     """Draw `count` pairs, as many of one singer as of two; the same arguments always give the same pairs.
 
     `singers`: whose each row is, [n]. As in the official `create_speaker_pairs.py` singers are drawn first, then a crop
-    of each, so that all singers weigh the same; but a crop is never paired with itself. Where no singer has two crops,
-    or there is one singer only, one of the two kinds is missing.
+    of each, so that all singers weigh the same; but a crop is never paired with itself. `uniform`: each pair of a kind
+    is equally likely instead. Where no singer has two crops, or there is one singer only, one kind is missing.
     """
     rng = np.random.default_rng(seed)
     rows = np.argsort(singers, kind="stable")
@@ -112,13 +112,13 @@ def draw_pairs(singers: Ints, count: int, seed: int) -> Pairs:
     n_positive = count // 2 if len(several) else 0
     n_negative = count - count // 2 if len(present) > 1 else 0
 
-    who = rng.choice(several, n_positive) if n_positive else np.empty(0, np.int64)
+    ways = n_rows[several] * (n_rows[several] - 1.0) if uniform else np.ones(len(several))
+    who = rng.choice(several, n_positive, p=ways / ways.sum()) if n_positive else np.empty(0, np.int64)
     one = rng.integers(0, n_rows[who])
     other = (one + 1 + rng.integers(0, n_rows[who] - 1)) % n_rows[who] if n_positive else one
     positive = rows[start[who] + one], rows[start[who] + other]
 
-    left = rng.integers(0, len(present), n_negative)
-    right = (left + 1 + rng.integers(0, max(1, len(present) - 1), n_negative)) % max(1, len(present))
+    left, right = _two_singers(rng, n_rows[present] ** float(uniform), n_negative)
     left, right = present[left], present[right]
     negative = rows[start[left] + rng.integers(0, n_rows[left])], rows[start[right] + rng.integers(0, n_rows[right])]
 
@@ -126,6 +126,24 @@ def draw_pairs(singers: Ints, count: int, seed: int) -> Pairs:
     labels = np.arange(n_positive + n_negative) < n_positive
     first, second = (np.concatenate([p, n])[order] for p, n in zip(positive, negative, strict=True))
     return Pairs(first, second, labels[order])
+
+
+def _two_singers(rng: np.random.Generator, weights: Floats, count: int) -> tuple[Ints, Ints]:
+    """Draw `count` pairs of different indices of `weights`, each pair as likely as the product of its weights."""
+    if not count:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    share = weights / weights.sum()
+    # The second is drawn from what the first leaves, which alone would favour pairs with a heavy first: so the first is
+    # drawn by the product with what it leaves.
+    first = rng.choice(len(weights), count, p=share * (1 - share) / (share * (1 - share)).sum())
+    # Inverse of the cumulative weights without the first's own: positions beyond its start jump over it.
+    end = np.cumsum(share)
+    position = rng.random(count) * (1 - share[first])
+    position += np.where(position >= end[first] - share[first], share[first], 0.0)
+    second = np.minimum(np.searchsorted(end, position, side="right"), len(weights) - 1)
+    clash = second == first  # by rounding alone
+    second[clash] = (first[clash] + 1) % len(weights)
+    return first, second
 
 
 # --- all pairs ------------------------------------------------------------------------------------------------------
