@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.evaluation.baselines.base import require
+from singerembed.evaluation.baselines.base import one_thread, require
 from singerembed.evaluation.metrics import Floats, Ints
 
 DRAWS = 100  # pairs of crops for each pair of singers, as on the poster
@@ -67,7 +67,8 @@ def map_3d(unit: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
         max_iter=500,
     )
     # On unit vectors the Euclidean distance orders neighbours as the cosine does, and is found faster.
-    return np.asarray(tsne.fit_transform(unit), np.float32)
+    with one_thread():
+        return np.asarray(tsne.fit_transform(unit), np.float32)
 
 
 def spread_sample(singers: Ints, limit: int, *, seed: int = 0) -> Ints:

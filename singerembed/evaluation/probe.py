@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.evaluation.baselines.base import require
+from singerembed.evaluation.baselines.base import one_thread, require
 from singerembed.evaluation.metrics import Floats, Interval, Ints, mean_interval
 
 FOLDS = 5
@@ -45,13 +45,13 @@ def identify_singers(embedding: Floats, singers: Ints, recordings: Ints, *, seed
     able = np.unique(singers[kept])
     if len(able) < 2:
         raise ValueError("identification needs two singers with two recordings each")
-    folds = int(min(FOLDS, n_recordings[able].min())) if n_recordings[able].min() >= 2 else 2
+    folds = int(min(FOLDS, n_recordings[able].min()))
     splitter = model_selection.StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     guesses = np.full((len(kept), TOP), -1, np.int64)
     for train, test in splitter.split(kept, singers[kept], recordings[kept]):
         scaler = preprocessing.StandardScaler().fit(embedding[kept[train]])
         probe = linear_model.LogisticRegression(max_iter=_ITERATIONS)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), one_thread():
             warnings.simplefilter("ignore")  # that 300 steps do not reach the optimum is of no matter for accuracy
             probe.fit(scaler.transform(embedding[kept[train]]), singers[kept[train]])
         guesses[test] = _best(probe, scaler.transform(embedding[kept[test]]))

@@ -275,7 +275,8 @@ def _find_pairs(crops: Crops, options: EvaluationOptions) -> tuple[Pairs, list[s
     pairs, n_missing = pairs_of_names(rows, row_of)
     if not len(pairs):
         raise UsageError(
-            f"{options.pairs_file}: none of its paths (first: {rows[0][1]}) is among the data's, such as {crops.names[0]}"
+            f"{options.pairs_file}: none of its paths is among the data's. The first is {rows[0][1]}, "
+            f"the data's first is {crops.names[0]}"
         )
     notes = [f"{n_missing} of {len(rows)} pairs name crops that are missing or silent"] if n_missing else []
     wrong = int(((crops.singer[pairs.first] == crops.singer[pairs.second]) != pairs.labels).sum())
@@ -406,7 +407,7 @@ class _Sharing:
 
     def __call__(self, first: Ints, second: Ints) -> Bools:
         a, b = self.value[first], self.value[second]
-        return ((a == b) ^ self.apart) & (a >= 0) & (b >= 0)
+        return np.asarray(((a == b) ^ self.apart) & (a >= 0) & (b >= 0))
 
 
 def _histogram(pairs: Pairs, scores: Floats) -> tuple[Floats, Ints, Ints] | None:

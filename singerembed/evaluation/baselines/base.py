@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -54,6 +55,16 @@ def require(module: str, purpose: str, package: str = "") -> Any:
     except ImportError as exc:
         missing = package or module.partition(".")[0]
         raise MissingDependencyError(purpose, missing, "eval") from exc
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Within this block BLAS and OpenMP use one thread.
+
+    On the small matrices of a probe or a map several gain little, and where cores are shared they wait for each other:
+    a probe of 0.8 s took minutes.
+    """
+    threadpoolctl = require("threadpoolctl", "the evaluation", "scikit-learn")
+    return threadpoolctl.threadpool_limits(1)  # type: ignore[no-any-return]
 
 
 def count_parameters(module: Any) -> int:

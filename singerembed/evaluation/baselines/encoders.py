@@ -9,6 +9,7 @@ from singerembed.checkpoint import Checkpoint, encoder_template, load_checkpoint
 from singerembed.engine.base import Engine
 from singerembed.engine.load import load_engine
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts, require
+from singerembed.mel import MelExtractor
 from singerembed.spec import ModelSpec
 
 POSTER = "5.0 M / 44.1 kHz / 1000"
@@ -54,18 +55,42 @@ def checkpoint_model(source: str, name: str) -> EngineModel:
 
 
 def untrained_model(name: str) -> EngineModel:
-    """The encoder as it is initialised, always with the same weights: what the architecture alone hears."""
+    """The encoder as it is initialised, always with the same weights: what the architecture alone hears.
+
+    Its batch norms take their statistics from made-up tones. As initialised (mean 0, variance 1) they let the signal
+    fade from layer to layer, until all embeddings are the same but for rounding.
+    """
     _require_torch("the untrained encoder")
     import torch
     from torchvision.models import efficientnet_b0
 
-    from singerembed.engine.torch import TorchEngine
+    from singerembed.engine.torch import TorchEngine, load_encoder
 
     spec = ModelSpec(name=f"random weights, seed {UNTRAINED_SEED}", method="untrained")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(UNTRAINED_SEED)
         weights = efficientnet_b0(num_classes=spec.embedding_dim).state_dict()
-    return EngineModel(TorchEngine(Checkpoint(spec, weights, "untrained", {}), silence_dbfs=-np.inf), name)
+        encoder = load_encoder(Checkpoint(spec, weights, "untrained", {})).train()
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum = 1.0
+        with torch.inference_mode():
+            encoder(torch.from_numpy(MelExtractor(spec, -np.inf).log_mel(_tones(spec)).mel))
+    checkpoint = Checkpoint(spec, encoder.net.state_dict(), "untrained", {})
+    return EngineModel(TorchEngine(checkpoint, silence_dbfs=-np.inf), name)
+
+
+def _tones(spec: ModelSpec) -> NDArray[np.float32]:
+    """Harmonic tones of eight pitches with vibrato and some noise, [8, crop_samples]."""
+    rng = np.random.default_rng(UNTRAINED_SEED)
+    seconds = np.arange(spec.crop_samples) / spec.sample_rate
+    tones = []
+    for pitch in 110 * 2 ** (np.arange(8) / 3):
+        phase = 2 * np.pi * pitch * seconds + 2 * np.sin(2 * np.pi * 5.5 * seconds)
+        harmonics = np.arange(1, max(2, int(8000 / pitch)))
+        tone = sum(np.sin(k * phase) / k ** rng.uniform(0.5, 2) for k in harmonics)
+        tones.append(tone + 0.01 * rng.standard_normal(len(seconds)))
+    return np.stack(tones).astype(np.float32)
 
 
 def _require_torch(purpose: str) -> None:
