@@ -76,8 +76,8 @@ def untrained_model(name: str) -> EngineModel:
                 module.momentum = 1.0
         with torch.inference_mode():
             encoder(torch.from_numpy(MelExtractor(spec, -np.inf).log_mel(_tones(spec)).mel))
-    checkpoint = Checkpoint(spec, encoder.net.state_dict(), "untrained", {})
-    return EngineModel(TorchEngine(checkpoint, silence_dbfs=-np.inf), name)
+        checkpoint = Checkpoint(spec, encoder.net.state_dict(), "untrained", {})
+        return EngineModel(TorchEngine(checkpoint, silence_dbfs=-np.inf), name)
 
 
 def _tones(spec: ModelSpec) -> NDArray[np.float32]:
