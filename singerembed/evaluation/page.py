@@ -33,7 +33,7 @@ pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem }
 # Draws what is in `figures`, and turns the maps; a drag stops the turning.
 _SCRIPT = """
 const figures = JSON.parse(document.getElementById('figures').textContent);
-const options = {responsive: true, displaylogo: false};
+const options = {responsive: true, displaylogo: false, modeBarButtonsToRemove: ['sendChartToCloud']};
 const drawn = Object.entries(figures).map(([id, f]) => Plotly.newPlot(id, f.data, f.layout, options));
 Promise.all(drawn).then(() => { document.body.dataset.drawn = drawn.length; });
 const turning = {};
@@ -191,11 +191,16 @@ def _map(view: View) -> dict[str, Any]:
     trace = {
         "type": "scatter3d", "mode": "markers", "x": x, "y": y, "z": z,
         "text": texts, "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"size": 3, "color": view.point_colour.tolist(), "colorscale": "Turbo"},
+        "marker": {"size": 3, "color": [_colour(i, len(view.heat_names)) for i in view.point_colour.tolist()]},
     }  # fmt: skip
     bare = {"showticklabels": False, "title": {"text": ""}}
     scene = {"xaxis": bare, "yaxis": bare, "zaxis": bare, "camera": {"eye": {"x": 1.4, "y": 1.4, "z": 0.8}}}
     return {"data": [trace], "layout": {"scene": scene, "margin": {"t": 0, "r": 0, "b": 0, "l": 0}}}
+
+
+def _colour(index: int, count: int) -> str:
+    """A hue for each singer, in the heat map's order; neighbours differ in lightness."""
+    return f"hsl({330 * index // max(1, count)},75%,{(42, 58)[index % 2]}%)"
 
 
 def _histogram(result: ModelResult) -> dict[str, Any]:
