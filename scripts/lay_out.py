@@ -1,7 +1,7 @@
 """Lays VCTK, NUS-48E, VocalSet or M4Singer out as the paper evaluates them: 4 s crops in a folder for each singer.
 
-As the official `preprocess_dataset.py` and `create_speaker_pairs.py` (github SonyCSLParis/ssl-singer-identity), with the
-same names of crops: `<singer>/<name>_<start>_<end>_4s.wav`. See docs/evaluation.md for what differs.
+As the official `preprocess_dataset.py` and `create_speaker_pairs.py` (github SonyCSLParis/ssl-singer-identity), with
+the same names of crops: `<singer>/<name>_<start>_<end>_4s.wav`. See docs/evaluation.md for what differs.
 """
 
 from __future__ import annotations

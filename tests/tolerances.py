@@ -37,5 +37,5 @@ EER_OFFICIAL = 1e-9
 MNR_STANDARD_ERRORS = 4.0
 # Shares against the same shares by other sums.
 SHARE = 1e-12
-# The same crop through the same network by another way (alone or in a batch, by another library): sums in another order.
+# The same crop through the same network by another way (alone or in a batch, another library): another order of sums.
 SAME_CROP_COSINE = 0.99999

@@ -21,7 +21,7 @@ def chromium() -> Iterator[Any]:
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
+    options.binary_location = shutil.which("chromium") or ""
     for flag in (
         "headless=new", "no-sandbox", "disable-background-networking", "disable-dev-shm-usage", "window-size=1300,1000",
         "use-angle=swiftshader", "enable-unsafe-swiftshader",

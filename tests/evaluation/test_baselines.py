@@ -79,7 +79,8 @@ TRAINER_TENSORS = {
     },
     "h-asp": {
         "conv1.weight": (32, 1, 3, 3), "conv1.bias": (32,), "layer4.0.conv1.weight": (256, 128, 3, 3),
-        "layer4.0.downsample.1.weight": (256,), "layer2.3.se.fc.0.weight": (8, 64), "attention.0.weight": (128, 2048, 1),
+        "layer4.0.downsample.1.weight": (256,), "layer2.3.se.fc.0.weight": (8, 64),
+        "attention.0.weight": (128, 2048, 1),
         "attention.2.running_mean": (128,), "attention.3.bias": (2048,), "fc.weight": (512, 4096),
         "torchfb.0.flipped_filter": (1, 1, 2), "torchfb.1.spectrogram.window": (400,),
         "torchfb.1.mel_scale.fb": (257, 64),
