@@ -20,7 +20,7 @@ from singerembed.evaluation.metrics import Floats, Ints
 from singerembed.evaluation.run import Crops, ModelResult
 
 MAX_SINGERS = 150  # of a heat map: those with most crops
-MAX_POINTS = 2000  # of a map
+MAX_POINTS = 5000  # of a map
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from singerembed.evaluation.run import Evaluation
 from singerembed.evaluation.table import as_csv, as_markdown
 from singerembed.evaluation.views import View, make_view
 
-COMPARED_POINTS = 800  # of each model's map where several are compared: a map of 2000 takes a minute
+COMPARED_POINTS = 1500  # of each model's map where several are compared: one takes 3 s
 
 
 def write_folder(evaluation: Evaluation, folder: str) -> None:

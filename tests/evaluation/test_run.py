@@ -200,7 +200,13 @@ def test_geometry() -> None:
     confusions = centroid_confusions(unit, singers, np.arange(80) // 10)
     assert confusions.sum() == 80
     assert confusions[0, 0] + confusions[0, 2] == 20
-    assert map_3d(unit).shape == (80, 3)
+    points = map_3d(unit)
+    assert points.shape == (80, 3)
+    radius = np.linalg.norm(points - np.median(points, axis=0), axis=1)
+    assert radius.max() < 5 * np.median(radius)  # no point flies away
+    distance = np.linalg.norm(points[:, np.newaxis] - points[np.newaxis], axis=2)
+    nearest = np.argsort(distance, axis=1)[:, 1]
+    assert (singers[nearest] % 2 == singers % 2).mean() > 0.95
     some = spread_sample(np.repeat([0, 1], [1000, 5]), 20)
     assert (some >= 1000).sum() == 5
 
