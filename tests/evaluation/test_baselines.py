@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from tolerances import SAME_CROP_COSINE
+from tolerances import MEL_OFFICIAL, SAME_CROP_COSINE
 
 from singerembed.errors import CheckpointError, MissingDependencyError, UsageError
 from singerembed.evaluation.baselines.base import count_parameters
 from singerembed.evaluation.baselines.load import ModelOptions, load_model
-from singerembed.evaluation.baselines.voxceleb import NETWORKS, load_weights
+from singerembed.evaluation.baselines.voxceleb import NETWORKS, _MelSpectrogram, load_weights
 
 Voice = Callable[..., NDArray[np.float32]]
 
@@ -108,6 +108,19 @@ def test_tensors_are_called_and_shaped_as_in_the_trainer(name: str) -> None:
     for tensor, shape in TRAINER_TENSORS[name].items():
         assert tuple(tensors[tensor].shape) == shape, tensor
     assert count_parameters(network) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("n_mels", [40, 64])
+def test_the_front_end_is_that_of_torchaudios_defaults(voice: Voice, n_mels: int) -> None:
+    """Against librosa told to do the same: HTK scale, triangles of height 1, periodic Hamming window, reflection."""
+    librosa = pytest.importorskip("librosa")
+    audio = voice(1.0, 16_000)
+    ours = _MelSpectrogram(n_mels)(torch.from_numpy(audio)[None])[0].numpy()
+    theirs = librosa.feature.melspectrogram(
+        y=audio, sr=16_000, n_fft=512, hop_length=160, win_length=400, window="hamming", center=True,
+        pad_mode="reflect", power=2.0, n_mels=n_mels, htk=True, norm=None, fmin=0, fmax=8000,
+    )  # fmt: skip
+    np.testing.assert_allclose(ours, theirs, atol=MEL_OFFICIAL * theirs.max(), rtol=0)
 
 
 def test_a_published_file_loads(voice: Voice, weights: tuple[str, Path, dict[str, Any]]) -> None:
