@@ -77,8 +77,47 @@ ALLOWED: dict[str, set[str]] = {
     "supervisor": set(),
     "describe": {"checkpoint", "engine.file", "errors", "parts", "previous", "storage"},
     "doctor": {"errors", "mel", "units"},
+    # Only `evaluate` and `report` of the command line import what follows.
+    "evaluation": set(),
+    "evaluation.metrics": set(),
+    "evaluation.pairs": {"errors", "evaluation.metrics"},
+    "evaluation.data": {"catalog", "errors", "parquet", "storage"},
+    "evaluation.baselines": set(),
+    "evaluation.baselines.base": {"errors"},
+    "evaluation.baselines.mfcc": {"evaluation.baselines.base", "mel", "spec"},
+    "evaluation.baselines.ge2e": {"evaluation.baselines.base"},
+    "evaluation.baselines.voxceleb": {"errors", "evaluation.baselines.base", "storage"},
+    "evaluation.baselines.hub": {"errors", "evaluation.baselines.base"},
+    "evaluation.baselines.encoders": {
+        "checkpoint", "engine.base", "engine.load", "engine.torch", "evaluation.baselines.base", "mel", "spec",
+    },
+    "evaluation.baselines.load": {
+        "checkpoint", "engine.file", "errors", "evaluation.baselines.base", "evaluation.baselines.encoders",
+        "evaluation.baselines.ge2e", "evaluation.baselines.hub", "evaluation.baselines.mfcc",
+        "evaluation.baselines.voxceleb",
+    },
+    "evaluation.embed": {
+        "audio", "crops", "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.metrics", "mel",
+    },
+    "evaluation.probe": {"evaluation.baselines.base", "evaluation.metrics"},
+    "evaluation.geometry": {"evaluation.baselines.base", "evaluation.metrics"},
+    "evaluation.run": {
+        "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.embed", "evaluation.metrics",
+        "evaluation.pairs", "evaluation.probe", "mel",
+    },
+    "evaluation.table": {"evaluation.run"},
+    "evaluation.views": {"evaluation.geometry", "evaluation.metrics", "evaluation.run"},
+    "evaluation.figures": {"evaluation.baselines.base", "evaluation.run", "evaluation.views"},
+    "evaluation.page": {
+        "evaluation.baselines.base", "evaluation.metrics", "evaluation.run", "evaluation.table", "evaluation.views",
+    },
+    "evaluation.write": {
+        "errors", "evaluation.figures", "evaluation.page", "evaluation.pairs", "evaluation.run", "evaluation.table",
+        "evaluation.views", "storage",
+    },
 }  # fmt: skip
-HEAVY = ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
+HEAVY = ["matplotlib", "plotly", "scipy", "sklearn", "transformers"]
+HEAVY += ["torch", "tensorrt", "tensorrt_rtx", "pycuda", "onnx", "fsspec", "ray", "huggingface_hub", "pandas"]
 
 
 def modules() -> dict[str, Path]:

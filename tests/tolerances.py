@@ -50,3 +50,11 @@ DISTRIBUTED_RELATIVE = 1e-4
 # How much lower a short run's equal error rate is to be than the better floor's: half of the 0.15 that was measured
 # (0.263 against 0.416 of MFCC statistics).
 LEARNT_EER_MARGIN = 0.08
+# Equal error rates against the official function's, a root found by bisection: its own stopping width is 2e-12.
+EER_OFFICIAL = 1e-9
+# Mean rank against the official mean of six draws, in standard errors of the difference between two such means.
+MNR_STANDARD_ERRORS = 4.0
+# Shares against the same shares by other sums.
+SHARE = 1e-12
+# The same crop through the same network by another way (alone or in a batch, another library): another order of sums.
+SAME_CROP_COSINE = 0.99999

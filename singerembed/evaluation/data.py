@@ -1,0 +1,200 @@
+"""Labelled recordings: a folder with a sub-folder a singer, a catalogue with a singer column, or a Parquet of `run`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from singerembed import storage
+from singerembed.catalog import Catalog, Columns, printable
+from singerembed.errors import UsageError
+from singerembed.parquet import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
+
+AUDIO_SUFFIXES = {
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",
+}  # fmt: skip
+DEFAULT_SINGER_COLUMN = "singer"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One labelled recording, or the stretch of one that a catalogue row names."""
+
+    name: str  # as the folder or the catalogue has it; what pair files say
+    location: str  # where it is
+    singer: str
+    start: float = 0.0  # seconds
+    end: float | None = None  # seconds; None: the recording's end
+    conditions: dict[str, str] = field(default_factory=dict)  # the catalogue's other columns
+
+
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """What a Parquet file written by `run` holds."""
+
+    recording: NDArray[np.int64]  # [n], index of each crop's recording
+    crop: NDArray[np.int64]  # [n], its number in the recording
+    start: NDArray[np.float64]  # [n], seconds
+    embedding: NDArray[np.float32]  # [n, dim]
+    n_silent: int
+    n_errors: int
+    metadata: dict[str, Any]  # of the run: engine, spec, options
+
+
+@dataclass(frozen=True)
+class LabelledData:
+    """Recordings with singers, and embeddings where the source has them."""
+
+    source: str
+    recordings: list[Recording]
+    stored: StoredEmbeddings | None = None
+    notes: list[str] = field(default_factory=list)  # what a person should know of how it was read
+
+
+def read_labelled(
+    source: str, singer_column: str | None = None, path_column: str = Columns.path, audio_root: str | None = None
+) -> LabelledData:
+    """Read `source`, which says by what it is how it is read.
+
+    `singer_column`: of a catalogue or a Parquet file, `singer` unless it is given. `audio_root`: what relative paths in
+    a Parquet file written by `run` count from, for models that have to hear them; otherwise the file's own folder.
+    Raises UsageError or CatalogError where there is nothing of the kind, or no singer column.
+    """
+    if Path(source).is_dir():
+        return _read_folder(source)
+    if not Path(source).exists():
+        raise UsageError(f"{source}: no such file or folder")
+    if Path(source).suffix.lower() in {".parquet", ".pq"} and is_output(source):
+        return read_output(source, singer_column, audio_root)
+    return _read_catalog(source, singer_column or DEFAULT_SINGER_COLUMN, path_column)
+
+
+def is_output(path: str) -> bool:
+    """Say whether the Parquet file `path` was written by `run`. Raises UsageError if it is no Parquet file."""
+    try:
+        return METADATA_KEY in (pq.read_schema(path).metadata or {})
+    except (pa.ArrowException, OSError) as exc:
+        raise UsageError(f"cannot read {path} as Parquet: {exc}") from exc
+
+
+def _read_folder(folder: str) -> LabelledData:
+    root = Path(folder)
+    recordings, stray = [], 0
+    for path in _audio_files(root):
+        parts = path.relative_to(root).parts
+        if len(parts) == 1:
+            stray += 1
+            continue
+        recordings.append(Recording("/".join(parts), str(path), parts[0]))
+    if not recordings:
+        raise UsageError(
+            f"{folder} holds no recordings as <singer>/<name>.wav; sort them into a folder for each singer"
+        )
+    notes = [f"{stray} recordings lie in no singer's folder and are left out"] if stray else []
+    return LabelledData(folder, recordings, notes=notes)
+
+
+def _audio_files(root: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        yield from (Path(folder) / name for name in sorted(names) if Path(name).suffix.lower() in AUDIO_SUFFIXES)
+
+
+def _read_catalog(path: str, singer_column: str, path_column: str) -> LabelledData:
+    catalog = Catalog(path, Columns(path=path_column))
+    names = catalog.extra_schema().names
+    if singer_column not in names:
+        raise UsageError(
+            f'{path} has no column "{singer_column}"; it has: {", ".join(names)}. Name it with --singer-column'
+        )
+    recordings, unlabelled, bad = [], 0, 0
+    for unit in catalog.units():
+        for track, row in zip(unit.tracks, unit.extra.to_pylist(), strict=True):
+            values = {name: _as_text(value) for name, value in row.items()}
+            singer = values.pop(singer_column)
+            if track.problem or not singer:
+                bad, unlabelled = bad + bool(track.problem), unlabelled + (not track.problem)
+                continue
+            recordings.append(Recording(printable(track.path), track.location, singer, track.start, track.end, values))
+    if not recordings:
+        raise UsageError(f'{path}: no row has both a path and a value in "{singer_column}"')
+    notes = [f"{unlabelled} rows without a singer are left out"] if unlabelled else []
+    notes += [f"{bad} rows cannot be read and are left out"] if bad else []
+    return LabelledData(path, recordings, notes=notes)
+
+
+def _as_text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+# --- a Parquet file of `run` ----------------------------------------------------------------------------------------
+
+
+def read_output(path: str, singer_column: str | None, audio_root: str | None = None) -> LabelledData:
+    """Read what `run` wrote; rows without an embedding are counted. Raises UsageError without the singer column."""
+    file = pq.ParquetFile(path)
+    schema = file.schema_arrow
+    column = singer_column or DEFAULT_SINGER_COLUMN
+    others = [name for name in schema.names if name not in RESERVED_COLUMNS]
+    if column not in others and column not in {"track_id", "path"}:
+        raise UsageError(
+            f'{path} has no column "{column}"; it has: {", ".join(others) or "none of the catalogue"}. '
+            "Name it with --singer-column (track_id: each recording for itself)"
+        )
+    wanted = dict.fromkeys(["track_id", "path", "crop", "start", "status", *others])
+    labels, embeddings = [], []
+    for batch in file.iter_batches(columns=[*wanted, "embedding"], batch_size=4096):
+        table = pa.Table.from_batches([batch])
+        ok = pa.array(table["status"].to_numpy() == OK)
+        labels.append(table.select(list(wanted)))
+        rows = table["embedding"].filter(ok).combine_chunks()
+        embeddings.append(np.asarray(rows.flatten(), np.float32).reshape(-1, schema.field("embedding").type.list_size))
+    if not labels:
+        raise UsageError(f"{path} holds no rows")
+    metadata = json.loads(schema.metadata[METADATA_KEY])
+    base = storage.resolve(path, "") if audio_root is None else os.path.join(audio_root, "")  # noqa: PTH118
+    return _stored(path, base, pa.concat_tables(labels), np.concatenate(embeddings), column, metadata)
+
+
+def _stored(
+    path: str, base: str, rows: pa.Table, embedding: NDArray[np.float32], column: str, metadata: dict[str, Any]
+) -> LabelledData:
+    status = rows["status"].to_numpy()
+    ok = np.flatnonzero(status == OK)
+    found = rows.take(pa.array(ok))
+    singers = [_as_text(value) for value in found[column].to_pylist()]
+    labelled = np.array([singer != "" for singer in singers], bool)
+    if not labelled.any():
+        raise UsageError(f'{path}: no embedded row has a value in "{column}"')
+    recordings: dict[tuple[str, str], int] = {}
+    of_row, made = list[int](), list[Recording]()
+    conditions = [name for name in found.column_names if name not in RESERVED_COLUMNS and name != column]
+    for row in found.filter(pa.array(labelled)).drop_columns(["status", "crop", "start"]).to_pylist():
+        key = (row["track_id"], row["path"])
+        if key not in recordings:
+            recordings[key] = len(made)
+            values = {name: _as_text(row[name]) for name in conditions}
+            location = storage.resolve(base, row["path"])
+            made.append(Recording(row["path"], location, _as_text(row[column]), conditions=values))
+        of_row.append(recordings[key])
+    stored = StoredEmbeddings(
+        recording=np.array(of_row, np.int64),
+        crop=np.asarray(found["crop"].to_numpy(), np.int64)[labelled],
+        start=found["start"].to_numpy()[labelled],
+        embedding=embedding[labelled],
+        n_silent=int((status == SILENT).sum()),
+        n_errors=int(len(status) - len(ok) - (status == SILENT).sum()),
+        metadata=metadata,
+    )
+    unlabelled = int((~labelled).sum())
+    notes = [f"{unlabelled} crops without a singer are left out"] if unlabelled else []
+    return LabelledData(path, made, stored, notes)

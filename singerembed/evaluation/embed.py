@@ -1,0 +1,170 @@
+"""From recordings and a model to a table of embedded crops, and the crops that several models have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.audio import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit, open_recording
+from singerembed.crops import CropPlan, read_crops
+from singerembed.errors import TrackError, UsageError
+from singerembed.evaluation.baselines.base import ONLY_LAYER, Model, ModelFacts
+from singerembed.evaluation.data import Recording, StoredEmbeddings
+from singerembed.evaluation.metrics import Ints
+from singerembed.mel import DEFAULT_SILENCE_DBFS
+
+CROP_SECONDS = 4.0  # as the paper evaluates
+MAX_FAILURES_KEPT = 5
+
+
+@dataclass(frozen=True)
+class EmbeddedTable:
+    """The crops of all recordings that one model has embedded."""
+
+    facts: ModelFacts
+    recording: Ints  # [n], index of each crop's recording
+    crop: Ints  # [n], its number in the recording
+    start: NDArray[np.float64]  # [n], seconds from the recording's beginning
+    layers: dict[str, NDArray[np.float32]]  # [n, dim] each
+    n_silent: int
+    n_invalid: int  # NaN or infinity, in the samples or in the embedding
+    n_failed: int  # recordings that could not be read to their end
+    failures: list[str]  # the first of them, with the reason
+    seconds: float  # that decoding and embedding took; 0 where embeddings were stored
+
+    def select(self, rows: Ints) -> EmbeddedTable:
+        """The crops `rows`."""
+        layers = {name: embedding[rows] for name, embedding in self.layers.items()}
+        return replace(
+            self, recording=self.recording[rows], crop=self.crop[rows], start=self.start[rows], layers=layers
+        )
+
+
+@dataclass(frozen=True)
+class _RecordingResult:
+    crop: list[int]
+    start: list[float]
+    layers: dict[str, NDArray[np.float32]]
+    n_silent: int
+    n_invalid: int
+    failure: str
+
+
+def embed_recordings(
+    model: Model,
+    recordings: list[Recording],
+    *,
+    crops: int | None = None,
+    silence_dbfs: float = DEFAULT_SILENCE_DBFS,
+    advance: Callable[[], object] = lambda: None,
+) -> EmbeddedTable:
+    """Cut each recording into crops of 4 s at the model's rate, and embed those that are not silent.
+
+    `crops`: this many of each recording, evenly spaced; None: all consecutive ones, cut as `run` cuts them. `advance`
+    is called after each recording. Raises UsageError if there is nothing to embed in any of them.
+    """
+    started = time.monotonic()
+
+    def embed(recording: Recording) -> _RecordingResult:
+        result = _embed_recording(model, recording, crops, 10 ** (silence_dbfs / 20))
+        advance()
+        return result
+
+    with ThreadPoolExecutor(model.workers) as pool:
+        results = list(pool.map(embed, recordings))
+    failures = [r.failure for r in results if r.failure]
+    filled = [i for i, r in enumerate(results) if r.crop]
+    if not filled:
+        reason = failures[0] if failures else "every crop is silent"
+        raise UsageError(f"{model.facts.name} could embed none of the {len(recordings)} recordings: {reason}")
+    names = results[filled[0]].layers
+    table = EmbeddedTable(
+        facts=model.facts,
+        recording=np.repeat(filled, [len(results[i].crop) for i in filled]),
+        crop=np.array([c for i in filled for c in results[i].crop], np.int64),
+        start=np.array([s for i in filled for s in results[i].start]),
+        layers={name: np.concatenate([results[i].layers[name] for i in filled]) for name in names},
+        n_silent=sum(r.n_silent for r in results),
+        n_invalid=sum(r.n_invalid for r in results),
+        n_failed=len(failures),
+        failures=failures[:MAX_FAILURES_KEPT],
+        seconds=time.monotonic() - started,
+    )
+    return _without_invalid(table)
+
+
+def _embed_recording(model: Model, recording: Recording, crops: int | None, silence: float) -> _RecordingResult:
+    rate = model.facts.sample_rate
+    size = round(CROP_SECONDS * rate)
+    stop = None if recording.end is None else round(recording.end * rate)
+    plan = CropPlan(size, size, crops, round(recording.start * rate), stop)
+    index, start = list[int](), list[float]()
+    parts: dict[str, list[NDArray[np.float32]]] = {}
+    n_silent, n_invalid, failure = 0, 0, ""
+    try:
+        with open_recording(recording.location, rate, TimeLimit(DEFAULT_TRACK_TIMEOUT_SECONDS)) as reader:
+            for block in read_crops(reader, plan, model.batch):
+                pcm = block.pcm.astype(np.float32) / (32768 if block.pcm.dtype == np.int16 else 1)
+                finite = np.isfinite(pcm).all(axis=1)
+                loud = finite & (np.abs(pcm).max(axis=1) > silence)
+                n_invalid += int((~finite).sum())
+                n_silent += int((finite & ~loud).sum())
+                if loud.any():
+                    index += [i for i, is_loud in zip(block.index, loud, strict=True) if is_loud]
+                    start += (block.start[loud] / rate).tolist()
+                    for name, embedding in model.embed(np.ascontiguousarray(pcm[loud])).items():
+                        parts.setdefault(name, []).append(embedding)
+    except TrackError as exc:  # what came before the damage counts
+        failure = f"{recording.name}: {exc}"
+    layers = {name: np.concatenate(blocks) for name, blocks in parts.items()}
+    return _RecordingResult(index, start, layers, n_silent, n_invalid, failure)
+
+
+def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
+    """The embeddings of a Parquet file as a table."""
+    spec = stored.metadata.get("spec", {})
+    facts = ModelFacts(
+        name=str(spec.get("name", "stored")),
+        sample_rate=int(spec.get("sample_rate", 0)),
+        n_parameters=None,
+        description="embeddings stored by singerembed run",
+    )
+    return _without_invalid(
+        EmbeddedTable(
+            facts, stored.recording, stored.crop, stored.start, {ONLY_LAYER: stored.embedding},
+            stored.n_silent, 0, stored.n_errors, [], 0.0,
+        )
+    )  # fmt: skip
+
+
+def _without_invalid(table: EmbeddedTable) -> EmbeddedTable:
+    """The table without crops of which some layer has NaN or infinity; they are counted."""
+    finite = np.ones(len(table.crop), bool)
+    for embedding in table.layers.values():
+        finite &= np.isfinite(embedding).all(axis=1)
+    if finite.all():
+        return table
+    return replace(table.select(np.flatnonzero(finite)), n_invalid=table.n_invalid + int((~finite).sum()))
+
+
+def in_common(tables: list[EmbeddedTable]) -> list[EmbeddedTable]:
+    """The same tables with the crops that all of them have, in one order: so all models are asked the same."""
+    keys = [set(zip(t.recording.tolist(), t.crop.tolist(), strict=True)) for t in tables]
+    shared = sorted(set.intersection(*keys))
+    selected = []
+    for table in tables:
+        row_of = {key: i for i, key in enumerate(zip(table.recording.tolist(), table.crop.tolist(), strict=True))}
+        selected.append(table.select(np.array([row_of[key] for key in shared], np.int64)))
+    return selected
+
+
+def standardised(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Each dimension at mean 0 and deviation 1 over the rows; one that never changes becomes 0."""
+    centred = embedding - embedding.mean(axis=0)
+    deviation = centred.std(axis=0)
+    return np.asarray(centred / np.where(deviation > 0, deviation, 1), np.float32)

@@ -1,0 +1,151 @@
+"""What embeddings look like: similarities between singers, their order, a map in three dimensions, and confusions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.evaluation.baselines.base import one_thread, require
+from singerembed.evaluation.metrics import Floats, Ints
+
+DRAWS = 100  # pairs of crops for each pair of singers, as on the poster
+_PERPLEXITY = 30.0
+_BLOCK_DRAWS = 1 << 15
+
+
+def average_similarity(unit: NDArray[np.float32], singers: Ints, *, draws: int = DRAWS, seed: int = 0) -> Floats:
+    """Mean cosine similarity of `draws` random pairs of crops for each pair of singers: [singers, singers], symmetric.
+
+    On the diagonal the two crops are different ones; NaN there for a singer with one crop.
+    """
+    rng = np.random.default_rng(seed)
+    rows = np.argsort(singers, kind="stable")
+    n_rows = np.bincount(singers)
+    start = np.cumsum(n_rows) - n_rows
+    first, second = np.triu_indices(len(n_rows))
+    means = np.empty(len(first))
+    step = max(1, _BLOCK_DRAWS // draws)
+    for begin in range(0, len(first), step):
+        a, b = first[begin : begin + step, np.newaxis], second[begin : begin + step, np.newaxis]
+        one = rng.integers(0, n_rows[a], (len(a), draws))
+        other = rng.integers(0, np.where(a == b, np.maximum(n_rows[b] - 1, 1), n_rows[b]), (len(a), draws))
+        other = np.where(a == b, (one + 1 + other) % n_rows[b], other)
+        left, right = unit[rows[start[a] + one]], unit[rows[start[b] + other]]
+        means[begin : begin + step] = np.einsum("pdk,pdk->pd", left, right).mean(axis=1)
+    means[(first == second) & (n_rows[first] < 2)] = np.nan
+    matrix = np.empty((len(n_rows), len(n_rows)))
+    matrix[first, second] = matrix[second, first] = means
+    return matrix
+
+
+def cluster_order(similarity: Floats) -> Ints:
+    """An order of the singers in which alike ones are neighbours: average linkage on 1 - similarity, optimal leaves."""
+    if len(similarity) < 3:
+        return np.arange(len(similarity))
+    hierarchy = require("scipy.cluster.hierarchy", "the heat map", "scipy")
+    distance = 1 - similarity[np.triu_indices(len(similarity), k=1)]
+    tree = hierarchy.linkage(np.maximum(distance, 0), "average", optimal_ordering=True)
+    return np.asarray(hierarchy.leaves_list(tree), np.int64)
+
+
+def map_3d(unit: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
+    """t-SNE (van der Maaten and Hinton 2008) of cosine distances in three dimensions: [n, 3]; zeros below 5 rows.
+
+    Perplexity is 30, or less where there are few rows. Distances between far groups mean nothing in such a map.
+    """
+    if len(unit) < 5:
+        return np.zeros((len(unit), 3), np.float32)
+    manifold = require("sklearn.manifold", "the map of embeddings", "scikit-learn")
+    tsne = manifold.TSNE(
+        n_components=3,
+        perplexity=min(_PERPLEXITY, (len(unit) - 1) / 3),
+        init="pca",
+        random_state=seed,
+        # scikit-learn's own rate is never below 50: with some hundred rows single points then fly far away, and the
+        # divergence reached is twice as high (192 rows: 0.50 against 0.21).
+        learning_rate=max(len(unit) / 48, 10.0),
+        angle=0.8,  # in three dimensions 0.5 takes twice as long, and the picture is the same
+        max_iter=500,
+    )
+    # On unit vectors the Euclidean distance orders neighbours as the cosine does, and is found faster.
+    with one_thread():
+        return np.asarray(tsne.fit_transform(unit), np.float32)
+
+
+def spread_sample(singers: Ints, limit: int, *, seed: int = 0) -> Ints:
+    """At most `limit` rows, as evenly over singers as their numbers of crops allow; in rising order."""
+    if len(singers) <= limit:
+        return np.arange(len(singers))
+    rng = np.random.default_rng(seed)
+    shuffled = rng.permutation(len(singers))
+    order = shuffled[np.argsort(singers[shuffled], kind="stable")]
+    n_rows = np.bincount(singers)
+    rank = np.arange(len(order)) - (np.cumsum(n_rows) - n_rows)[singers[order]]  # of a row among its singer's
+    return np.sort(order[np.argsort(rank, kind="stable")[:limit]])
+
+
+@dataclass(frozen=True)
+class Cohesion:
+    """How one singer's crops hold together, and whom they are taken for."""
+
+    singer: int
+    n_crops: int
+    n_recordings: int
+    within: float  # mean similarity of two of the singer's crops; NaN with one crop
+    nearest: int  # the singer most alike; -1 with one singer
+    nearest_similarity: float  # mean similarity to that singer
+    recognised: float  # share of crops whose nearest centroid is the singer's own; NaN if none could be asked
+    confused_with: int  # whom the others are taken for most; -1 if there are none
+    confusions: int  # how often
+
+
+def cohesion(similarity: Floats, confusions: Ints, singers: Ints, recordings: Ints) -> list[Cohesion]:
+    """One entry a singer, from `average_similarity` and `centroid_confusions`."""
+    n_recordings = np.bincount(np.unique(np.stack([singers, recordings]), axis=1)[0], minlength=len(similarity))
+    n_crops = np.bincount(singers, minlength=len(similarity))
+    entries = []
+    for singer, row in enumerate(similarity):
+        others = np.delete(np.arange(len(row)), singer)
+        nearest = int(others[np.argmax(row[others])]) if len(others) else -1
+        wrong = confusions[singer].copy()
+        asked, wrong[singer] = int(wrong.sum()), 0
+        worst = int(np.argmax(wrong))
+        entries.append(
+            Cohesion(
+                singer=singer,
+                n_crops=int(n_crops[singer]),
+                n_recordings=int(n_recordings[singer]),
+                within=float(row[singer]),
+                nearest=nearest,
+                nearest_similarity=float(row[nearest]) if nearest >= 0 else float("nan"),
+                recognised=float(confusions[singer, singer] / asked) if asked else float("nan"),
+                confused_with=worst if wrong[worst] else -1,
+                confusions=int(wrong[worst]),
+            )
+        )
+    return entries
+
+
+def centroid_confusions(unit: NDArray[np.float32], singers: Ints, recordings: Ints) -> Ints:
+    """Which singer's centroid is nearest to each crop: counts, [true singers, found singers].
+
+    A singer's own centroid is of the singer's other recordings, so a crop is never compared with itself or its song;
+    crops of singers with one recording are not asked.
+    """
+    n = int(singers.max()) + 1
+    sums = np.zeros((n, unit.shape[1]))
+    np.add.at(sums, singers, unit)
+    counts = np.zeros((n, n), np.int64)
+    n_crops = np.bincount(singers, minlength=n)
+    order = np.argsort(recordings, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(recordings[order])) + 1):
+        singer = int(singers[rows[0]])
+        if n_crops[singer] == len(rows):
+            continue
+        centroids = sums.copy()
+        centroids[singer] -= unit[rows].sum(axis=0)
+        centroids /= np.maximum(np.linalg.norm(centroids, axis=1, keepdims=True), 1e-12)
+        counts[singer] += np.bincount(np.argmax(unit[rows] @ centroids.T, axis=1), minlength=n)
+    return counts

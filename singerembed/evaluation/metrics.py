@@ -1,0 +1,174 @@
+"""Error rates and ranks as pure functions of scores; NumPy only.
+
+Definitions follow the official evaluation (github SonyCSLParis/ssl-singer-identity, `eval.py`), whose error rate is
+that of SUPERB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.int64]
+
+CONFIDENCE = 0.95  # of every interval
+REPLICATES = 200  # of a bootstrap
+
+
+@dataclass(frozen=True)
+class EqualErrorRate:
+    """Where false acceptances and false rejections are equally frequent."""
+
+    rate: float  # a share, 0 to 1
+    threshold: float  # the score from which a pair is accepted
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval; NaN where there was nothing to compute it from."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ErrorCurve:
+    """Error rates at each distinct score, from the highest threshold, where nothing is accepted, to the lowest."""
+
+    threshold: Floats  # [k], falling; the first is above every score
+    false_acceptance: Floats  # [k], rising from 0 to 1
+    false_rejection: Floats  # [k], falling from 1 to 0
+
+
+def error_curve(labels: Bools, scores: Floats, weights: Floats | None = None) -> ErrorCurve:
+    """Error rates of accepting pairs by their score.
+
+    `labels`: [n], True for a pair of one singer. `scores`: [n], higher is more alike; tied scores are accepted
+    together. `weights`: [n], how often a pair counts. Raises ValueError for NaN, or without a pair of each kind.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    return _curve_of_sorted(labels[order], scores[order], None if weights is None else weights[order])
+
+
+def curve_of_counts(scores: Floats, positive: Floats, negative: Floats) -> ErrorCurve:
+    """As `error_curve`, from distinct `scores` [k], falling, and how many pairs of each kind have them."""
+    accepted_positive, accepted_negative = np.cumsum(positive, dtype=float), np.cumsum(negative, dtype=float)
+    if not len(scores) or accepted_positive[-1] <= 0 or accepted_negative[-1] <= 0:
+        raise ValueError("an error rate needs pairs of one singer and pairs of two singers")
+    if np.isnan(scores).any():
+        raise ValueError("scores hold NaN")
+    return ErrorCurve(
+        threshold=np.concatenate([[np.inf], scores]),
+        false_acceptance=np.concatenate([[0.0], accepted_negative / accepted_negative[-1]]),
+        false_rejection=np.concatenate([[1.0], 1 - accepted_positive / accepted_positive[-1]]),
+    )
+
+
+def _curve_of_sorted(labels: Bools, scores: Floats, weights: Floats | None) -> ErrorCurve:
+    last = _last_of_ties(scores)
+    weights = np.ones(len(scores)) if weights is None else weights
+    positive, negative = np.cumsum(weights * labels)[last], np.cumsum(weights * ~labels)[last]
+    return curve_of_counts(scores[last], np.diff(positive, prepend=0.0), np.diff(negative, prepend=0.0))
+
+
+def _last_of_ties(scores: Floats) -> Ints:
+    return np.append(np.flatnonzero(np.diff(scores)), len(scores) - 1) if len(scores) else np.empty(0, np.int64)
+
+
+def equal_error_rate(labels: Bools, scores: Floats, weights: Floats | None = None) -> EqualErrorRate:
+    """Equal error rate of accepting pairs by their score; arguments and errors as `error_curve`.
+
+    The point where the ROC curve, drawn with straight lines between distinct scores, meets the line on which both error
+    rates are equal: what the official code finds with scikit-learn's `roc_curve` and a root of its interpolation.
+    """
+    return equal_error_of(error_curve(labels, scores, weights))
+
+
+def equal_error_of(curve: ErrorCurve) -> EqualErrorRate:
+    """Equal error rate of a curve."""
+    gap = curve.false_rejection - curve.false_acceptance  # falls from 1 to -1
+    after = int(np.argmax(gap <= 0))
+    before = after - 1
+    share = gap[before] / (gap[before] - gap[after])
+    rate = curve.false_acceptance[before] + share * (curve.false_acceptance[after] - curve.false_acceptance[before])
+    upper = curve.threshold[before] if np.isfinite(curve.threshold[before]) else curve.threshold[after]
+    return EqualErrorRate(float(rate), float(upper + share * (curve.threshold[after] - upper)))
+
+
+# --- ranks ----------------------------------------------------------------------------------------------------------
+
+
+def normalised_rank(positive: Floats, distractors: Floats) -> Floats:
+    """Share of the candidates that are nearer to the query than its positive; 0 is best, 0.5 is chance.
+
+    `positive`: [q], similarity of each query to its positive. `distractors`: [q, n], to crops of other singers. The
+    official code counts the positive as a candidate, so the divisor is n + 1. It leaves ties to an unstable sort; here
+    a tied distractor counts half. Raises ValueError for NaN.
+    """
+    if np.isnan(positive).any() or np.isnan(distractors).any():
+        raise ValueError("similarities hold NaN")
+    nearer = (distractors > positive[:, np.newaxis]).sum(axis=1)
+    tied = (distractors == positive[:, np.newaxis]).sum(axis=1)
+    return np.asarray((nearer + tied / 2) / (distractors.shape[1] + 1))
+
+
+# --- bootstrap over singers -----------------------------------------------------------------------------------------
+
+
+def bootstrap_over_singers(
+    statistic: Callable[[Ints], float], n_singers: int, *, replicates: int = REPLICATES, seed: int = 0
+) -> Interval:
+    """Percentile interval of `statistic`, which is told how often each singer was drawn, int64 [n_singers].
+
+    Singers are what a data set samples, and crops of one singer are alike: drawing pairs anew would give intervals that
+    are far too narrow. Draws for which `statistic` raises ValueError (no pairs left) are left out.
+    """
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(replicates):
+        drawn = np.bincount(rng.integers(n_singers, size=n_singers), minlength=n_singers)
+        try:
+            values.append(statistic(drawn))
+        except ValueError:
+            continue
+    if not values:
+        return Interval(float("nan"), float("nan"))
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(low), float(high))
+
+
+def equal_error_interval(
+    labels: Bools, scores: Floats, singers: tuple[Ints, Ints], *, replicates: int = REPLICATES, seed: int = 0
+) -> Interval:
+    """Interval of the equal error rate over singers.
+
+    `singers`: of the first and the second crop of each pair, [n] each. A pair counts as often as its singer, or both
+    its singers, were drawn; two copies of one singer make no pair.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    labels, scores = labels[order], scores[order]
+    first, second = singers[0][order], singers[1][order]
+
+    def rate(drawn: Ints) -> float:
+        weights = drawn[first] * np.where(labels, 1, drawn[second])
+        return equal_error_of(_curve_of_sorted(labels, scores, weights.astype(float))).rate
+
+    return bootstrap_over_singers(rate, int(max(first.max(), second.max())) + 1, replicates=replicates, seed=seed)
+
+
+def mean_interval(values: Floats, singers: Ints, *, replicates: int = REPLICATES, seed: int = 0) -> Interval:
+    """Interval of the mean of `values` [n] over singers, `singers` [n] saying whose each value is."""
+    n_singers = int(singers.max()) + 1
+    sums, counts = np.bincount(singers, values, n_singers), np.bincount(singers, minlength=n_singers)
+
+    def mean(drawn: Ints) -> float:
+        if not drawn @ counts:
+            raise ValueError("no values")
+        return float(drawn @ sums / (drawn @ counts))
+
+    return bootstrap_over_singers(mean, n_singers, replicates=replicates, seed=seed)

@@ -1,0 +1,85 @@
+"""The table of an evaluation, as text, Markdown and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+
+from singerembed.evaluation.run import Evaluation, Measure, ModelResult
+
+HEADER = (
+    "model", "parameters", "rate", "dim", "poster", "EER %", "EER % of two recordings", "MNR %", "top-1 %", "top-5 %",
+)  # fmt: skip
+
+
+def table_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    """The cells of the table, a row a model, in the order of HEADER."""
+    return [_row(result) for result in evaluation.results]
+
+
+def _row(result: ModelResult) -> tuple[str, ...]:
+    facts = result.table.facts
+    return (
+        f"{facts.name} (layer {result.layer})" if result.layer_eer else facts.name,
+        "?" if facts.n_parameters is None else f"{facts.n_parameters / 1e6:.1f} M",
+        f"{facts.sample_rate / 1000:g} kHz",
+        f"{len(result.layer_eer)} x {result.dim}" if result.layer_eer else str(result.dim),
+        facts.poster or "-",
+        percent(result.eer),
+        percent(result.conditions["two recordings"]),
+        *(percent(measure) for measure in (result.mnr, result.top1, result.top5)),
+    )
+
+
+def percent(measure: Measure) -> str:
+    """A share as per cent, with its interval; a dash where there is none."""
+    if math.isnan(measure.value):
+        return "-"
+    text = f"{100 * measure.value:.1f}"
+    return text if math.isnan(measure.low) else f"{text} [{100 * measure.low:.1f}, {100 * measure.high:.1f}]"
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """The table for a terminal: model and figures in columns."""
+    rows = [HEADER, *table_rows(evaluation)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def as_markdown(evaluation: Evaluation) -> str:
+    """The table and all conditions for a document."""
+    lines = [_md(HEADER), _md(["---"] * len(HEADER)), *map(_md, table_rows(evaluation))]
+    names = list(evaluation.results[0].conditions)
+    lines += [
+        "",
+        "Equal error rate in per cent by condition:",
+        "",
+        _md(["model", *names]),
+        _md(["---"] * (len(names) + 1)),
+    ]
+    for result in evaluation.results:
+        lines.append(_md([result.table.facts.name, *(percent(result.conditions[name]) for name in names)]))
+    for result in evaluation.results:
+        if result.layer_eer:
+            layers = ", ".join(f"{layer}: {100 * rate:.1f}" for layer, rate in result.layer_eer.items())
+            lines += ["", f"{result.table.facts.name}, equal error rate by layer, chosen on these very pairs: {layers}"]
+    return "\n".join([*lines, *([""] if evaluation.notes else []), *(f"- {note}" for note in evaluation.notes), ""])
+
+
+def _md(cells: tuple[str, ...] | list[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
+def as_csv(evaluation: Evaluation) -> str:
+    """One line a figure: model, metric, value, low, high."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "layer", "metric", "value", "low", "high"])
+    for result in evaluation.results:
+        measures = {"eer": result.eer, "mnr": result.mnr, "top1": result.top1, "top5": result.top5}
+        measures |= {f"eer {name}": measure for name, measure in result.conditions.items()}
+        for name, measure in measures.items():
+            figures = ["" if math.isnan(v) else repr(v) for v in (measure.value, measure.low, measure.high)]
+            writer.writerow([result.table.facts.name, result.layer, name, *figures])
+    return out.getvalue()

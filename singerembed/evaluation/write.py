@@ -1,0 +1,53 @@
+"""Writes what an evaluation found: a folder of everything, or one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from singerembed import storage
+from singerembed.errors import OutputError
+from singerembed.evaluation.figures import save_figures
+from singerembed.evaluation.page import make_page
+from singerembed.evaluation.pairs import write_pair_file
+from singerembed.evaluation.run import Evaluation
+from singerembed.evaluation.table import as_csv, as_markdown
+from singerembed.evaluation.views import View, make_view
+
+COMPARED_POINTS = 1500  # of each model's map where several are compared: one takes 3 s
+
+
+def write_folder(evaluation: Evaluation, folder: str) -> None:
+    """Write evaluation.json, table.md, table.csv, pairs.txt, index.html and figures/ to `folder`.
+
+    Raises OutputError where it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"cannot make the folder {folder}: {exc.strerror}") from exc
+    root = Path(folder)
+    _publish(root / "evaluation.json", json.dumps(evaluation.to_dict(), indent=1, allow_nan=False))
+    _publish(root / "table.md", as_markdown(evaluation))
+    _publish(root / "table.csv", as_csv(evaluation))
+    write_pair_file(str(root / "pairs.txt"), evaluation.pairs, evaluation.crops.names)
+    views = [make_view(result, evaluation.crops, max_points=COMPARED_POINTS) for result in evaluation.results]
+    _publish(root / "index.html", make_page(evaluation, views, "Singer embeddings compared"))
+    save_figures(evaluation, views, str(root / "figures"))
+
+
+def write_page(evaluation: Evaluation, path: str) -> str:
+    """Write the page of one set of embeddings to `path`, its figures beside it; returns their folder."""
+    views: list[View] = [make_view(result, evaluation.crops) for result in evaluation.results]
+    _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
+    figures = str(Path(path).with_suffix("")) + "-figures"
+    save_figures(evaluation, views, figures)
+    return figures
+
+
+def _publish(path: Path, text: str) -> None:
+    try:
+        with storage.publishing(str(path)) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
