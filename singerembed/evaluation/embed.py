@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.audio import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit, open_recording
+from singerembed.audio import open_recording
 from singerembed.crops import CropPlan, read_crops
 from singerembed.errors import TrackError, UsageError
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Model, ModelFacts
 from singerembed.evaluation.data import Recording, StoredEmbeddings
 from singerembed.evaluation.metrics import Ints
+from singerembed.limits import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit
 from singerembed.mel import DEFAULT_SILENCE_DBFS
 
 CROP_SECONDS = 4.0  # as the paper evaluates
