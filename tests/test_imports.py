@@ -97,7 +97,8 @@ ALLOWED: dict[str, set[str]] = {
         "evaluation.baselines.voxceleb",
     },
     "evaluation.embed": {
-        "audio", "crops", "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.metrics", "limits", "mel",
+        "audio", "crops", "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.metrics", "limits",
+        "mel",
     },
     "evaluation.probe": {"evaluation.baselines.base", "evaluation.metrics"},
     "evaluation.geometry": {"evaluation.baselines.base", "evaluation.metrics"},
