@@ -53,11 +53,9 @@ class PartStore:
         self.done: set[int] = set()
 
     def __enter__(self) -> PartStore:
-        try:
+        with self._writing():
             storage.make_folder(self.folder)
             self._give_back = take_lock(self.folder, self.output)
-        except OSError as exc:
-            raise OutputError(f"cannot write to {self.folder}: {exc.strerror or exc}") from exc
         return self
 
     def __exit__(self, *_exc: object) -> None:
@@ -80,7 +78,7 @@ class PartStore:
                     f"Give another output, or --restart to throw {done:,} finished units away"
                 )
         else:
-            with storage.publishing(run_file) as temporary:
+            with self._writing(), storage.publishing(run_file) as temporary:
                 Path(temporary).write_text(json.dumps(identity, indent=1), encoding="utf-8")
         self.refresh()
         self.gather_suspects()
@@ -166,7 +164,17 @@ class PartStore:
 
     def journal(self, threads: int, shard: int) -> CrashJournal:
         """The journal of one process; of no use to the next run where the parts are not on this machine."""
-        return CrashJournal(None if storage.is_remote(self.folder) else self.folder, threads, shard)
+        with self._writing():
+            return CrashJournal(None if storage.is_remote(self.folder) else self.folder, threads, shard)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as exc:
+            raise OutputError(
+                f"cannot write to {self.folder}: {exc.strerror or exc}. Mend that and run the same command again"
+            ) from exc
 
     def remove(self) -> None:
         """Throw all parts away, keeping the lock."""

@@ -17,14 +17,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import soundfile
 from conftest import embed_lines
 
 from singerembed.audio import open_recording
+from singerembed.catalog import Track
+from singerembed.embedding import embed_track
+from singerembed.engine.load import load_engine
 from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError, UsageError
 from singerembed.options import RunOptions
+from singerembed.parquet import TrackRows
 from singerembed.pipeline import RunSummary, run
 
 # --- going on, and refusing to --------------------------------------------------------------------------------------
@@ -162,7 +168,7 @@ def test_kills_lose_nothing(
 def test_a_full_disk_keeps_what_is_done(
     finished: tuple[Path, RunSummary], library: Path, reference_engine: str, tmp_path: Path
 ) -> None:
-    """RLIMIT_FSIZE plays the full disk: first no part fits, then the parts fit but not the merged file."""
+    """RLIMIT_FSIZE plays the full disk: first not even run.json fits, then no part, then not the whole."""
     output = tmp_path / "o.parquet"
     arguments = ["run", str(library / "catalog.csv"), str(output), "--engine", reference_engine, "--unit-minutes", "8"]
 
@@ -174,11 +180,11 @@ def test_a_full_disk_keeps_what_is_done(
         command = [sys.executable, "-m", "singerembed", *arguments]
         return subprocess.run(command, capture_output=True, text=True, preexec_fn=limit, check=False)
 
-    for size, message in ((6_000, "while writing unit"), (70_000, "while writing")):
+    for size, message in ((5, "cannot write to"), (6_000, "while writing unit"), (70_000, "while writing")):
         result = limited(size)
         assert result.returncode == 1
         assert message in result.stderr
-        assert "are safe" in result.stderr
+        assert "run the same command again" in result.stderr
         assert "Traceback" not in result.stderr
         assert not output.exists()
         assert not list(Path(f"{output}.parts").glob("*.tmp"))
@@ -353,3 +359,34 @@ def test_a_read_only_output_folder(library: Path, reference_engine: str, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write to"):
         run(str(library / "catalog.csv"), str(tmp_path / "file" / "o.parquet"), engine=reference_engine)
+
+
+def test_a_recording_replaced_in_mid_read(
+    library: Path, reference_engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renamed over, the decoder goes on with the file it has open; cut in place, the track says so. The run goes on."""
+    engine = load_engine(reference_engine)
+    noise = (0.1 * np.random.default_rng(1).standard_normal(44_100 * 60)).astype(np.float32)
+
+    def embed_while(change: Callable[[Path], object]) -> TrackRows:
+        path = tmp_path / "a.wav"
+        soundfile.write(path, noise, 44_100)
+        calls = itertools.count()
+
+        def between_blocks() -> int:
+            if next(calls) == 1:
+                change(path)
+            return 0
+
+        return embed_track(Track(1, "a", str(path), str(path)), engine, RunOptions(), stop=between_blocks)
+
+    whole = embed_while(lambda _path: None)
+    other = Path(shutil.copy(library / "six.wav", tmp_path / "b.wav"))
+    replaced = embed_while(other.replace)
+    assert replaced.error is None
+    assert np.array_equal(replaced.embedding, whole.embedding)
+    cut = embed_while(lambda path: os.truncate(path, 3_000_000))
+    assert cut.error is not None
+    assert cut.error.code in {"truncated", "decode_failed"}
+    assert 0 < len(cut.embedding) < len(whole.embedding)
+    assert np.array_equal(cut.embedding, whole.embedding[: len(cut.embedding)])
