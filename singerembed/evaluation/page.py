@@ -34,7 +34,8 @@ pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem }
 _SCRIPT = """
 const figures = JSON.parse(document.getElementById('figures').textContent);
 // Plotly renders WebGL at twice the screen's pixels unless told otherwise; without a GPU that halves the frames.
-const options = {responsive: true, displaylogo: false, plotGlPixelRatio: window.devicePixelRatio, modeBarButtonsToRemove: ['sendChartToCloud']};
+const options = {responsive: true, displaylogo: false, plotGlPixelRatio: window.devicePixelRatio,
+  modeBarButtonsToRemove: ['sendChartToCloud']};
 const drawn = Object.entries(figures).map(([id, f]) => Plotly.newPlot(id, f.data, f.layout, options));
 Promise.all(drawn).then(() => { document.body.dataset.drawn = drawn.length; });
 const turning = {};
