@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from singerembed import storage
+from singerembed.console import count_or_all, note, verbosity, verbosity_options
 from singerembed.errors import SingerEmbedError, UsageError
+from singerembed.evaluation.commands import evaluate, report
 
 if TYPE_CHECKING:
     from singerembed.pipeline import RunSummary
@@ -32,7 +34,7 @@ class _Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as exc:
-            if _verbosity(ctx) > 0:
+            if verbosity(ctx) > 0:
                 traceback.print_exc()
             click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
             if isinstance(exc, SingerEmbedError):
@@ -43,31 +45,6 @@ class _Group(click.Group):
                 err=True,
             )
             ctx.exit(1)
-
-
-def _verbosity(ctx: click.Context) -> int:
-    return int(ctx.meta.get("singerembed.verbosity", 0))
-
-
-def _verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    def add(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
-        if value:
-            ctx.meta["singerembed.verbosity"] = 1 if parameter.name == "verbose" else -1
-
-    for name, help_text in (
-        ("--quiet/-q", "Print results and errors only."),
-        ("--verbose/-v", "Print tracebacks of errors."),
-    ):
-        long, short = name.split("/")
-        command = click.option(long, short, is_flag=True, expose_value=False, callback=add, help=help_text)(command)
-    return command
-
-
-def _note(what: str, text: str) -> None:
-    """One line on stderr: what it is about, and what there is to say."""
-    if _verbosity(click.get_current_context()) >= 0:
-        click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
-        click.echo(text, err=True)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -82,14 +59,6 @@ def cli() -> None:
 
 
 # --- run ------------------------------------------------------------------------------------------------------------
-
-
-def _count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int | None:
-    if value == "all":
-        return None
-    if value.isdecimal() and int(value) > 0:
-        return int(value)
-    raise click.BadParameter("give 'all' or a number of crops")
 
 
 def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
@@ -116,7 +85,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     "--crops",
     default="all",
     metavar="all|N",
-    callback=_count_or_all,
+    callback=count_or_all,
     show_default=True,
     help="All consecutive 4 s crops of a track, or N of them, evenly spaced and read by seeking.",
 )
@@ -194,7 +163,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
 @click.option("--log-json", metavar="FILE", help="Append a log to FILE: a JSON object a line, a report as the last.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
-@_verbosity_options
+@verbosity_options
 def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     """Embed every recording of CATALOG into the Parquet file OUTPUT.
 
@@ -227,11 +196,11 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         restart=values["restart"],
         retry_errors=values["retry_errors"],
     )
-    quiet = _verbosity(click.get_current_context()) < 0
+    quiet = verbosity(click.get_current_context()) < 0
     with (
         _quiet_libraries(),
         _stop_signals() as stop,
-        ProgressBar(_note, quiet=quiet) as progress,
+        ProgressBar(note, quiet=quiet) as progress,
         _log(values["log_json"]) as logs,
     ):
         summary = run_pipeline(
@@ -277,21 +246,21 @@ def _say_summary(summary: RunSummary, first_error: str) -> None:
     n_errors = counts.errors.total()
     what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
     if summary.already_done:
-        _note(
+        note(
             "done",
             f"{summary.output} was finished before, by the same command: {what}. --restart does it again",
         )
     else:
         rate = summary.embedded.crops / summary.seconds
         real_time = summary.embedded.audio_seconds / summary.seconds
-        _note(
+        note(
             "wrote",
             f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)",
         )
     if n_errors:
         example = f"      first: {first_error}" if first_error else ""
-        _note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
-        _note(
+        note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
+        note(
             "",
             f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"",
         )
@@ -300,7 +269,7 @@ def _say_summary(summary: RunSummary, first_error: str) -> None:
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Within the block, what C libraries print on their own to file descriptor 2 is dropped; Python's stderr stays."""
-    if _verbosity(click.get_current_context()) > 0:
+    if verbosity(click.get_current_context()) > 0:
         yield
         return
     sys.stderr.flush()
@@ -390,7 +359,7 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
 )
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON on stdout.")
-@_verbosity_options
+@verbosity_options
 def build_engine(
     checkpoint: str,
     output: str | None,
@@ -429,140 +398,13 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         version_compatible=version_compatible,
     )
-    build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=_note)
+    build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
     if as_json:
         click.echo(json.dumps(describe(target)))
 
 
-# --- evaluate, report -----------------------------------------------------------------------------------------------
-
-
-@cli.command()
-@click.argument("data")
-@click.option(
-    "--model",
-    "models",
-    multiple=True,
-    metavar="MODEL",
-    help="An engine file, a checkpoint, a baseline, or a transformers model; may be repeated.",
-)
-@click.option("-o", "--output", metavar="FOLDER", help="Write tables, the page and figures there.")
-@click.option("--singer-column", metavar="NAME", help="The catalogue's column of singers.  [default: singer]")
-@click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
-@click.option("--audio-root", metavar="FOLDER", help="What paths in a Parquet file count from.  [default: its folder]")
-@click.option("--pairs", metavar="FILE", help="Pairs as lines label,path1,path2, label 1 for one singer.")
-@click.option("--draw-pairs", type=click.IntRange(min=2), default=20_000, show_default=True, help="Otherwise draw N.")
-@click.option("--all-pairs", is_flag=True, help="Take all pairs of crops for the equal error rate.")
-@click.option(
-    "--condition",
-    "conditions",
-    multiple=True,
-    metavar="COLUMN",
-    help="Also rate pairs that share this column's value, and those that do not; may be repeated.",
-)
-@click.option(
-    "--crops", default="all", metavar="all|N", callback=_count_or_all, show_default=True, help="Crops of a recording."
-)
-@click.option(
-    "--silence-dbfs",
-    type=click.FloatRange(max=0),
-    default=-60.0,
-    show_default=True,
-    help="Crops whose peak is not above this are left out.",
-)
-@click.option("--no-identification", is_flag=True, help="Leave the linear probe out, which takes longest on much data.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that a transformers model brings with it.")
-@click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of an engine.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
-@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON on stdout.")
-@_verbosity_options
-def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json: bool, **values: Any) -> None:
-    """Compare models on the labelled recordings DATA.
-
-    DATA is a folder with a sub-folder for each singer, a catalogue with a singer column, or a Parquet file written by
-    run, whose embeddings are then compared too. A MODEL is an engine file, a checkpoint, an official method, a folder
-    or hub name of a transformers model (OWNER/NAME, OWNER/NAME@LAYER), or one of: shipped, untrained, mfcc, ge2e,
-    fast-resnet34, h-asp, wav2vec2-base, xlsr-53; the last four also as NAME=WEIGHTS. Needs the extra eval.
-
-    \b
-    singerembed evaluate singers/ --model byol.engine --model ge2e --model mfcc -o report/
-    """
-    from functools import partial
-
-    from singerembed.evaluation.baselines.load import ModelOptions, load_model
-    from singerembed.evaluation.data import read_labelled
-    from singerembed.evaluation.run import EvaluationOptions
-    from singerembed.evaluation.run import evaluate as compare
-    from singerembed.evaluation.table import as_text
-
-    options = EvaluationOptions(
-        crops=values["crops"],
-        pairs_file=values["pairs"],
-        n_pairs=values["draw_pairs"],
-        every_pair=values["all_pairs"],
-        conditions=values["conditions"],
-        silence_dbfs=values["silence_dbfs"],
-        identify=not values["no_identification"],
-        seed=values["seed"],
-    )
-    labelled = read_labelled(data, values["singer_column"], values["path_column"], values["audio_root"])
-    how = ModelOptions(workers=values["workers"], trust_remote_code=values["trust_remote_code"])
-    with _bar(len(labelled.recordings) * len(models), "recordings") as advance:
-        loaders = [partial(load_model, model, how) for model in models]
-        found = compare(labelled, loaders, options, say=_note, advance=advance)
-    if output is not None:
-        from singerembed.evaluation.write import write_folder
-
-        write_folder(found, output)
-        _note("wrote", f"{output}: table.md, table.csv, evaluation.json, pairs.txt, index.html, figures/")
-    click.echo(json.dumps(found.to_dict(), allow_nan=False) if as_json else as_text(found))
-
-
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[str], object]]:
-    """A progress bar on stderr, on a terminal only; what is yielded advances it by one and names what is at work."""
-    from tqdm import tqdm
-
-    quiet = _verbosity(click.get_current_context()) < 0 or not total
-    with tqdm(total=total, unit=f" {unit}", disable=True if quiet else None, leave=False) as bar:
-
-        def advance(name: str) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update()
-
-        yield advance
-
-
-@cli.command()
-@click.argument("parquet")
-@click.option("-o", "--output", required=True, metavar="FILE", help="The page to write; figures go beside it.")
-@click.option(
-    "--singer-column",
-    metavar="NAME",
-    help="The column of singers; track_id takes each recording for itself.  [default: singer]",
-)
-@click.option("--condition", "conditions", multiple=True, metavar="COLUMN", help="As in evaluate; may be repeated.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all that is drawn.")
-@_verbosity_options
-def report(parquet: str, output: str, singer_column: str | None, conditions: tuple[str, ...], seed: int) -> None:
-    """Draw what is in PARQUET, a file written by run, as one page that opens offline.
-
-    Average similarity between singers, a map of crops in three dimensions, cohesion and confusions of each singer,
-    error rates, and where the file comes from; each figure as PNG and SVG too. Needs the extra eval.
-
-    \b
-    singerembed report out.parquet -o report.html
-    """
-    from singerembed.evaluation.data import is_output, read_labelled
-    from singerembed.evaluation.run import EvaluationOptions
-    from singerembed.evaluation.run import evaluate as examine
-    from singerembed.evaluation.write import write_page
-
-    if not os.path.isfile(parquet) or not is_output(parquet):  # noqa: PTH113
-        raise UsageError(f"{parquet} is not a Parquet file written by singerembed run")
-    options = EvaluationOptions(conditions=conditions, seed=seed)
-    found = examine(read_labelled(parquet, singer_column), [], options, say=_note)
-    _note("wrote", f"{output}, {write_page(found, output)}/")
+cli.add_command(evaluate)
+cli.add_command(report)
 
 
 # --- inspect, doctor ------------------------------------------------------------------------------------------------
@@ -571,7 +413,7 @@ def report(parquet: str, output: str, singer_column: str | None, conditions: tup
 @cli.command()
 @click.argument("file")
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@_verbosity_options
+@verbosity_options
 def inspect(file: str, as_json: bool) -> None:
     """Say what FILE is, from what it was made, and how it was verified.
 
@@ -599,7 +441,7 @@ def _outline(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
-@_verbosity_options
+@verbosity_options
 def doctor(as_json: bool) -> None:
     """Say what this machine can do, and what to install for what it cannot."""
     from singerembed.doctor import examine

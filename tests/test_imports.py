@@ -76,6 +76,11 @@ ALLOWED: dict[str, set[str]] = {
     "runlog": {"catalog", "errors", "parquet", "spec", "storage"},
     "supervisor": set(),
     "describe": {"checkpoint", "engine.file", "errors", "parts", "previous", "storage"},
+    "console": set(),
+    "evaluation.commands": {
+        "console", "errors", "evaluation.baselines.load", "evaluation.data", "evaluation.run", "evaluation.table",
+        "evaluation.write",
+    },
     "doctor": {"errors", "mel", "units"},
     # Only `evaluate` and `report` of the command line import what follows.
     "evaluation": set(),

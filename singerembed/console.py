@@ -1,0 +1,45 @@
+"""What the commands share: how much they say, and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+def verbosity(ctx: click.Context) -> int:
+    """1 for --verbose, -1 for --quiet, else 0."""
+    return int(ctx.meta.get("singerembed.verbosity", 0))
+
+
+def verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command --quiet and --verbose."""
+
+    def add(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value:
+            ctx.meta["singerembed.verbosity"] = 1 if parameter.name == "verbose" else -1
+
+    for name, help_text in (
+        ("--quiet/-q", "Print results and errors only."),
+        ("--verbose/-v", "Print tracebacks of errors."),
+    ):
+        long, short = name.split("/")
+        command = click.option(long, short, is_flag=True, expose_value=False, callback=add, help=help_text)(command)
+    return command
+
+
+def note(what: str, text: str) -> None:
+    """One line on stderr: what it is about, and what there is to say."""
+    if verbosity(click.get_current_context()) >= 0:
+        click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
+        click.echo(text, err=True)
+
+
+def count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int | None:
+    """A number of crops; None for `all`."""
+    if value == "all":
+        return None
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter("give 'all' or a number of crops")
