@@ -196,6 +196,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         restart=values["restart"],
         retry_errors=values["retry_errors"],
     )
+    if options.restart:
+        _say_what_restarting_costs(output)
     quiet = verbosity(click.get_current_context()) < 0
     with (
         _quiet_libraries(),
@@ -228,6 +230,14 @@ def _log(path: str | None) -> Iterator[list[RunLog]]:
             log.finished(storage.scrubbed(str(exc)) or type(exc).__name__)
             raise
         log.finished("finished")
+
+
+def _say_what_restarting_costs(output: str) -> None:
+    from singerembed.parts import count_parts
+
+    units = count_parts(f"{output}.parts")
+    finished = f"; {output} is replaced when the run is through" if storage.exists(output) else ""
+    note("restart", f"{units:,} finished units in {output}.parts are thrown away{finished}")
 
 
 def _summary_fields(summary: RunSummary) -> dict[str, Any]:

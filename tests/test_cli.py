@@ -55,6 +55,18 @@ def test_run(catalog: Path, tmp_path: Path) -> None:
     assert "finished before" in again.stderr
 
 
+def test_restart_says_what_it_throws_away(catalog: Path, tmp_path: Path) -> None:
+    output = str(tmp_path / "o.parquet")
+    parts = Path(f"{output}.parts")
+    parts.mkdir()
+    (parts / "unit-000000.parquet").touch()
+    first = invoke("run", str(catalog), output, "--restart")
+    assert first.exit_code == 0
+    assert f"1 finished units in {parts} are thrown away\n" in first.stderr
+    second = invoke("run", str(catalog), output, "--restart")
+    assert f"0 finished units in {parts} are thrown away; {output} is replaced" in second.stderr
+
+
 def test_error_rows_exit_with_3_and_say_how_to_see_them(bad_catalog: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "o.parquet")
     result = invoke("run", str(bad_catalog), output, "--json")

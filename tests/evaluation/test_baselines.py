@@ -138,7 +138,7 @@ def test_a_published_file_loads(voice: Voice, weights: tuple[str, Path, dict[str
 def test_a_file_without_front_end_buffers_loads(weights: tuple[str, Path, dict[str, Any]]) -> None:
     name, path, content = weights
     torch.save({key: value for key, value in content.items() if "torchfb" not in key}, path)
-    load_model(f"{name}={path}")
+    assert load_model(f"{name}={path}") is not None
 
 
 def test_a_file_of_another_network_is_refused(weights: tuple[str, Path, dict[str, Any]]) -> None:
@@ -165,9 +165,10 @@ def test_a_url_is_fetched_once_into_the_cache(
     name, path, _ = weights
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     url = f"file://{path}"
-    load_model(f"{name}={url}")
+    assert load_model(f"{name}={url}") is not None
     path.unlink()
-    load_model(f"{name}={url}")
+    assert load_model(f"{name}={url}") is not None
+    assert list((tmp_path / "home").rglob("*")), "the cache is where TORCH_HOME says"
 
 
 @pytest.mark.parametrize("offline", ["1", ""])
