@@ -58,3 +58,7 @@ MNR_STANDARD_ERRORS = 4.0
 SHARE = 1e-12
 # The same crop through the same network by another way (alone or in a batch, another library): another order of sums.
 SAME_CROP_COSINE = 0.99999
+
+# Median distance of the sung pitch, measured with WORLD's own estimator, from the score's: half of what a trained ear
+# hears at its best (5 cents) would be too strict for frames at notes' ends; a semitone has 100.
+SUNG_CENTS = 10.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from training.data import PairData
 from training.methods import build_method
 from training.recordings import Recording, build_index, read_index, write_index
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
 
 
@@ -64,6 +67,7 @@ def train(config: TrainConfig, out: Path) -> None:
     if last.exists():
         _refuse_differences(config, last)
     out.mkdir(parents=True, exist_ok=True)
+    _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
@@ -77,6 +81,15 @@ def train(config: TrainConfig, out: Path) -> None:
     # The sampler starts at the checkpoint's step, which Lightning cannot know.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
     trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step. A step on a CPU spends a third of its time on new pages else."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_MMAP_MAX, 0)
+            mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:

@@ -1,4 +1,4 @@
-"""Turns the encoder's FP32 ONNX model into a strongly typed FP16 one. Needs onnx."""
+"""Halves the encoder's FP32 ONNX model: in arithmetic and storage, or in storage alone. Needs onnx."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from singerembed.errors import EngineError, MissingDependencyError
 
 _POOLING = "GlobalAveragePool"
+_LARGE = 1024  # numbers: smaller tensors are not worth a node
 
 
 def to_fp16(model: bytes) -> bytes:
@@ -18,11 +19,9 @@ def to_fp16(model: bytes) -> bytes:
     The tail is a few thousand numbers a crop, so that FP32 costs nothing there and the embedding is rounded once less.
     Raises EngineError for a weight beyond the range of FP16 and a model that is not the encoder's.
     """
-    try:
-        import onnx
-        from onnx import TensorProto, helper, numpy_helper
-    except ImportError as exc:
-        raise MissingDependencyError("building an FP16 engine", "onnx", "build") from exc
+    onnx = _require_onnx()
+    from onnx import TensorProto, helper
+
     proto = onnx.load_from_string(model)
     graph = proto.graph
     pools = [i for i, node in enumerate(graph.node) if node.op_type == _POOLING]
@@ -31,23 +30,13 @@ def to_fp16(model: bytes) -> bytes:
     head, tail = graph.node[: pools[-1]], graph.node[pools[-1] :]
     kept = {name for node in tail for name in node.input}
 
-    def halve(tensor: Any) -> None:
-        if tensor.data_type != TensorProto.FLOAT:
-            return
-        values = numpy_helper.to_array(tensor)
-        if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
-            raise EngineError(
-                f"weight {tensor.name} reaches {np.abs(values).max():g}, beyond FP16. Build with --precision fp32"
-            )
-        tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
-
     for tensor in graph.initializer:
         if tensor.name not in kept:
-            halve(tensor)
+            _halve(tensor)
     for node in head:
         for attribute in node.attribute:
             if attribute.HasField("t"):
-                halve(attribute.t)
+                _halve(attribute.t)
     graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     del graph.value_info[:]  # of FP32
     pooled = tail[0].input[0]
@@ -56,3 +45,43 @@ def to_fp16(model: bytes) -> bytes:
     graph.node.insert(pools[-1], cast)
     onnx.checker.check_model(proto, full_check=True)  # infers every type, so that a mixture is found here
     return bytes(proto.SerializeToString())
+
+
+def store_halved(model: bytes) -> bytes:
+    """The model with its weights rounded to FP16 in the file, and all arithmetic in FP32: half as many bytes.
+
+    A back end widens them when it loads the model. Raises EngineError for a weight beyond the range of FP16.
+    """
+    onnx = _require_onnx()
+    from onnx import TensorProto, helper
+
+    proto = onnx.load_from_string(model)
+    for tensor in proto.graph.initializer:
+        name = tensor.name
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= _LARGE:
+            _halve(tensor)
+            tensor.name = f"{name}_fp16"
+            proto.graph.node.insert(0, helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))
+    onnx.checker.check_model(proto, full_check=True)
+    return bytes(proto.SerializeToString())
+
+
+def _halve(tensor: Any) -> None:
+    from onnx import TensorProto, numpy_helper
+
+    if tensor.data_type != TensorProto.FLOAT:
+        return
+    values = numpy_helper.to_array(tensor)
+    if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+        raise EngineError(
+            f"weight {tensor.name} reaches {np.abs(values).max():g}, beyond FP16. Build with --precision fp32"
+        )
+    tensor.CopyFrom(numpy_helper.from_array(values.astype(np.float16), tensor.name))
+
+
+def _require_onnx() -> Any:
+    try:
+        import onnx
+    except ImportError as exc:
+        raise MissingDependencyError("building an FP16 engine", "onnx", "build") from exc
+    return onnx

@@ -1,0 +1,125 @@
+"""Builds the corpus of the bundled checkpoint, `free-voices`: many vocal tracts, made to sing, out of few free voices.
+
+    apt install $(python -m training.recipes.free_voices --packages)
+    python -m training.recipes.free_voices corpus --jobs 2
+
+writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and of speakers that are not in it `corpus/validation/` (to stop by) and
+`corpus/test/spoken/` and `corpus/test/sung/` (to report), all of them folders that `training.train` and
+`singerembed evaluate` take. Everything is a function of the seed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import soundfile
+from tqdm import tqdm
+
+from training.command import command
+from training.recipes.channel import through_channel
+from training.recipes.singing import Speech, Tract, analyse, draw_notes, draw_phrases, draw_tract, render
+from training.recipes.speakers import PACKAGES, SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_speech
+from training.synthetic import draw_singer, sing
+
+CLIP_SECONDS = 4.5  # a crop of the encoder has room in it
+# Speakers of several languages, both sexes and every kind of source, chosen before anything was trained.
+VALIDATION = ("klettres-de", "klettres-it", "klettres-uk", "ktuberling-ca", "asterisk-carlo", "festival-czech_ph")
+TEST = (
+    "klettres-en_GB", "klettres-hu", "klettres-he", "ktuberling-fr", "ktuberling-sl", "asterisk-june",
+    "festival-czech_dita", "flite-awb",
+)  # fmt: skip
+_HELD_OUT_TRACTS = 4  # the speaker's own, and so many less one
+_HELD_OUT_CLIPS = 6
+_SUNG = 0.65  # share of training clips on notes; the rest is running speech
+
+
+@command
+@click.argument("folder", type=click.Path(path_type=Path), required=False)
+@click.option("--packages", is_flag=True, help="Print the Debian packages that are needed, and end.")
+@click.option("--root", default="/", type=click.Path(path_type=Path), help="File system the packages lie in.")
+@click.option("--tracts", default=16, help="Identities made out of each training speaker.")
+@click.option("--clips", default=5, help="Of each identity.")
+@click.option("--synthetic", default=160, help="Synthetic singers (training.synthetic) to train on beside them.")
+@click.option("--seed", default=0, help="Of everything.")
+@click.option("--jobs", default=1, help="Processes.")
+def main(
+    folder: Path | None, packages: bool, root: Path, tracts: int, clips: int, synthetic: int, seed: int, jobs: int
+) -> None:
+    """Build the corpus of free voices in FOLDER."""
+    if packages or folder is None:
+        click.echo(" ".join(PACKAGES))
+        return
+    make = partial(_make_speaker, folder=folder, root=root, tracts=tracts, clips=clips, seed=seed)
+    synthesise = partial(_make_synthetic, folder=folder, clips=clips, seed=seed)
+    with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
+        each: Any = pool.imap_unordered if pool else map
+        for _ in tqdm(each(make, SPEAKERS), total=len(SPEAKERS), unit=" speakers", disable=None):
+            pass
+        for _ in tqdm(each(synthesise, range(synthetic)), total=synthetic, unit=" singers", disable=None):
+            pass
+    singers = len(list((folder / "train").iterdir()))
+    click.echo(f"wrote    {folder}: {singers} singers to train on")
+
+
+def _make_speaker(speaker: Speaker, *, folder: Path, root: Path, tracts: int, clips: int, seed: int) -> None:
+    number = SPEAKERS.index(speaker)
+    speech = analyse(*read_speech(speaker, root, np.random.default_rng((seed, number))))
+    if speaker.name in TEST:
+        _make_identities(speaker, speech, folder / "test" / "spoken", 1, _HELD_OUT_CLIPS, 0.0, (seed, number, 1))
+        _make_identities(
+            speaker, speech, folder / "test" / "sung", _HELD_OUT_TRACTS, _HELD_OUT_CLIPS, 1.0, (seed, number, 2)
+        )
+    elif speaker.name in VALIDATION:
+        _make_identities(
+            speaker, speech, folder / "validation", _HELD_OUT_TRACTS, _HELD_OUT_CLIPS, 1.0, (seed, number, 3)
+        )
+    else:
+        _make_identities(speaker, speech, folder / "train", tracts, clips, _SUNG, (seed, number, 4))
+
+
+def _make_identities(
+    speaker: Speaker, speech: Speech, folder: Path, tracts: int, clips: int, sung: float, seed: tuple[int, ...]
+) -> None:
+    """The first identity is the speaker's own tract."""
+    for number in range(tracts):
+        tract = draw_tract(speech, np.random.default_rng((*seed, number)), octaves=0.42 if number else 0.0)
+        home = folder / f"{speaker.name}-{number:02d}"
+        _write_clips(home, clips, partial(_voice, speech, tract, sung), (*seed, number))
+
+
+def _make_synthetic(number: int, *, folder: Path, clips: int, seed: int) -> None:
+    singer = draw_singer(np.random.default_rng((seed, number)))
+    home = folder / "train" / f"synthetic-{number:03d}"
+    _write_clips(home, clips, partial(sing, singer, CLIP_SECONDS), (seed, number, 5))
+
+
+def _write_clips(
+    home: Path, clips: int, voice: Callable[[np.random.Generator], Samples], seed: tuple[int, ...]
+) -> None:
+    """Write the clips that are not there yet, each through a channel of its own."""
+    home.mkdir(parents=True, exist_ok=True)
+    for clip in range(clips):
+        path = home / f"{clip}.flac"
+        if not path.exists():
+            rng = np.random.default_rng((*seed, clip))
+            pcm = through_channel(voice(rng), rng)
+            temporary = path.with_suffix(".part")
+            soundfile.write(temporary, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+            temporary.replace(path)
+
+
+def _voice(speech: Speech, tract: Tract, sung: float, rng: np.random.Generator) -> Samples:
+    draw = draw_notes if rng.random() < sung else draw_phrases
+    score = draw(speech, tract, CLIP_SECONDS, rng)
+    return render(speech, tract, score, effort_db=float(rng.normal(0, 1.5)))
+
+
+if __name__ == "__main__":
+    main()
