@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from singerembed.catalog import Track, printable
 from singerembed.parquet import Counts, TrackRows
-from singerembed.spec import ModelSpec
+from singerembed.spec import BUNDLED_NAME, ModelSpec
 from singerembed.storage import redacted
 
 _BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{desc} | {remaining} left"
@@ -40,8 +40,8 @@ class ProgressBar:
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
         """Say what runs, and draw an empty bar; the processes of several devices each say it."""
         advice = (
-            " - an untrained stand-in: build a real one with singerembed build-engine"
-            if spec.method == "untrained"
+            " - for production build one from the official weights: singerembed build-engine byol"
+            if spec.name == BUNDLED_NAME
             else ""
         )
         self._note("engine", f"{description}{advice}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 UNKNOWN_SHA256 = ""
+# The checkpoint of the engine that ships with the package: trained on voices under free licences (docs/model-card.md).
+BUNDLED_NAME = "free-voices"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tolerances import EMBEDDING_COSINE_FP16
 
 from singerembed.engine.file import read_engine_file
-from singerembed.engine.precision import to_fp16
+from singerembed.engine.precision import store_halved, to_fp16
 from singerembed.errors import EngineError
 from singerembed.spec import ModelSpec
 
@@ -72,6 +72,14 @@ def test_types_are_strong(fp32: bytes) -> None:
     assert [node.op_type for node in model.graph.node].count("Cast") == 1
     assert model.graph.input[0].type.tensor_type.elem_type == TensorProto.FLOAT16
     assert model.graph.output[0].type.tensor_type.elem_type == TensorProto.FLOAT
+
+
+def test_stored_in_half_the_size_and_run_in_fp32(fp32: bytes, log_mel: NDArray[np.float16], golden: Golden) -> None:
+    stored = store_halved(fp32)
+    assert len(stored) < 0.52 * len(fp32)
+    session = onnxruntime.InferenceSession(stored, providers=["CPUExecutionProvider"])
+    (embedding,) = session.run(["embedding"], {"log_mel": log_mel.astype(np.float32)})
+    assert cosine(embedding, golden.embedding) >= EMBEDDING_COSINE_FP16
 
 
 def test_a_weight_beyond_fp16_is_refused(fp32: bytes) -> None:

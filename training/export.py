@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from singerembed.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
-from singerembed.errors import OutputError
+from singerembed.errors import OutputError, UsageError
 from singerembed.mel import mel_basis
 from singerembed.spec import ModelSpec
 from training.command import command
@@ -23,7 +23,8 @@ from training.command import command
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["singerembed", "official"]), default="singerembed", help="Of TARGET.")
-def main(source: Path, target: Path, layout: str) -> None:
+@click.option("--half", is_flag=True, help="Round weights to FP16: half the size. Layout singerembed only.")
+def main(source: Path, target: Path, layout: str, half: bool) -> None:
     """Export the encoder of a training checkpoint SOURCE (runs/x/last.ckpt) to TARGET.
 
     Layout singerembed: one file with the encoder's weights, its spec and the facts of its training. Layout official: a
@@ -34,16 +35,28 @@ def main(source: Path, target: Path, layout: str) -> None:
     python -m training.export runs/byol/last.ckpt released/byol --layout official
     """
     if layout == "official":
+        if half:
+            raise UsageError("--half is for --layout singerembed; the official code expects FP32")
         export_official(load_checkpoint(str(source)), target)
     else:
-        export_own(load_checkpoint(str(source)), training_facts(source), target)
+        export_own(load_checkpoint(str(source)), training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
 
 
 def training_facts(source: Path) -> dict[str, Any]:
-    """Return what the Lightning checkpoint `source` says of its training, as JSON types."""
+    """Return what the Lightning checkpoint `source` says of its training, as JSON types.
+
+    Folders are named without what leads to them: that is nobody's business but the trainer's.
+    """
     content = torch.load(source, map_location="cpu", weights_only=True)
     config = content["hyper_parameters"]["config"]
+    for section, key in (
+        ("data", "source"),
+        ("data", "validation"),
+        ("data", "pitch_variants"),
+        ("model", "initialise"),
+    ):
+        config[section][key] = Path(config[section][key]).name
     return {
         "method": config["method"],
         "epoch": content["epoch"],
@@ -54,13 +67,19 @@ def training_facts(source: Path) -> dict[str, Any]:
     }
 
 
-def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path) -> None:
-    """Write the project's layout, which `singerembed.checkpoint` reads. Raises OutputError."""
+def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, half: bool = False) -> None:
+    """Write the project's layout, which `singerembed.checkpoint` reads. Raises OutputError.
+
+    `half` rounds the tensors of two and more dimensions to FP16; batch norm's statistics may lie beyond its range.
+    """
+    tensors = _dense(checkpoint.state_dict)
+    if half:
+        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
     content = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "spec": checkpoint.spec.to_dict(),
-        "state_dict": _dense(checkpoint.state_dict),
+        "state_dict": tensors,
         "training": facts,
     }
     target.parent.mkdir(parents=True, exist_ok=True)

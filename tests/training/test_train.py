@@ -152,6 +152,19 @@ def test_export_to_the_own_layout(short_run: Path, tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() for tensor in torch.load(target, weights_only=True)["state_dict"].values())
 
 
+def test_export_in_half_the_size_names_no_folder_of_the_machine(short_run: Path, tmp_path: Path) -> None:
+    source, target, whole = short_run / "last.ckpt", tmp_path / "half.pt", tmp_path / "whole.pt"
+    assert CliRunner().invoke(export.main, [str(source), str(target), "--half"]).exit_code == 0
+    assert CliRunner().invoke(export.main, [str(source), str(whole)]).exit_code == 0
+    assert target.stat().st_size < 0.55 * whole.stat().st_size
+    ours, theirs = load_checkpoint(str(target)), load_checkpoint(str(source))
+    for name, tensor in ours.state_dict.items():
+        torch.testing.assert_close(tensor, theirs.state_dict[name], rtol=2**-11, atol=2**-25)
+    assert str(Path(ours.facts["config"]["data"]["source"])) == Path(ours.facts["config"]["data"]["source"]).name
+    result = CliRunner().invoke(export.main, [str(source), str(tmp_path / "x"), "--layout", "official", "--half"])
+    assert result.exit_code == 2
+
+
 def test_export_to_the_official_layout(short_run: Path, tmp_path: Path) -> None:
     source, target = short_run / "last.ckpt", tmp_path / "byol"
     result = CliRunner().invoke(export.main, [str(source), str(target), "--layout", "official"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def main(
 
 def _make_speaker(speaker: Speaker, *, folder: Path, root: Path, tracts: int, clips: int, seed: int) -> None:
     number = SPEAKERS.index(speaker)
-    speech = analyse(*read_speech(speaker, root, np.random.default_rng((seed, number))))
+    speech = cache(lambda: analyse(*read_speech(speaker, root, np.random.default_rng((seed, number)))))
     if speaker.name in TEST:
         _make_identities(speaker, speech, folder / "test" / "spoken", 1, _HELD_OUT_CLIPS, 0.0, (seed, number, 1))
         _make_identities(
@@ -85,13 +85,21 @@ def _make_speaker(speaker: Speaker, *, folder: Path, root: Path, tracts: int, cl
 
 
 def _make_identities(
-    speaker: Speaker, speech: Speech, folder: Path, tracts: int, clips: int, sung: float, seed: tuple[int, ...]
+    speaker: Speaker,
+    speech: Callable[[], Speech],
+    folder: Path,
+    tracts: int,
+    clips: int,
+    sung: float,
+    seed: tuple[int, ...],
 ) -> None:
     """The first identity is the speaker's own tract."""
     for number in range(tracts):
-        tract = draw_tract(speech, np.random.default_rng((*seed, number)), octaves=0.42 if number else 0.0)
         home = folder / f"{speaker.name}-{number:02d}"
-        _write_clips(home, clips, partial(_voice, speech, tract, sung), (*seed, number))
+        if len(list(home.glob("*.flac"))) >= clips:
+            continue  # made by an earlier run
+        tract = draw_tract(speech(), np.random.default_rng((*seed, number)), octaves=0.42 if number else 0.0)
+        _write_clips(home, clips, partial(_voice, speech(), tract, sung), (*seed, number))
 
 
 def _make_synthetic(number: int, *, folder: Path, clips: int, seed: int) -> None:

@@ -28,8 +28,9 @@ Samples = NDArray[np.float64]
 
 # What synthetic voices say: article 1 of the Universal Declaration of Human Rights, and numbers.
 _TEXTS = {
-    "ca": "Tots els essers humans neixen lliures i iguals en dignitat i en drets. Son dotats de rao i de consciencia, i han "
-    "de comportar-se fraternalment els uns amb els altres. Un, dos, tres, quatre, cinc, sis, set, vuit, nou, deu.",
+    "ca": "Tots els essers humans neixen lliures i iguals en dignitat i en drets. Son dotats de rao i de consciencia, "
+    "i han de comportar-se fraternalment els uns amb els altres. Un, dos, tres, quatre, cinc, sis, set, vuit, nou, "
+    "deu.",
     "cs": "Vsichni lide rodi se svobodni a sobe rovni co do dustojnosti a prav. Jsou nadani rozumem a svedomim a maji "
     "spolu jednat v duchu bratrstvi. Jedna, dva, tri, ctyri, pet, sest, sedm, osm, devet, deset.",
     "en": "All human beings are born free and equal in dignity and rights. They are endowed with reason and conscience "
@@ -110,7 +111,9 @@ def read_speech(speaker: Speaker, root: Path, rng: np.random.Generator) -> tuple
     """
     if not speaker.folder:
         return _synthesised(speaker)
-    files = sorted(path for path in (root / speaker.folder).rglob("*") if path.suffix in {".wav", ".ogg", ".gsm"})
+    files = sorted(
+        path for path in (root / speaker.folder).rglob("*") if path.suffix in {".wav", ".ogg", ".opus", ".gsm"}
+    )
     pieces: list[Samples] = []
     rates: list[int] = []
     seconds = 0.0
