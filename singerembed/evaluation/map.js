@@ -1,8 +1,8 @@
 'use strict';
 
 // A 3-D scatter plot that turns smoothly without a GPU: every point is a small picture, copied into the pixels of a
-// 2-D canvas from far to near. A drawing call for each of 5000 points takes some eight times as long, and browsers no
-// longer promise WebGL where there is no GPU.
+// 2-D canvas from far to near. With thousands of points that is many times as fast as a drawing call for each, and
+// WebGL is nothing that browsers promise where there is no GPU.
 
 // The colours of Okabe and Ito, which the colour-blind tell apart, without yellow, which is lost on white; the last is
 // for points that stand back. Neighbours in the order of singers sound alike, and never share a colour.
@@ -39,7 +39,7 @@ class PointMap {
     this.context = this.canvas.getContext('2d', {alpha: false, willReadFrequently: true});  // in memory, not on a GPU
     this.tip = make(element, 'div', {className: 'tip', hidden: true});
     this.addLegend(make(element, 'div', {className: 'legend'}));
-    this.listen();
+    this.listen(this.canvas);
     this.resize();
     this.turn(!matchMedia('(prefers-reduced-motion: reduce)').matches);
   }
@@ -53,8 +53,7 @@ class PointMap {
     });
   }
 
-  listen() {
-    const canvas = this.canvas;
+  listen(canvas) {
     const on = (name, react) => canvas.addEventListener(name, react, {passive: false});
     on('pointerdown', event => {
       this.turn(false);
@@ -75,6 +74,7 @@ class PointMap {
       this.request();
     });
     on('wheel', event => {
+      if (this.zoom === 1 && event.deltaY > 0) return;  // nothing to zoom out of: the page scrolls
       event.preventDefault();
       this.turn(false);
       this.zoomBy(Math.exp(-0.002 * event.deltaY * (event.deltaMode ? 30 : 1)), event.offsetX, event.offsetY);
