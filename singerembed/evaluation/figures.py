@@ -70,7 +70,7 @@ def _heat_map(view: View) -> Any:
 def _map(view: View) -> Any:
     require("mpl_toolkits.mplot3d", "drawing figures", "matplotlib")
     figure, axes = _figure(5.0, 4.5, projection="3d")
-    axes.scatter(*view.points.T, c=view.point_colour, cmap="turbo", s=4, linewidths=0)
+    axes.scatter(*view.points.T, c=view.point_singer, cmap="turbo", s=4, linewidths=0)
     axes.set(xticklabels=[], yticklabels=[], zticklabels=[])
     axes.set_title(f"{view.model}: t-SNE, colour by singer", fontsize=9)
     return figure

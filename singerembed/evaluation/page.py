@@ -6,6 +6,7 @@ import html
 import json
 import math
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -27,42 +28,32 @@ th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e4e7
 th { border-bottom: 2px solid #8a939c } .wide { overflow-x: auto } .scroll { max-height: 24rem; overflow: auto }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
 .plot { height: 32rem; min-width: 0 } .note { color: #57606a } button { font: inherit; padding: .15rem .8rem }
+.map { position: relative; min-width: 0 } .map > button { position: absolute; right: 0 }
+.map canvas { display: block; width: 100%; height: 26rem; touch-action: none }
+.tip { position: absolute; left: 0; top: 0; max-width: 50%; background: #fff; border: 1px solid #8a939c;
+  padding: .1rem .5rem; font-size: .8rem; white-space: pre-line; overflow-wrap: anywhere; pointer-events: none }
+.legend { display: flex; flex-wrap: wrap; max-height: 6rem; overflow: auto }
+.legend button { border: 0; background: none; color: inherit; font-size: .8rem; padding: 0 .4rem; cursor: pointer }
+.legend [aria-pressed=true] { background: #e4e7eb; font-weight: bold }
 pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem }
 """
 
-# Draws what is in `figures`, and turns the maps; a drag stops the turning.
+# Draws what is in `figures` and `maps`; says on the body how many of them are there.
 _SCRIPT = """
-const figures = JSON.parse(document.getElementById('figures').textContent);
-// Plotly renders WebGL at twice the screen's pixels unless told otherwise; without a GPU that halves the frames.
-const options = {responsive: true, displaylogo: false, plotGlPixelRatio: window.devicePixelRatio,
-  modeBarButtonsToRemove: ['sendChartToCloud']};
-const drawn = Object.entries(figures).map(([id, f]) => Plotly.newPlot(id, f.data, f.layout, options));
-Promise.all(drawn).then(() => { document.body.dataset.drawn = drawn.length; });
-const turning = {};
-function turn(id, button) {
-  const plot = document.getElementById(id);
-  const stop = () => { cancelAnimationFrame(turning[id]); delete turning[id]; button.textContent = 'turn'; };
-  if (turning[id]) { stop(); return; }
-  button.textContent = 'stop';
-  plot.addEventListener('mousedown', () => turning[id] && stop(), {once: true});
-  const eye = plot._fullLayout.scene.camera.eye;
-  const radius = Math.hypot(eye.x, eye.y), height = eye.z;
-  let angle = Math.atan2(eye.y, eye.x);
-  const step = () => {
-    angle += 0.01;
-    const camera = {eye: {x: radius * Math.cos(angle), y: radius * Math.sin(angle), z: height}};
-    Plotly.relayout(plot, {'scene.camera': camera});
-    turning[id] = requestAnimationFrame(step);
-  };
-  turning[id] = requestAnimationFrame(step);
-}
+const read = id => Object.entries(JSON.parse(document.getElementById(id).textContent));
+const maps = Object.fromEntries(read('maps').map(([id, map]) => [id, new PointMap(document.getElementById(id), map)]));
+const options = {responsive: true, displaylogo: false};
+const drawn = read('figures').map(([id, f]) => Plotly.newPlot(id, f.data, f.layout, options));
+Promise.all(drawn).then(() => { document.body.dataset.drawn = drawn.length + Object.keys(maps).length; });
 """
 
 
 def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
     """The page as HTML; nothing in it is fetched from anywhere. Raises MissingDependencyError without plotly."""
     plotly_js = require("plotly.offline", "drawing the page", "plotly").get_plotlyjs()
+    map_js = (resources.files("singerembed.evaluation") / "map.js").read_text(encoding="utf-8")
     figures: dict[str, Any] = {}
+    maps: dict[str, Any] = {}
     body = [f"<h1>{html.escape(title)}</h1>", _summary(evaluation), _table(HEADER, table_rows(evaluation))]
     body.append(
         "<p class=note>In brackets: 95 % intervals over singers. EER: equal error rate of pairs of crops. MNR: mean "
@@ -77,7 +68,7 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
         figures["det"] = _det(evaluation)
         body += ["<h2>Detection error trade-off</h2>", '<div class=plot id="det"></div>']
     for i, (result, view) in enumerate(zip(evaluation.results, views, strict=True)):
-        body += _model_section(i, result, view, figures)
+        body += _model_section(i, result, view, figures, maps)
     body += ["<h2>Provenance</h2>", f"<pre>{html.escape(json.dumps(_provenance(evaluation), indent=1))}</pre>"]
     return "\n".join(
         [
@@ -87,7 +78,8 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
             f"<script>{plotly_js}</script></head><body>",
             *body,
             f'<script type="application/json" id="figures">{_json(figures)}</script>',
-            f"<script>{_SCRIPT}</script></body></html>",
+            f'<script type="application/json" id="maps">{_json(maps)}</script>',
+            f"<script>{map_js}{_SCRIPT}</script></body></html>",
         ]
     )
 
@@ -126,16 +118,17 @@ def _layers(evaluation: Evaluation) -> list[str]:
     return parts
 
 
-def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, Any]) -> list[str]:
+def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, Any], maps: dict[str, Any]) -> list[str]:
     figures[f"heat{i}"] = _heat_map(view)
-    figures[f"map{i}"] = _map(view)
+    maps[f"map{i}"] = _map(view)
     cut = f" of {view.n_singers}, those with most crops" if len(view.heat_names) < view.n_singers else ""
     section = [
         f"<h2>{html.escape(view.model)}</h2><p class=note>{html.escape(result.table.facts.description)}</p>",
         f"<div class=side><div><h3>Average similarity: {len(view.heat_names)} singers{cut}, 100 draws of two crops "
         f'each, ordered by clustering</h3><div class=plot id="heat{i}"></div></div>',
-        f"<div><h3>t-SNE: {len(view.points):,} of {view.n_crops:,} crops "
-        f'<button onclick="turn(\'map{i}\', this)">turn</button></h3><div class=plot id="map{i}"></div></div></div>',
+        f"<div><h3>t-SNE: {len(view.points):,} of {view.n_crops:,} crops</h3><div class=map id='map{i}'></div>"
+        "<p class=note>Drag or arrow keys turn it, the wheel zooms; click a singer or a point to bring one out.</p>"
+        "</div></div>",
     ]
     if result.histogram is not None:
         figures[f"scores{i}"] = _histogram(result)
@@ -188,21 +181,15 @@ def _heat_map(view: View) -> dict[str, Any]:
 
 
 def _map(view: View) -> dict[str, Any]:
-    x, y, z = (_rounded(column, 2) for column in view.points.T)
-    texts = [html.escape(name).replace("&lt;br&gt;", "<br>") for name in view.point_names]
-    trace = {
-        "type": "scatter3d", "mode": "markers", "x": x, "y": y, "z": z,
-        "text": texts, "hovertemplate": "%{text}<extra></extra>",
-        "marker": {"size": 3, "color": [_colour(i, len(view.heat_names)) for i in view.point_colour.tolist()]},
-    }  # fmt: skip
-    bare = {"showticklabels": False, "title": {"text": ""}}
-    scene = {"xaxis": bare, "yaxis": bare, "zaxis": bare, "camera": {"eye": {"x": 1.4, "y": 1.4, "z": 0.8}}}
-    return {"data": [trace], "layout": {"scene": scene, "margin": {"t": 0, "r": 0, "b": 0, "l": 0}}}
-
-
-def _colour(index: int, count: int) -> str:
-    """A hue for each singer, in the heat map's order; neighbours differ in lightness."""
-    return f"hsl({330 * index // max(1, count)},75%,{(42, 58)[index % 2]}%)"
+    """What PointMap of map.js takes: points in the unit ball."""
+    points = view.points - view.points.mean(axis=0)
+    points /= max(float(np.linalg.norm(points, axis=1).max()), 1e-9)
+    return {
+        "points": _rounded(points.ravel()),
+        "singer": view.point_singer.tolist(),
+        "singers": list(map(str, view.heat_names)),
+        "crops": view.point_names,
+    }
 
 
 def _histogram(result: ModelResult) -> dict[str, Any]:

@@ -32,8 +32,8 @@ class View:
     heat_names: list[str]
     n_singers: int  # of the data; more than in the heat map where that is cut
     points: NDArray[np.float32]  # [n, 3]
-    point_colour: Ints  # [n], the singer's place in the heat map's order
-    point_names: list[str]  # [n], singer and crop
+    point_singer: Ints  # [n], the singer's place in the heat map's order
+    point_names: list[str]  # [n], crops
     n_crops: int  # of the data
     cohesion: list[Cohesion]  # in the heat map's order; singers by number in `heat_names`
 
@@ -58,8 +58,8 @@ def make_view(result: ModelResult, crops: Crops, *, max_points: int = MAX_POINTS
         heat_names=names,
         n_singers=int((n_crops > 0).sum()),
         points=map_3d(result.unit[rows[some]], seed=seed),
-        point_colour=singer[some],
-        point_names=[f"{names[singer[i]]}<br>{crops.names[rows[i]]}" for i in some],
+        point_singer=singer[some],
+        point_names=[crops.names[rows[i]] for i in some],
         n_crops=len(crops.singer),
         cohesion=cohesion(similarity, confusions, singer, crops.recording[rows]),
     )

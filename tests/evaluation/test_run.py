@@ -287,14 +287,14 @@ def test_report_page(output: Path, tmp_path: Path) -> None:
         hover_on(driver, heat)
         hovered = driver.execute_script("return document.querySelector('#heat0 .hoverlayer').textContent")
         assert re.search(r"s\ds\d0\.\d+", hovered)
-        eye = "return document.getElementById('map0')._fullLayout.scene.camera.eye.x"
-        before = driver.execute_script(eye)
-        driver.execute_script("document.querySelector('button[onclick]').click()")
-        time.sleep(2)
-        assert driver.execute_script(eye) != before
-        names = driver.execute_script("return document.getElementById('map0').data[0].text")
-        assert len(names) == 30
-        assert names[0].startswith("s0<br>s0/0.wav@")
+        yaw = driver.execute_script("return maps.map0.yaw")
+        deadline = time.monotonic() + 60
+        while driver.execute_script("return maps.map0.yaw") == yaw:
+            assert time.monotonic() < deadline, "the map does not turn"
+            driver.execute_script("maps.map0.canvas.scrollIntoView({block: 'center'})")
+        assert driver.execute_script("return maps.map0.n") == 30
+        assert driver.execute_script("const m = maps.map0; return m.singers[m.singer[0]]") == "s0"
+        assert driver.execute_script("return maps.map0.crops[0]").startswith("s0/0.wav@")
 
 
 def test_report_wants_a_file_of_run(corpus: Path, output: Path, tmp_path: Path) -> None:
