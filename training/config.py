@@ -68,6 +68,9 @@ class AugmentConfig(Section):
     gain_db: tuple[float, float] = (-6.0, 0.0)
     mask_probability: Probability = 0.5
     mask_fraction: Annotated[float, Field(ge=0, lt=1)] = 1 / 8  # of the crop, at most
+    # Play both crops of a pair faster by one factor, up to this or its reciprocal: another vocal tract, another singer.
+    # Not the paper's; few singers to train on become many.
+    pair_speed: Annotated[float, Field(ge=1)] = 1.0
     # Further transforms of audiomentations, between pitch and noise: {transform: ITS NAME, and its arguments}.
     channel: tuple[dict[str, Any], ...] = ()
 

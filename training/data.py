@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import lightning
 import numpy as np
+import soxr
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -152,15 +153,22 @@ class PairDataset(Dataset[dict[str, Any]]):
     def _pair(self, group: int, rng: np.random.Generator) -> Samples:
         members = self.groups[group]
         chosen = rng.choice(members, 2, replace=len(members) == 1)
-        return np.stack([self._view(int(index), rng) for index in chosen])
+        fastest = self._config.augment.pair_speed
+        speed = float(fastest ** rng.uniform(-1, 1)) if fastest > 1 else 1.0
+        return np.stack([self._view(int(index), speed, rng) for index in chosen])
 
-    def _view(self, index: int, rng: np.random.Generator) -> Samples:
+    def _view(self, index: int, speed: float, rng: np.random.Generator) -> Samples:
         recording = self._recordings[index]
         path = recording.path
         variants = self._variants.get(index)
         if variants and rng.random() < self._config.augment.pitch_probability:
             path = variants[rng.integers(len(variants))]
-        pcm = draw_crop(recording, path, self._config.crop_samples, self._sample_rate, self._config, rng)
+        n_samples = self._config.crop_samples
+        n_read = round(n_samples * speed)
+        pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
+        if n_read != n_samples:
+            faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
+            pcm = np.pad(faster, (0, n_samples - len(faster)))
         return self._augment(pcm, rng)
 
 

@@ -293,3 +293,24 @@ def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None
         embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1])
     )
     assert repeated_and_unread == without
+def test_both_crops_of_a_pair_are_played_at_one_speed(tmp_path: Path) -> None:
+    for name in "abcd":
+        write(tmp_path / name / "x.wav", tone(3))
+    augment = {"pair_speed": 1.25, "noise_probability": 0.0, "mask_probability": 0.0}
+    config = small_config(tmp_path, augment=augment, data={"validation_fraction": 0, "crop_seconds": 1.0})
+    dataset, _ = pairs(config)
+
+    def pitch(pcm: NDArray[np.floating]) -> float:
+        return float(np.abs(np.fft.rfft(pcm * np.hanning(len(pcm)))).argmax())  # Hz: the crop lasts a second
+
+    speeds = []
+    for position in range(8):
+        one, other = dataset[PairKey(0, position, position % 4)]["clips"]
+        assert one.shape == (RATE,)
+        assert pitch(one) == pytest.approx(pitch(other), abs=1)
+        speeds.append(pitch(one) / 440)
+    assert min(speeds) >= 1 / 1.25 - 0.01
+    assert max(speeds) <= 1.25 + 0.01
+    assert np.std(speeds) > 0.05
+
+
