@@ -11,13 +11,16 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any, NamedTuple
+
+import pyarrow as pa
 
 from singerembed.catalog import Unit
 from singerembed.cluster_worker import ClusterJob, unpack
@@ -33,6 +36,7 @@ LOCAL = "local"  # the address of a cluster to be started here
 _OBJECT_STORE_BYTES = 256 << 20
 _CORES_A_WORKER = 8  # threads of one process share Python's lock
 _ORDERS_A_WORKER = 2  # one is embedded, and the next is there when its last tracks are
+_CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.2
 _STAFF_SECONDS = 1.0  # between looks at which nodes there are
 _START_SECONDS = 300.0  # after which a worker that does not answer is given up; on a busy cluster the next waits, too
@@ -88,8 +92,7 @@ class _Worker:
 
 class _Call(NamedTuple):
     worker: _Worker
-    order: Order | None  # None: its start
-    step: str  # "version", "start", "unit" or "trial"
+    order: Order | None  # None: it is asked for its version, or to start
 
 
 def embed_on_ray(
@@ -135,6 +138,7 @@ def _connected(address: str) -> Iterator[Any]:
     }
     handler = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         ray.init(
             address=address, log_to_driver=False, logging_level=logging.CRITICAL, **(own if address == LOCAL else {})
         )
@@ -150,6 +154,13 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nobody answers; Ray would try for two minutes, and then end the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
 
 
 def _worker_class() -> Any:
@@ -251,7 +262,7 @@ class _ClusterRun:
             scheduling_strategy=strategy,
         ).remote()
         worker = self._workers[slot] = _Worker(slot, actor, now)
-        self._calls[actor.version.remote()] = _Call(worker, None, "version")
+        self._calls[actor.version.remote()] = _Call(worker, None)
 
     def _end(self, worker: _Worker) -> None:
         if self._workers.get(worker.slot) is worker:
@@ -275,12 +286,13 @@ class _ClusterRun:
 
     def _give(self, worker: _Worker, order: Order) -> None:
         worker.orders.append(order)
+        # A slice of a table would take along all that it was cut from.
+        unit = replace(order.unit, extra=order.unit.extra.take(pa.array(range(len(order.unit.tracks)))))
         if order.trial is None:
-            ref = worker.actor.embed.remote(order.unit, order.positions, order.careful, order.alone)
-            self._calls[ref] = _Call(worker, order, "unit")
+            ref = worker.actor.embed.remote(unit, order.positions, order.careful, order.alone)
         else:
-            ref = worker.actor.attempt.remote(order.unit, order.positions[order.trial])
-            self._calls[ref] = _Call(worker, order, "trial")
+            ref = worker.actor.attempt.remote(unit, order.positions[order.trial])
+        self._calls[ref] = _Call(worker, order)
 
     def _collect(self) -> None:
         """Wait for a call to end, and see to all that have."""
@@ -304,14 +316,14 @@ class _ClusterRun:
 
     def _ended(self, call: _Call, value: Any) -> None:
         worker, order = call.worker, call.order
-        if call.step == "version":
+        if order is None and isinstance(value, str):
             if value != version("singerembed"):
                 found = f"singerembed {value}" if value else "no singerembed"
                 raise ClusterError(
                     f"the node {worker.slot.address} has {found}, and this machine has {version('singerembed')}. "
                     "Install the same on all of them"
                 )
-            self._calls[worker.actor.start.remote(self._job, worker.slot.cores)] = _Call(worker, None, "start")
+            self._calls[worker.actor.start.remote(self._job, worker.slot.cores)] = _Call(worker, None)
             return
         if order is None:
             worker.ready = True

@@ -78,8 +78,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "devices": {"catalog", "engine.load", "errors", "parquet", "parts", "spec", "units"},
     "pipeline": {
-        "catalog", "cluster", "cluster_worker", "devices", "engine.file", "engine.load", "errors", "options", "parquet", "parts", "previous",
-        "storage", "units",
+        "catalog", "cluster", "cluster_worker", "devices", "engine.file", "engine.load", "errors", "options",
+        "parquet", "parts", "previous", "storage", "units",
     },
     "progress": {"catalog", "parquet", "spec", "storage"},
     "runlog": {"catalog", "errors", "parquet", "spec", "storage"},
