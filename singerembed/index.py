@@ -1,11 +1,10 @@
-"""What each unit of an output comes to, as columns: 60 bytes a unit, where a thousand units are a day of music."""
+"""What each unit of an output comes to, as columns: some 60 bytes a unit."""
 
 from __future__ import annotations
 
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -58,11 +57,6 @@ class UnitIndex:
     def counts(self, unit: int) -> Counts:
         """What one unit comes to."""
         return _counts(self.table.slice(unit, 1).to_pylist()[0])
-
-    def all_counts(self) -> Iterator[Counts]:
-        """What each unit comes to, in order."""
-        for batch in self.table.to_batches(max_chunksize=_BATCH):
-            yield from map(_counts, batch.to_pylist())
 
     def encode(self) -> bytes:
         """The index as text, for a file's metadata."""

@@ -95,7 +95,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": set(),
     "evaluation.metrics": set(),
     "evaluation.pairs": {"errors", "evaluation.metrics"},
-    "evaluation.data": {"catalog", "errors", "parquet", "storage"},
+    "evaluation.data": {"catalog", "dataset", "errors", "parquet", "storage"},
     "evaluation.baselines": set(),
     "evaluation.baselines.base": {"errors"},
     "evaluation.baselines.mfcc": {"evaluation.baselines.base", "mel", "spec"},
