@@ -122,38 +122,53 @@ def embed_on_ray(
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
     """Ray, connected to the cluster at `address`, or to the one that this process is connected to already."""
-    before = {name: os.environ.get(name) for name in _RAY_ENVIRONMENT}
-    os.environ.update(_RAY_ENVIRONMENT)
+    with _environment(_RAY_ENVIRONMENT):
+        try:
+            import ray
+        except ImportError as exc:
+            raise MissingDependencyError("--ray", "ray", "ray") from exc
+        own = not ray.is_initialized()
+        if own:
+            _connect(ray, address)
     try:
-        import ray
-    except ImportError as exc:
-        raise MissingDependencyError("--ray", "ray", "ray") from exc
-    if ray.is_initialized():
         yield ray
-        return
-    own: dict[str, Any] = {
+    finally:
+        if own:
+            ray.shutdown()
+            ray._private.worker._worker_logs_enabled = True
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _connect(ray: Any, address: str) -> None:
+    """Connect to the cluster at `address`, or start one. Raises ClusterError."""
+    local = {
         "num_cpus": available_cores(),
         "include_dashboard": False,
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
     handler = signal.getsignal(signal.SIGTERM)
+    # Ray prints what befalls workers to stdout, whatever the log level; 2.60 has no other switch than its debugger's.
+    ray._private.worker._worker_logs_enabled = False
     try:
         _knock(address)
-        ray.init(
-            address=address, log_to_driver=False, logging_level=logging.CRITICAL, **(own if address == LOCAL else {})
-        )
+        quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+        ray.init(address=address, **quiet, **(local if address == LOCAL else {}))
     except Exception as exc:
         what = "start Ray here" if address == LOCAL else f"reach the Ray cluster at {address}"
         raise ClusterError(f"cannot {what}: {exc}") from exc
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)  # Ray takes it
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _knock(address: str) -> None:

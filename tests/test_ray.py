@@ -121,10 +121,11 @@ def expected(music: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     return pq.read_table(output)
 
 
-def worker_processes() -> list[int]:
+def worker_processes(cluster: Any) -> list[int]:
     """The processes in which units are embedded."""
-    found = subprocess.run(["pgrep", "-f", "^ray::Worker"], capture_output=True, text=True, check=False)
-    return [int(line) for line in found.stdout.split()]
+    raylets = ",".join(str(node.all_processes["raylet"][0].process.pid) for node in cluster.nodes)
+    command = ["pgrep", "-P", raylets, "-f", "^ray::Worker"]
+    return [int(line) for line in subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()]
 
 
 # --- where workers go -----------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def test_killed_workers_and_a_killed_node_cost_nothing(
 
     def kill(published: int) -> None:
         if published == 2:
-            os.kill(worker_processes()[0], signal.SIGKILL)
+            os.kill(worker_processes(cluster)[0], signal.SIGKILL)
             killed.append("worker")
         if published == 6:
             lost = cluster.nodes.pop()
@@ -249,12 +250,19 @@ def test_recordings_that_kill_become_error_rows(cluster: Any, music: Path, tmp_p
     catalog, output = tmp_path / "c.csv", tmp_path / "o.parquet"
     names = ["0", "crash", "1", "2", "3", "killer", "4", "5"]
     catalog.write_text("path\n" + "".join(f"{music}/{name}.wav\n" for name in names), encoding="utf-8")
-    summary = run(str(catalog), str(output), options=options(cluster))
-    assert summary.counts.errors == {"decoder_crashed": 1, "worker_died": 1}
+    command = [
+        sys.executable, "-m", "singerembed", "run", str(catalog), str(output), "--unit-minutes", "8",
+        f"--ray={cluster.address}", "--json",
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 3
+    assert [line.split()[0] for line in result.stderr.splitlines()] == ["engine", "wrote", "errors", "see"]
+    counts = json.loads(result.stdout)
+    assert counts["errors"] == {"decoder_crashed": 1, "worker_died": 1}
     rows = {Path(row["path"]).stem: row for row in pq.read_table(output).to_pylist() if row["status"] == "error"}
     assert rows["crash"]["error_code"] == "decoder_crashed"
     assert rows["killer"]["error"] == "3 worker processes died while they embedded nothing but this"
-    assert summary.counts.crops == 6 * SECONDS // 4
+    assert counts["crops"] == 6 * SECONDS // 4
 
 
 def test_a_killed_driver_leaves_nobody_behind(cluster: Any, music: Path, expected: Any, tmp_path: Path) -> None:
@@ -268,7 +276,7 @@ def test_a_killed_driver_leaves_nobody_behind(cluster: Any, music: Path, expecte
     wait_for(lambda: list(parts.glob("unit-*")))
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not worker_processes())
+    wait_for(lambda: not worker_processes(cluster))
     done = sorted(parts.glob("unit-*"))
     result = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert result.returncode == 3, result.stderr
