@@ -19,7 +19,7 @@ DEATHS_BEFORE_TRIALS = 3
 DEATHS_OF_A_TRACK = 3
 
 
-@dataclass
+@dataclass(eq=False)
 class Order:
     """A unit on its way: to be embedded and published, or, in a trial, one of its tracks to be tried."""
 
