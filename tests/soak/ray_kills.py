@@ -77,7 +77,7 @@ def main() -> None:
         cluster = Cluster()
         end = time.monotonic() + 60 * arguments.minutes
         outputs = 0
-        while time.monotonic() < end or counts["nodes"] < 3 or counts["drivers"] < 3:
+        while time.monotonic() < end:
             output = folder / f"{outputs}.parquet"
             ended = False
             while not ended:
@@ -96,6 +96,7 @@ def main() -> None:
             assert json.loads(said)["errors"] == {"not_found": arguments.repeats}
             outputs += 1
             output.unlink()
+            print(dict(counts), flush=True)
         cluster.shutdown()
         leftovers = [p.name for p in folder.iterdir() if p.name not in {"catalog.csv", "undisturbed.parquet"}]
         assert not leftovers, leftovers
