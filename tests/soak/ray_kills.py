@@ -8,6 +8,7 @@ of a local run that nobody disturbs.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -50,7 +51,9 @@ class Cluster:
         """SIGKILL to a node's processes; another joins."""
         lost = self._nodes.pop(rng.randrange(len(self._nodes)))
         self._cluster.remove_node(lost, allow_graceful=False)
-        self._nodes.append(self._cluster.add_node(num_cpus=1, **_SMALL))
+        while len(self._nodes) < _NODES:
+            with contextlib.suppress(Exception):  # a busy machine does not always get one up in Ray's time
+                self._nodes.append(self._cluster.add_node(num_cpus=1, **_SMALL))
 
     def shutdown(self) -> None:
         self._cluster.shutdown()
