@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -70,6 +71,14 @@ def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tu
     return tuple(map(int, devices))
 
 
+def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None or value in {"local", "auto"} or re.fullmatch(r"(ray://)?[^/:]+:\d+|(ray://)?\[.+\]:\d+", value):
+        return value
+    raise click.BadParameter(
+        f"{value!r} is no address: give auto, HOST:PORT, ray://HOST:PORT, or nothing, as the last word"
+    )
+
+
 def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
     pairs = dict(value.partition("=")[::2] for value in values)
     if not all(pairs) or not all(pairs.values()):
@@ -126,7 +135,9 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     help="Store the catalogue's column OLD as NEW; may be repeated.",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Threads that decode and embed.  [default: the cores of this process]"
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that decode and embed; with --ray, of each worker process.  [default: the cores; up to 8 with --ray]",
 )
 @click.option(
     "--devices",
@@ -136,6 +147,16 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     show_default=True,
     help="GPUs to run on, a process each, for an engine that runs on them.",
 )
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    callback=_address,
+    help="Run on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without an address, on one started here. Behind "
+    "OUTPUT, or as --ray=ADDRESS.",
+)
+@click.option("--partitioned", is_flag=True, help="Write OUTPUT as a folder of Parquet files, one a unit.")
 @click.option(
     "--unit-minutes",
     type=click.FloatRange(min=0, min_open=True),
@@ -165,7 +186,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @verbosity_options
 def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
-    """Embed every recording of CATALOG into the Parquet file OUTPUT.
+    """Embed every recording of CATALOG into OUTPUT, a Parquet file or, with --partitioned, a folder of them.
 
     CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
     "end" (seconds); its other columns are passed through. Relative paths count from the catalogue's folder. A run that
@@ -175,6 +196,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
 
     \b
     singerembed run library.csv library.parquet --engine byol.engine
+    singerembed run s3://music/all.parquet s3://music/embedded --partitioned --ray auto
     """
     from singerembed.catalog import Columns
     from singerembed.options import RunOptions
@@ -192,12 +214,14 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         track_timeout_seconds=values["track_timeout"],
         workers=values["workers"],
         devices=values["devices"],
+        ray=values["ray"],
+        partitioned=values["partitioned"],
         retries=values["retries"],
         restart=values["restart"],
         retry_errors=values["retry_errors"],
     )
     if options.restart:
-        _say_what_restarting_costs(output)
+        _say_what_restarting_costs(output.rstrip("/"), partitioned=options.partitioned)
     quiet = verbosity(click.get_current_context()) < 0
     with (
         _quiet_libraries(),
@@ -210,7 +234,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         )
     if as_json:
         click.echo(json.dumps(_summary_fields(summary)))
-    _say_summary(summary, progress.first_error)
+    files = f"{summary.output}/*.parquet" if options.partitioned else summary.output
+    _say_summary(summary, progress.first_error, files)
     if summary.counts.errors:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
 
@@ -232,12 +257,12 @@ def _log(path: str | None) -> Iterator[list[RunLog]]:
         log.finished("finished")
 
 
-def _say_what_restarting_costs(output: str) -> None:
+def _say_what_restarting_costs(output: str, *, partitioned: bool) -> None:
     from singerembed.parts import count_parts
 
-    units = count_parts(f"{output}.parts")
-    finished = f"; {output} is replaced when the run is through" if storage.exists(output) else ""
-    note("restart", f"{units:,} finished units in {output}.parts are thrown away{finished}")
+    finished = f"; {output} is replaced when the run is through" if storage.exists(output) and not partitioned else ""
+    where = output if partitioned else f"{output}.parts"
+    note("restart", f"{count_parts(output):,} finished units in {where} are thrown away{finished}")
 
 
 def _summary_fields(summary: RunSummary) -> dict[str, Any]:
@@ -251,7 +276,7 @@ def _summary_fields(summary: RunSummary) -> dict[str, Any]:
     }
 
 
-def _say_summary(summary: RunSummary, first_error: str) -> None:
+def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
     counts = summary.counts
     n_errors = counts.errors.total()
     what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
@@ -272,7 +297,7 @@ def _say_summary(summary: RunSummary, first_error: str) -> None:
         note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
         note(
             "",
-            f"see them:  duckdb -c \"select path, error_code, error from '{summary.output}' where status = 'error'\"",
+            f"see them:  duckdb -c \"select path, error_code, error from '{files}' where status = 'error'\"",
         )
 
 
@@ -427,7 +452,7 @@ cli.add_command(report)
 def inspect(file: str, as_json: bool) -> None:
     """Say what FILE is, from what it was made, and how it was verified.
 
-    FILE is an engine, a checkpoint, a Parquet file written by run, or the .parts folder of an unfinished run.
+    FILE is an engine, a checkpoint, what run has written, or the .parts folder of an unfinished run.
     """
     from singerembed.describe import describe
 

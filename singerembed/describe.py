@@ -1,4 +1,4 @@
-"""Says what a file is: an engine, a checkpoint, a Parquet output, or a folder of parts."""
+"""Says what a file is: an engine, a checkpoint, an output, or the parts of an unfinished one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from singerembed import storage
+from singerembed import dataset, storage
 from singerembed.engine.file import MAGIC, is_engine, read_engine_file
 from singerembed.errors import UsageError
 from singerembed.parts import count_parts
@@ -22,7 +22,9 @@ def describe(path: str) -> dict[str, Any]:
     Raises UsageError if it is nothing that singerembed knows, and the errors of the file's own reader.
     """
     if not storage.is_remote(path) and Path(path).is_dir():
-        return _parts(path) if (Path(path) / "run.json").exists() else _checkpoint(path)
+        if (Path(path) / "run.json").exists():
+            return _parts(path)
+        return _output(path, partitioned=True) if dataset.is_partitioned(path) else _checkpoint(path)
     try:
         with storage.open_input(path) as file:
             start = file.read(len(MAGIC))
@@ -31,7 +33,7 @@ def describe(path: str) -> dict[str, Any]:
     if is_engine(start):
         return _engine(path)
     if start.startswith(_PARQUET_MAGIC):
-        return _output(path)
+        return _output(path, partitioned=False)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return _checkpoint(path)
     raise UsageError(f"{path} is neither an engine, a checkpoint, a Parquet file nor a parts folder")
@@ -62,11 +64,16 @@ def _checkpoint(path: str) -> dict[str, Any]:
     }
 
 
-def _output(path: str) -> dict[str, Any]:
-    with closing(PreviousOutput(path)) as output:
-        return {"kind": "output", "counts": output.counts.to_dict(), **output.metadata}
+def _output(path: str, *, partitioned: bool) -> dict[str, Any]:
+    kind = "partitioned output" if partitioned else "output"
+    with closing(PreviousOutput(path, partitioned=partitioned)) as output:
+        return {"kind": kind, "counts": output.counts.to_dict(), **output.metadata}
 
 
 def _parts(path: str) -> dict[str, Any]:
     identity = json.loads((Path(path) / "run.json").read_text(encoding="utf-8"))
-    return {"kind": "parts of an unfinished run", "units_done": count_parts(path), **identity}
+    return {
+        "kind": "parts of an unfinished run",
+        "units_done": count_parts(path.rstrip("/").removesuffix(".parts")),
+        **identity,
+    }

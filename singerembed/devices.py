@@ -88,8 +88,7 @@ def embed_on_devices(
     if relay.failure:
         raise relay.failure
     if stopping.value:
-        done = f"{len(parts.done):,} units are done"
-        raise InterruptedRun(f"stopped; {done}. The same command goes on from here", stopping.value)
+        raise parts.interrupted(stopping.value)
     return relay.embedded
 
 
@@ -97,7 +96,12 @@ def _work(job: Job, events: Any, stopping: Any, total_tracks: int) -> None:
     """The life of one process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     try:
-        runner = UnitRunner(job, PartStore.of_parent(job.output), [_Sender(events)], lambda: int(stopping.value))
+        runner = UnitRunner(
+            job,
+            PartStore.of_parent(job.output, partitioned=job.partitioned),
+            [_Sender(events)],
+            lambda: int(stopping.value),
+        )
         runner.embed_all(total_tracks)
     except InterruptedRun:
         pass
@@ -121,8 +125,8 @@ class _Sender:
     def resumed(self, units: int) -> None:
         self._events.put(("resumed", units))
 
-    def skipped(self, counts: Counts) -> None:
-        self._events.put(("skipped", counts))
+    def skipped(self, tracks: int) -> None:
+        self._events.put(("skipped", tracks))
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         self._events.put(("embedded", track, replace(rows, embedding=rows.embedding[:0].copy())))

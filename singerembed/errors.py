@@ -7,6 +7,7 @@ SingerEmbedError                a person has to act: the CLI prints one line and
 ├── CheckpointError             a checkpoint is damaged, malicious, or not this model
 ├── EngineError                 an engine file is damaged or foreign, or the back end failed
 ├── OutputError                 the output cannot be written, or holds something else
+├── ClusterError                a Ray cluster cannot be reached, or its nodes cannot do the work
 └── InterruptedRun              a signal stopped the run (exit 128 + signal)
 
 TrackError                      one recording cannot be embedded: it becomes a row, never the end of a run
@@ -62,6 +63,10 @@ class EngineError(SingerEmbedError):
 
 class OutputError(SingerEmbedError):
     """The output cannot be written, or belongs to another run."""
+
+
+class ClusterError(SingerEmbedError):
+    """A Ray cluster cannot be reached, or its nodes cannot do the work."""
 
 
 class InterruptedRun(SingerEmbedError):

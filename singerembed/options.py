@@ -9,12 +9,21 @@ from singerembed.catalog import DEFAULT_UNIT_MINUTES, Columns
 from singerembed.limits import DEFAULT_TRACK_TIMEOUT_SECONDS
 from singerembed.mel import DEFAULT_SILENCE_DBFS
 
-_INDECISIVE = {"track_timeout_seconds", "retries", "workers", "devices", "restart", "retry_errors"}
+_INDECISIVE = {
+    "track_timeout_seconds",
+    "retries",
+    "workers",
+    "devices",
+    "ray",
+    "partitioned",
+    "restart",
+    "retry_errors",
+}
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run may be told. All but the last six decide the rows, and have to stay the same when a run goes on."""
+    """What a run may be told. All but the last eight decide the rows, and have to stay the same when a run goes on."""
 
     crops: int | None = None  # None: all consecutive crops; otherwise this many of them a track, evenly spaced
     hop_seconds: float | None = None  # None: the crop's length
@@ -25,8 +34,10 @@ class RunOptions:
     unit_minutes: float = DEFAULT_UNIT_MINUTES  # of audio
     track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS
     retries: int = 2  # how often a file system's passing trouble is waited out, for each recording
-    workers: int | None = None  # None: the cores this process may use
+    workers: int | None = None  # threads a process; None: the cores it may use
     devices: tuple[int, ...] | None = None  # CUDA devices, for an engine that runs on them; None: all
+    ray: str | None = None  # Ray cluster to run on: "local", "auto", host:port or ray://host:port; None: this machine
+    partitioned: bool = False  # the output is a folder of part files
     restart: bool = False
     retry_errors: bool = False
 

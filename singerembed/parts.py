@@ -1,14 +1,15 @@
-"""The folder of part files beside an output: what is done, what belongs together, and the merge into one file.
+"""The part files of an output: what is done, what belongs together, and the merge into one file.
 
 `out.parquet.parts/` holds `run.json` (what the run was asked for), `lock`, and `unit-000123.parquet` for each unit that
-is done. A part appears under its name when it is whole, so a listing is the state of the run.
+is done. A part appears under its name when it is whole, so a listing is the state of the run. The parts of a
+partitioned output lie where they belong from the start; only those of retried units wait beside it.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,25 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from singerembed import storage
-from singerembed.errors import OutputError
+from singerembed import dataset, storage
+from singerembed.errors import InterruptedRun, OutputError
+from singerembed.index import UnitIndex
 from singerembed.journal import CrashJournal, gather_suspects
 from singerembed.lock import take_lock
-from singerembed.parquet import COUNTS_KEY, METADATA_KEY, UNITS_KEY, Counts, PartWriter, writer_options
+from singerembed.parquet import (
+    COUNTS_KEY,
+    METADATA_KEY,
+    ROW_GROUP_ROWS,
+    UNITS_KEY,
+    Counts,
+    PartWriter,
+    writer_options,
+)
 from singerembed.previous import PreviousOutput, counts_of
 
-_UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
 _RUN_FILE = "run.json"
+_FOOTERS_AT_ONCE = 16  # requests to an object store take their time
+_FOOTERS_A_TURN = 1024
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -46,9 +57,12 @@ def _short(value: Any) -> str:
 class PartStore:
     """The parts of one output. Use as a context manager: it holds the lock."""
 
-    def __init__(self, output: str) -> None:
+    def __init__(self, output: str, *, partitioned: bool = False) -> None:
+        """`partitioned`: the output is the folder of parts itself."""
         self.output = output
         self.folder = f"{output}.parts"
+        self._partitioned = partitioned
+        self._units_folder = output if partitioned else self.folder
         self._give_back: Callable[[], None] = lambda: None
         self.done: set[int] = set()
 
@@ -61,39 +75,58 @@ class PartStore:
     def __exit__(self, *_exc: object) -> None:
         self._give_back()
 
-    def open(self, identity: dict[str, Any]) -> None:
+    def open(self, identity: dict[str, Any], *, retrying: bool = False) -> None:
         """Adopt the parts that are there, or start afresh.
 
         `identity`: JSON of everything that decides the rows. Raises OutputError when the parts have another.
+        `retrying`: the output is finished, and the parts are to replace some of its own.
         """
-        run_file = f"{self.folder}/{_RUN_FILE}"
-        if storage.exists(run_file):
-            with storage.open_input(run_file) as file:
-                before = json.loads(file.read())
+        if retrying:
+            self._units_folder = self.folder
+        before = self.identity()
+        if before is not None:
             found = differences(before, identity)
             if found:
-                done = count_parts(self.folder)
+                done = len(dataset.units_in(self._units_folder))
                 raise OutputError(
                     f"{self.folder} belongs to another run: {', '.join(found)}. "
                     f"Give another output, or --restart to throw {done:,} finished units away"
                 )
         else:
-            with self._writing(), storage.publishing(run_file) as temporary:
-                Path(temporary).write_text(json.dumps(identity, indent=1), encoding="utf-8")
+            if self._units_folder == self.output and storage.names_in(self.output):
+                raise OutputError(
+                    f"{self.output} exists and holds files of others. Give the name of a new folder, or of an empty one"
+                )
+            with self._writing():
+                storage.make_folder(self._units_folder)
+                with storage.publishing(f"{self.folder}/{_RUN_FILE}") as temporary:
+                    Path(temporary).write_text(json.dumps(identity, indent=1), encoding="utf-8")
         self.refresh()
         self.gather_suspects()
 
+    def identity(self) -> dict[str, Any] | None:
+        """What the run of these parts was asked for; None where there are none yet, or out of this machine's sight."""
+        run_file = f"{self.folder}/{_RUN_FILE}"
+        if not storage.exists(run_file):
+            return None
+        with storage.open_input(run_file) as file:
+            return dict(json.loads(file.read()))
+
     @classmethod
-    def of_parent(cls, output: str) -> PartStore:
+    def of_parent(cls, output: str, *, partitioned: bool) -> PartStore:
         """The parts that another process has opened and holds the lock of, as that process's helper sees them."""
-        store = cls(output)
+        store = cls(output, partitioned=partitioned)
         store.refresh()
         return store
 
     def refresh(self) -> None:
         """See which units are done."""
-        matches = map(_UNIT_NAME.fullmatch, storage.names_in(self.folder))
-        self.done = {int(match[1]) for match in matches if match}
+        self.done = dataset.units_in(self._units_folder)
+
+    def interrupted(self, signal_number: int) -> InterruptedRun:
+        """What to raise after a stop."""
+        done = f"{len(self.done):,} units are done"
+        return InterruptedRun(f"stopped; {done}. The same command goes on from here", signal_number)
 
     def gather_suspects(self) -> None:
         """Note the rows at which processes of this run have died."""
@@ -104,7 +137,7 @@ class PartStore:
     def writing(self, unit: int, schema: pa.Schema) -> Iterator[PartWriter]:
         """A writer for unit `unit`; its part is published when the block ends well, else nothing is left of it."""
         try:
-            with storage.publishing(self._part(unit)) as temporary:
+            with storage.publishing(dataset.part_path(self._units_folder, unit)) as temporary:
                 writer = PartWriter(temporary, schema)
                 try:
                     yield writer
@@ -114,53 +147,80 @@ class PartStore:
                 writer.close()
         except OSError as exc:
             raise OutputError(
-                f"{exc.strerror or exc} while writing unit {unit + 1:,} to {self.folder}; "
+                f"{exc.strerror or exc} while writing unit {unit + 1:,} to {self._units_folder}; "
                 f"{len(self.done):,} units are safe. Mend that and run the same command again"
             ) from exc
         self.done.add(unit)
 
-    def counts(self, unit: int) -> Counts:
-        """What unit `unit` holds, from its part's metadata."""
-        with storage.open_input(self._part(unit)) as file:
-            return counts_of(pq.read_metadata(file))
+    def finish(self, schema: pa.Schema, metadata: dict[str, Any], previous: PreviousOutput | None) -> Counts:
+        """Make the output of the parts, and leave nothing else behind.
 
-    def merge(self, schema: pa.Schema, metadata: dict[str, Any], previous: PreviousOutput | None) -> Counts:
-        """Join all parts, in order, to the output, and remove them. Memory holds one row group.
-
-        Units without a part are taken from `previous`, the finished output whose errors were retried.
+        Units without a part are those of `previous`, the finished output whose errors were retried.
         """
-        units: list[tuple[int, Counts]] = []
-        n_units = previous.n_units if previous else len(self.done)
-        schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         try:
-            with (
-                storage.publishing(self.output) as temporary,
-                pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer,
-            ):
-                for unit in range(n_units):
-                    if unit in self.done:
-                        with storage.open_input(self._part(unit)) as file:
-                            part = pq.ParquetFile(file)
-                            for group in range(part.num_row_groups):
-                                writer.write_table(part.read_row_group(group).cast(schema))
-                            units.append((part.metadata.num_rows, counts_of(part.metadata)))
-                    else:
-                        assert previous is not None
-                        rows = previous.rows(unit)
-                        writer.write_table(rows.cast(schema))
-                        units.append((rows.num_rows, previous.unit_counts(unit)))
-                total = Counts()
-                for _, counts in units:
-                    total.merge(counts)
-                encoded = json.dumps([[rows, counts.to_dict()] for rows, counts in units])
-                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(total.to_dict()), UNITS_KEY: encoded})
+            made = self._complete if self._partitioned else self._merge
+            total = made(schema, metadata, previous)
         except OSError as exc:
             raise OutputError(
                 f"{exc.strerror or exc} while writing {self.output}; "
-                f"all {len(self.done):,} units are safe in {self.folder}. Mend that and run the same command again"
+                f"all {len(self.done):,} units are safe in {self._units_folder}. "
+                "Mend that and run the same command again"
             ) from exc
         storage.remove_folder(self.folder)
         return total
+
+    def _merge(self, schema: pa.Schema, metadata: dict[str, Any], previous: PreviousOutput | None) -> Counts:
+        """Join all parts, in order, to one file. Memory holds one row group, and the index of units."""
+        index, total = UnitIndex(), Counts()
+        n_units = previous.n_units if previous else len(self.done)
+        schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
+        with (
+            storage.publishing(self.output) as temporary,
+            pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer,
+        ):
+            groups = _RowGroups(writer, schema)
+            for unit in range(n_units):
+                if unit in self.done:
+                    with storage.open_input(self._part(unit)) as file:
+                        part = pq.ParquetFile(file)
+                        for group in range(part.num_row_groups):
+                            groups.add(part.read_row_group(group))
+                        rows, counts = part.metadata.num_rows, counts_of(part.metadata)
+                else:
+                    assert previous is not None
+                    kept = previous.rows(unit)
+                    groups.add(kept)
+                    rows, counts = kept.num_rows, previous.unit_counts(unit)
+                index.add(rows, counts)
+                total.merge(counts)
+            groups.flush()
+            writer.add_key_value_metadata({COUNTS_KEY: json.dumps(total.to_dict()), UNITS_KEY: index.encode()})
+        return total
+
+    def _complete(self, schema: pa.Schema, metadata: dict[str, Any], previous: PreviousOutput | None) -> Counts:
+        """Put the parts of retried units in their places, and write down what all parts come to."""
+        if previous:
+            for unit in sorted(self.done):
+                storage.rename(self._part(unit), dataset.part_path(self.output, unit))
+        elif not self.done:  # a folder without a file would have no schema
+            with self.writing(0, schema):
+                pass
+        index, total = UnitIndex(), Counts()
+        n_units = previous.n_units if previous else len(self.done)
+        with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+            for start in range(0, n_units, _FOOTERS_A_TURN):
+                units = range(start, min(n_units, start + _FOOTERS_A_TURN))
+                for rows, counts in pool.map(self._footer, units):
+                    index.add(rows, counts)
+                    total.merge(counts)
+        dataset.remove_temporaries(self.output)
+        dataset.finish(self.output, schema, metadata, index, total)
+        return total
+
+    def _footer(self, unit: int) -> tuple[int, Counts]:
+        with storage.open_input(dataset.part_path(self.output, unit)) as file:
+            metadata = pq.read_metadata(file)
+            return metadata.num_rows, counts_of(metadata)
 
     def journal(self, threads: int, shard: int) -> CrashJournal:
         """The journal of one process; of no use to the next run where the parts are not on this machine."""
@@ -177,15 +237,40 @@ class PartStore:
             ) from exc
 
     def remove(self) -> None:
-        """Throw all parts away, keeping the lock."""
+        """Throw all parts away, keeping the lock; a partitioned output, which they are, goes with them."""
+        if self._partitioned and (self.identity() is not None or dataset.is_partitioned(self.output)):
+            # What is half removed must not look like a finished output, nor like one of others.
+            with self._writing(), storage.publishing(f"{self.folder}/{_RUN_FILE}") as temporary:
+                Path(temporary).write_text("{}", encoding="utf-8")
+            dataset.remove(self.output)
         for name in storage.names_in(self.folder):
             if name != "lock":
                 storage.remove(f"{self.folder}/{name}")
 
     def _part(self, unit: int) -> str:
-        return f"{self.folder}/unit-{unit:06d}.parquet"
+        return dataset.part_path(self._units_folder, unit)
 
 
-def count_parts(folder: str) -> int:
-    """How many units are done in a folder of parts."""
-    return sum(bool(_UNIT_NAME.fullmatch(name)) for name in storage.names_in(folder))
+class _RowGroups:
+    """Gathers rows into row groups of a good size, whatever they come in."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._schema = writer, schema
+        self._tables: list[pa.Table] = []
+        self._rows = 0
+
+    def add(self, table: pa.Table) -> None:
+        if self._rows + table.num_rows > ROW_GROUP_ROWS:
+            self.flush()
+        self._tables.append(table.cast(self._schema))
+        self._rows += table.num_rows
+
+    def flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.concat_tables(self._tables))
+        self._tables, self._rows = [], 0
+
+
+def count_parts(output: str) -> int:
+    """How many units of an unfinished output are done."""
+    return len(dataset.units_in(f"{output}.parts") | dataset.units_in(output))

@@ -11,6 +11,8 @@ from typing import Any
 
 from singerembed import storage
 from singerembed.catalog import Catalog
+from singerembed.cluster import embed_on_ray
+from singerembed.cluster_worker import ClusterJob
 from singerembed.devices import choose_devices, embed_on_devices
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
@@ -43,24 +45,34 @@ def run(
     listeners: Sequence[Listener] = (),
     stop: Callable[[], int] = lambda: 0,
 ) -> RunSummary:
-    """Embed every track of the catalogue `catalog` into the Parquet file `output`; go on where an earlier run ended.
+    """Embed every track of the catalogue `catalog` into `output`, a Parquet file or a folder of them; go on where an
+    earlier run ended.
 
     `engine` is an engine file (default: the bundled one). `stop` returns 0, or the number of a signal on which to stop.
-    Raises CatalogError, EngineError, OutputError, or InterruptedRun after a stop.
+    Raises CatalogError, EngineError, OutputError, ClusterError, or InterruptedRun after a stop.
     """
     options = options or RunOptions()
+    output = output.rstrip("/") if options.partitioned else output
+    if options.ray is not None:  # nodes have working folders of their own
+        catalog, output = storage.absolute(catalog), storage.absolute(output)
     started = time.monotonic()
     fingerprint = Catalog(catalog, options.columns, RESERVED_COLUMNS).fingerprint()
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)
-    devices = choose_devices(engine_file.backend, options.devices)
+    if options.ray is not None and options.devices is not None:
+        raise UsageError("--devices is for this machine's GPUs; with --ray, Ray gives them out. Leave one of them out")
+    devices = (0,) if options.ray is not None else choose_devices(engine_file.backend, options.devices)
     identity = {
         "catalog": {"name": storage.redacted(catalog).rpartition("/")[2], "sha256": fingerprint.sha256},
         "engine": {"name": engine_file.spec.name, "sha256": engine_file.sha256},
         "options": options.decisive(),
         "version": version("singerembed"),
     }
-    with PartStore(output) as parts, closing(PreviousOutput(output)) as previous:
+    partitioned = options.partitioned
+    with (
+        PartStore(output, partitioned=partitioned) as parts,
+        closing(PreviousOutput(output, partitioned=partitioned)) as previous,
+    ):
         if options.restart:
             parts.remove()
         elif previous.exists:
@@ -71,20 +83,24 @@ def run(
         elif options.retry_errors:
             raise UsageError(f"--retry-errors is for a finished output, and {output} does not exist. Run without it")
         retrying = previous if options.retry_errors and not options.restart else None
-        parts.open(identity | {"retrying": dict(retrying.counts.errors)} if retrying else identity)
+        parts_identity = identity | {"retrying": dict(retrying.counts.errors)} if retrying else identity
+        parts.open(parts_identity, retrying=retrying is not None)
         units_before = len(parts.done)
         for listener in listeners if units_before else ():
             listener.resumed(units_before)
-        job = Job(catalog, output, engine, options, devices[0])
+        job = Job(catalog, output, engine, options, partitioned, devices[0])
         runner = UnitRunner(job, parts, listeners, stop)
-        if retrying:
-            embedded = runner.retry_errors(retrying)
-        elif len(devices) > 1:
-            embedded = embed_on_devices(job, devices, parts, fingerprint.rows, listeners, stop)
+        to_embed = retrying.counts.error_tracks if retrying else fingerprint.rows
+        if options.ray is not None:
+            cluster_job = ClusterJob(output, retrying is not None, parts_identity, options, engine_file, runner.schema)
+            work = runner.open_units(retrying)
+            embedded = embed_on_ray(options.ray, cluster_job, work, parts, to_embed, listeners, stop)
+        elif len(devices) > 1 and not retrying:
+            embedded = embed_on_devices(job, devices, parts, to_embed, listeners, stop)
         else:
-            embedded = runner.embed_all(fingerprint.rows)
+            embedded = runner.embed_all(to_embed, retrying)
         metadata = {**identity, "spec": engine_file.spec.to_dict(), "verification": engine_file.verification}
-        counts = parts.merge(runner.schema, metadata | {"engine_build": engine_file.build}, retrying)
+        counts = parts.finish(runner.schema, metadata | {"engine_build": engine_file.build}, retrying)
     return RunSummary(output, counts, embedded, time.monotonic() - started, units_before)
 
 

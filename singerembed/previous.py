@@ -6,13 +6,15 @@ import json
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from singerembed import storage
-from singerembed.errors import OutputError
+from singerembed import dataset, storage
+from singerembed.errors import OutputError, UsageError
+from singerembed.index import UnitIndex
 from singerembed.parquet import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY, Counts
 
 
@@ -24,30 +26,34 @@ def counts_of(metadata: Any) -> Counts:
 class PreviousOutput:
     """A finished output, read unit by unit. `exists` says whether there is one."""
 
-    def __init__(self, output: str) -> None:
-        """Raises OutputError if there is a file that singerembed has not written."""
-        self.exists = storage.exists(output)
+    def __init__(self, output: str, *, partitioned: bool = False) -> None:
+        """Raises OutputError for a file that singerembed has not written, UsageError for one of the other form."""
+        self._output, self._partitioned = output, partitioned
+        self.exists = dataset.is_partitioned(output) if partitioned else storage.exists(output)
         self.metadata: dict[str, Any] = {}
         self.counts = Counts()
         self._files = ExitStack()
+        _check_form(output, partitioned=partitioned)
         if not self.exists:
             return
         try:
-            self._parquet = pq.ParquetFile(self._files.enter_context(storage.open_input(output)))
+            if partitioned:
+                found = dataset.read_schema(output).metadata or {}
+            else:
+                self._parquet = pq.ParquetFile(self._files.enter_context(storage.open_input(output)))
+                found = self._parquet.metadata.metadata or {}
         except (pa.ArrowException, OSError) as exc:
             raise OutputError(
                 f"{output} exists and is not a Parquet file ({exc}). Give another name, or remove it"
             ) from exc
-        found = self._parquet.metadata.metadata or {}
         if METADATA_KEY not in found:
             self._files.close()
             raise OutputError(f"{output} exists and was not written by singerembed. Give another name, or remove it")
         self.metadata = json.loads(found[METADATA_KEY])
-        self.counts = counts_of(self._parquet.metadata)
-        units = json.loads(found[UNITS_KEY])
-        self._unit_counts = [counts for _, counts in units]
-        self._unit_ends = list(accumulate(rows for rows, _ in units))
-        groups = range(self._parquet.num_row_groups)
+        self.counts = Counts.from_dict(json.loads(found[COUNTS_KEY]))
+        self._index = dataset.read_index(output) if partitioned else UnitIndex.decode(found[UNITS_KEY])
+        self._unit_ends = list(accumulate(self._index.table["rows"].to_pylist()))
+        groups = range(0 if partitioned else self._parquet.num_row_groups)
         self._group_ends = list(accumulate(self._parquet.metadata.row_group(i).num_rows for i in groups))
 
     @property
@@ -56,10 +62,13 @@ class PreviousOutput:
 
     def unit_counts(self, unit: int) -> Counts:
         """What unit `unit` comes to."""
-        return Counts.from_dict(self._unit_counts[unit])
+        return self._index.counts(unit)
 
     def rows(self, unit: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of unit `unit`; other row groups than its own are not read."""
+        if self._partitioned:
+            with storage.open_input(dataset.part_path(self._output, unit)) as file:
+                return pq.ParquetFile(file).read(columns=columns)
         start, end = self._unit_ends[unit - 1] if unit else 0, self._unit_ends[unit]
         first, last = bisect_right(self._group_ends, start), bisect_left(self._group_ends, end)
         if start == end:
@@ -89,6 +98,14 @@ class PreviousOutput:
     def close(self) -> None:
         """Close the file."""
         self._files.close()
+
+
+def _check_form(output: str, *, partitioned: bool) -> None:
+    """Raise unless `output` is, or may become, what it is wanted to be: a folder or a file."""
+    if partitioned and not storage.is_remote(output) and Path(output).is_file():
+        raise UsageError(f"{output} is a file, and --partitioned writes a folder. Give another name, or leave that out")
+    if not partitioned and dataset.is_partitioned(output):
+        raise UsageError(f"{output} is a partitioned output: say --partitioned too, or give another name")
 
 
 def _track_bounds(rows: pa.Table) -> list[int]:

@@ -55,11 +55,11 @@ class ProgressBar:
         """Say that an earlier run's work is used."""
         self._note("resume", f"{units:,} units were done before (same catalogue, engine and options)")
 
-    def skipped(self, counts: Counts) -> None:
+    def skipped(self, tracks: int) -> None:
         """Count a unit that was done before."""
         if self._bar is not None and not self._bar.disable:
-            self._bar.update(counts.tracks)
-            self._bar.initial += counts.tracks  # they say nothing about this run's speed
+            self._bar.update(tracks)
+            self._bar.initial += tracks  # they say nothing about this run's speed
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """Count a track."""

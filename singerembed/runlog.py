@@ -48,7 +48,7 @@ class RunLog:
         """Log that an earlier run's units are used."""
         self._write("resumed", units=units)
 
-    def skipped(self, counts: Counts) -> None:
+    def skipped(self, tracks: int) -> None:
         """Nothing: the units of an earlier run are in that run's log."""
 
     def embedded(self, track: Track, rows: TrackRows) -> None:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from itertools import groupby
+from functools import partial
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import pyarrow as pa
+
 from singerembed.catalog import Catalog, Track, Unit
 from singerembed.embedding import Stopped, embed_track
-from singerembed.engine.file import read_engine_file
+from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import open_engine
-from singerembed.errors import InterruptedRun
+from singerembed.journal import CrashJournal
 from singerembed.options import RunOptions
 from singerembed.ordered import ordered_map
-from singerembed.parquet import RESERVED_COLUMNS, Counts, PartWriter, TrackRows, output_schema
+from singerembed.parquet import RESERVED_COLUMNS, Counts, TrackRows, output_schema
 from singerembed.parts import PartStore
 from singerembed.previous import PreviousOutput
 from singerembed.spec import ModelSpec
@@ -37,6 +40,7 @@ class Job:
     output: str
     engine: str
     options: RunOptions
+    partitioned: bool = False  # see PartStore
     device: int = 0  # CUDA device, where the engine is for one
     shard: int = 0  # of the units: those whose index is this, modulo `shards`
     shards: int = 1
@@ -51,8 +55,8 @@ class Listener(Protocol):
     def resumed(self, units: int) -> None:
         """An earlier run had finished `units` units."""
 
-    def skipped(self, counts: Counts) -> None:
-        """A unit was finished before."""
+    def skipped(self, tracks: int) -> None:
+        """A unit of `tracks` tracks was finished before."""
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """A track is embedded, and its rows wait for their unit's other tracks."""
@@ -71,13 +75,101 @@ def available_cores() -> int:
         return cores
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
+    """One track to embed, and the unit it belongs to."""
+
     unit: Unit
     position: int  # of the track in its unit
 
     @property
     def track(self) -> Track:
         return self.unit.tracks[self.position]
+
+
+class EngineThreads:
+    """One engine, and the threads that decode for it. To be closed."""
+
+    def __init__(
+        self,
+        engine_file: EngineFile,
+        options: RunOptions,
+        journal: Callable[[int], CrashJournal],
+        *,
+        device: int,
+        cores: int,
+    ) -> None:
+        """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
+        self._options = options
+        with ExitStack() as stack:
+            opened = open_engine(engine_file, options.silence_dbfs, device)
+            self._engine = stack.enter_context(closing(opened))
+            self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
+            self._journal = stack.enter_context(closing(journal(self._threads)))
+            self._pool = stack.enter_context(ThreadPoolExecutor(self._threads, thread_name_prefix="embed"))
+            stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+            self._stack = stack.pop_all()
+        self.spec = self._engine.spec
+        self.description = f"{self._engine.description}, {self._threads} workers"
+
+    def embed(
+        self, tasks: Iterable[Task], stop: Callable[[], int], *, isolated: bool = False, one_by_one: bool = False
+    ) -> Iterator[tuple[Task, TrackRows]]:
+        """Embed `tasks` and yield their rows in order; several callers share the threads.
+
+        `isolated`: decode all of them in processes beside this one. `one_by_one`: never two at a time.
+        """
+
+        def embed(task: Task) -> TrackRows:
+            row = task.track.row
+            with self._journal.decoding(row):
+                apart = isolated or row in self._journal.suspects
+                return embed_track(task.track, self._engine, self._options, isolated=apart, stop=stop)
+
+        return ordered_map(
+            self._pool,
+            embed,
+            tasks,
+            max_running=1 if one_by_one else _TASKS_A_WORKER * self._threads,
+            weight=lambda rows: rows.n_rows,
+            max_waiting=_MAX_WAITING_ROWS,
+        )
+
+    def close(self) -> None:
+        """End the threads and free the device."""
+        self._stack.close()
+
+
+def publish_units(
+    results: Iterable[tuple[Task, TrackRows]],
+    parts: PartStore,
+    schema: pa.Schema,
+    listeners: Sequence[Listener],
+    previous: PreviousOutput | None = None,
+) -> Counts:
+    """Publish the units that `results` make up, in order; returns what they come to.
+
+    Tracks of a unit that are not among `results` keep the rows that they have in `previous`.
+    """
+    embedded = Counts()
+    for _, of_unit in groupby(results, key=lambda result: result[0].unit.index):
+        first = next(of_unit)
+        unit = first[0].unit
+        kept = previous.rows_by_track(unit.index, len(unit.tracks)) if previous else []
+        with parts.writing(unit.index, schema) as part:
+            position = 0
+            for task, rows in chain([first], of_unit):
+                embedded.add(rows)
+                for listener in listeners:
+                    listener.embedded(task.track, rows)
+                for old in kept[position : task.position]:
+                    part.keep(old)
+                part.add(task.track, rows, unit.extra.slice(task.position, 1))
+                position = task.position + 1
+            for old in kept[position:]:
+                part.keep(old)
+        for listener in listeners:
+            listener.published(unit.index, part.counts)
+    return embedded
 
 
 class UnitRunner:
@@ -87,95 +179,41 @@ class UnitRunner:
         self._job, self._parts, self._listeners, self._stop = job, parts, listeners, stop
         self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
         self._engine_file = read_engine_file(job.engine)
-        self._embedded = Counts()
         spec = self._engine_file.spec
         self.schema = output_schema(self._catalog.extra_schema(), spec.embedding_dim, job.options.embedding_dtype)
 
-    def embed_all(self, total_tracks: int) -> Counts:
-        """Embed and publish the units that are not done yet. Returns what was embedded."""
-        tasks = (_Task(unit, i) for unit in self._open_units() for i in range(len(unit.tracks)))
-        with closing(self._results(tasks, total_tracks)) as results:
-            for index, of_unit in groupby(results, key=lambda result: result[0].unit.index):
-                with self._publishing(index) as part:
-                    for task, rows in of_unit:
-                        part.add(task.track, rows, task.unit.extra.slice(task.position, 1))
-        return self._embedded
-
-    def retry_errors(self, previous: PreviousOutput) -> Counts:
-        """Embed the tracks that have error rows in `previous`, and publish the units that hold them."""
-        tasks = (
-            _Task(unit, i)
-            for unit in self._open_units()
-            for i in previous.tracks_with_errors(unit.index, len(unit.tracks))
-        )
-        with closing(self._results(tasks, previous.counts.error_tracks)) as results:
-            for _, of_unit in groupby(results, key=lambda result: result[0].unit.index):
-                unit, again = None, {}
-                for task, rows in of_unit:
-                    unit, again[task.position] = task.unit, rows
-                assert unit is not None
-                kept = previous.rows_by_track(unit.index, len(unit.tracks))
-                with self._publishing(unit.index) as part:
-                    for i, track in enumerate(unit.tracks):
-                        if i in again:
-                            part.add(track, again[i], unit.extra.slice(i, 1))
-                        else:
-                            part.keep(kept[i])
-        return self._embedded
-
-    def _results(self, tasks: Iterable[_Task], total_tracks: int) -> Generator[tuple[_Task, TrackRows], None, None]:
-        """Embed `tasks` on the workers and yield their rows in order."""
-        options = self._job.options
-        with ExitStack() as stack:
-            opened = open_engine(self._engine_file, options.silence_dbfs, self._job.device)
-            engine = stack.enter_context(closing(opened))
-            share = max(1, available_cores() // self._job.shards)
-            workers = options.workers or share * (_CALLERS_A_CORE if engine.waits else 1)
-            journal = stack.enter_context(closing(self._parts.journal(workers, self._job.shard)))
+    def embed_all(self, total_tracks: int, previous: PreviousOutput | None = None) -> Counts:
+        """Embed and publish what is open, see `open_units`. Returns what was embedded."""
+        options, shards = self._job.options, self._job.shards
+        journal = partial(self._parts.journal, shard=self._job.shard)
+        cores = max(1, available_cores() // shards)
+        threads = EngineThreads(self._engine_file, options, journal, device=self._job.device, cores=cores)
+        with closing(threads):
             for listener in self._listeners:
-                listener.started(engine.spec, f"{engine.description}, {workers} workers", total_tracks)
-
-            def embed(task: _Task) -> TrackRows:
-                row = task.track.row
-                with journal.decoding(row):
-                    isolated = row in journal.suspects
-                    return embed_track(task.track, engine, options, isolated=isolated, stop=self._stop)
-
-            pool = stack.enter_context(ThreadPoolExecutor(workers, thread_name_prefix="embed"))
-            stack.callback(pool.shutdown, wait=True, cancel_futures=True)
-            results = ordered_map(
-                pool,
-                embed,
-                tasks,
-                max_running=_TASKS_A_WORKER * workers,
-                weight=lambda rows: rows.n_rows,
-                max_waiting=_MAX_WAITING_ROWS,
-            )
+                listener.started(threads.spec, threads.description, total_tracks)
+            tasks = (Task(unit, i) for unit, positions in self.open_units(previous) for i in positions)
             try:
-                for task, rows in results:
-                    self._embedded.add(rows)
-                    for listener in self._listeners:
-                        listener.embedded(task.track, rows)
-                    yield task, rows
+                results = threads.embed(tasks, self._stop)
+                return publish_units(results, self._parts, self.schema, self._listeners, previous)
             except Stopped as exc:
-                done = f"{len(self._parts.done):,} units are done"
-                raise InterruptedRun(f"stopped; {done}. The same command goes on from here", self._stop()) from exc
+                raise self._parts.interrupted(self._stop()) from exc
 
-    @contextmanager
-    def _publishing(self, unit: int) -> Iterator[PartWriter]:
-        with self._parts.writing(unit, self.schema) as part:
-            yield part
-        for listener in self._listeners:
-            listener.published(unit, part.counts)
+    def open_units(self, previous: PreviousOutput | None = None) -> Iterator[tuple[Unit, Sequence[int]]]:
+        """The units that are not done yet, and which of their tracks to embed: all, or those with errors in `previous`.
 
-    def _open_units(self) -> Iterator[Unit]:
+        Raises Stopped.
+        """
         for unit in self._catalog.units(self._job.options.unit_minutes):
             if self._stop():
                 raise Stopped
             if unit.index % self._job.shards != self._job.shard:
                 continue
-            if unit.index not in self._parts.done:
-                yield unit
+            if unit.index in self._parts.done:
+                for listener in self._listeners:
+                    listener.skipped(len(unit.tracks))
                 continue
-            for listener in self._listeners:
-                listener.skipped(self._parts.counts(unit.index))
+            positions: Sequence[int] = range(len(unit.tracks))
+            if previous:
+                positions = previous.tracks_with_errors(unit.index, len(unit.tracks))
+            if positions:
+                yield unit, positions

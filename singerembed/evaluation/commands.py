@@ -135,7 +135,7 @@ def report(parquet: str, output: str, singer_column: str | None, conditions: tup
     from singerembed.evaluation.run import evaluate as examine
     from singerembed.evaluation.write import write_page
 
-    if not os.path.isfile(parquet) or not is_output(parquet):  # noqa: PTH113
+    if not os.path.exists(parquet) or not is_output(parquet):  # noqa: PTH110
         raise UsageError(f"{parquet} is not a Parquet file written by singerembed run")
     options = EvaluationOptions(conditions=conditions, seed=seed)
     found = examine(read_labelled(parquet, singer_column), [], options, say=note)

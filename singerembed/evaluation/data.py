@@ -1,4 +1,4 @@
-"""Labelled recordings: a folder with a sub-folder a singer, a catalogue with a singer column, or a Parquet of `run`."""
+"""Labelled recordings: a folder with a sub-folder a singer, a catalogue with a singer column, or what `run` wrote."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from pyarrow.dataset import dataset
 
 from singerembed import storage
 from singerembed.catalog import Catalog, Columns, printable
+from singerembed.dataset import is_partitioned, read_schema
 from singerembed.errors import UsageError
 from singerembed.parquet import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
 
@@ -69,6 +71,8 @@ def read_labelled(
     a Parquet file written by `run` count from, for models that have to hear them; otherwise the file's own folder.
     Raises UsageError or CatalogError where there is nothing of the kind, or no singer column.
     """
+    if is_partitioned(source):
+        return read_output(source.rstrip("/"), singer_column, audio_root)
     if Path(source).is_dir():
         return _read_folder(source)
     if not Path(source).exists():
@@ -79,7 +83,9 @@ def read_labelled(
 
 
 def is_output(path: str) -> bool:
-    """Say whether the Parquet file `path` was written by `run`. Raises UsageError if it is no Parquet file."""
+    """Say whether the Parquet file, or folder of them, `path` was written by `run`. Raises UsageError if it is none."""
+    if is_partitioned(path):
+        return True
     try:
         return METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError) as exc:
@@ -136,13 +142,13 @@ def _as_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-# --- a Parquet file of `run` ----------------------------------------------------------------------------------------
+# --- what `run` has written ----------------------------------------------------------------------------------------
 
 
 def read_output(path: str, singer_column: str | None, audio_root: str | None = None) -> LabelledData:
     """Read what `run` wrote; rows without an embedding are counted. Raises UsageError without the singer column."""
-    file = pq.ParquetFile(path)
-    schema = file.schema_arrow
+    partitioned = is_partitioned(path)
+    schema = read_schema(path) if partitioned else pq.read_schema(path)
     column = singer_column or DEFAULT_SINGER_COLUMN
     others = [name for name in schema.names if name not in RESERVED_COLUMNS]
     if column not in others and column not in {"track_id", "path"}:
@@ -152,7 +158,7 @@ def read_output(path: str, singer_column: str | None, audio_root: str | None = N
         )
     wanted = dict.fromkeys(["track_id", "path", "crop", "start", "status", *others])
     labels, embeddings = [], []
-    for batch in file.iter_batches(columns=[*wanted, "embedding"], batch_size=4096):
+    for batch in dataset(path, schema).to_batches(columns=[*wanted, "embedding"], batch_size=4096):
         table = pa.Table.from_batches([batch])
         ok = pa.array(table["status"].to_numpy() == OK)
         labels.append(table.select(list(wanted)))
