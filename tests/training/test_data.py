@@ -293,6 +293,8 @@ def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None
         embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1])
     )
     assert repeated_and_unread == without
+
+
 def test_both_crops_of_a_pair_are_played_at_one_speed(tmp_path: Path) -> None:
     for name in "abcd":
         write(tmp_path / name / "x.wav", tone(3))
@@ -312,5 +314,3 @@ def test_both_crops_of_a_pair_are_played_at_one_speed(tmp_path: Path) -> None:
     assert min(speeds) >= 1 / 1.25 - 0.01
     assert max(speeds) <= 1.25 + 0.01
     assert np.std(speeds) > 0.05
-
-
