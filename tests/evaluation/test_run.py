@@ -268,7 +268,7 @@ def test_report_page(output: Path, tmp_path: Path) -> None:
     invoke("report", str(output), "-o", str(page), "--condition", "technique")
     assert {"similarity", "tsne", "scores"} <= {p.name.split("-")[0] for p in (tmp_path / "report-figures").iterdir()}
     text = page.read_text(encoding="utf-8")
-    assert "untrained-reference" in text
+    assert "free-voices" in text
     if reason := browser.missing():
         pytest.skip(reason)
     with browser.chromium() as driver:

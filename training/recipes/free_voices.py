@@ -22,6 +22,7 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
+from singerembed.errors import UsageError
 from training.command import command
 from training.recipes.channel import through_channel
 from training.recipes.singing import Speech, Tract, analyse, draw_notes, draw_phrases, draw_tract, render
@@ -53,9 +54,11 @@ def main(
     folder: Path | None, packages: bool, root: Path, tracts: int, clips: int, synthetic: int, seed: int, jobs: int
 ) -> None:
     """Build the corpus of free voices in FOLDER."""
-    if packages or folder is None:
+    if packages:
         click.echo(" ".join(PACKAGES))
         return
+    if folder is None:
+        raise UsageError("name the FOLDER to build the corpus in, or ask for --packages")
     make = partial(_make_speaker, folder=folder, root=root, tracts=tracts, clips=clips, seed=seed)
     synthesise = partial(_make_synthetic, folder=folder, clips=clips, seed=seed)
     with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:

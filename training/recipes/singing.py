@@ -6,14 +6,18 @@ speaker gives many. A clip moves through the speaker's frames on a time axis of 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import pyworld
 from numpy.typing import NDArray
 from scipy.ndimage import uniform_filter1d
 
 from training.recipes.speakers import SAMPLE_RATE
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # that its way of asking for its own version is out of date
+    import pyworld
 
 FRAME_SECONDS = 0.005
 FFT_SIZE = 2048  # WORLD's for 44.1 kHz and pitches from 71 Hz
