@@ -63,8 +63,10 @@ def network(spec: ModelSpec, session: Any) -> tuple[OnnxRuntimeNetwork, Streams]
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_reads_and_writes_the_addresses_it_is_given(golden: Golden, spec: ModelSpec, half: bool) -> None:
-    model = read_engine_file(bundled_engine_path()).payload
+def test_reads_and_writes_the_addresses_it_is_given(
+    golden: Golden, spec: ModelSpec, reference_engine: str, half: bool
+) -> None:
+    model = read_engine_file(reference_engine).payload
     session = cpu_session(to_fp16(model) if half else model)
     log_mel = mel.MelExtractor(spec).log_mel(golden.pcm[:2]).mel.astype(np.float16 if half else np.float32)
     embedding = np.zeros((2, spec.embedding_dim), np.float32)
