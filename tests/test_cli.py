@@ -19,6 +19,7 @@ from click.testing import CliRunner, Result
 import singerembed
 from singerembed.cli import cli
 from singerembed.engine.file import read_engine_file
+from singerembed.engine.load import bundled_engine_path
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -229,3 +230,13 @@ def test_a_surprise_is_one_line_too(catalog: Path, tmp_path: Path, monkeypatch: 
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
     assert "ZeroDivisionError: surprise" in result.stderr
+
+
+def test_a_reader_that_goes_away_is_no_mistake() -> None:
+    inspect = [sys.executable, "-m", "singerembed", "inspect", bundled_engine_path()]
+    with subprocess.Popen(inspect, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
