@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from test_mel_cuda_emulated import levels, noise, spectrograms
 from tolerances import EMBEDDING_COSINE, EMBEDDING_DIFFERENCE
 
-from singerembed.engine.gpu import _SLOTS, GpuEngine
+from singerembed.engine.gpu import GpuEngine
+from singerembed.engine.gpu_worker import SLOTS
 from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.mel import INVALID, LOUD, SILENT, Pcm, emulated_mel
 from singerembed.spec import ModelSpec
@@ -74,7 +75,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     return result[0]
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 4 * _SLOTS, 4 * _SLOTS + 1, 40])
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 4 * SLOTS, 4 * SLOTS + 1, 40])
 @pytest.mark.parametrize("sample_type", [np.int16, np.float32])
 def test_one_caller_gets_its_crops_in_order(n: int, sample_type: type) -> None:
     """Below, at and above the batch of 4, the ring of 16 and twice that."""

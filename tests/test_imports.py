@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "engine.onnxruntime": {"engine.base", "engine.file", "errors", "mel"},
     "engine.torch": {"checkpoint", "engine.base", "mel", "spec"},
     "engine.device": {"spec"},
-    "engine.gpu": {"engine.base", "engine.device", "errors", "mel", "spec"},
+    "engine.ring": {"engine.device", "errors", "mel"},
+    "engine.gpu_worker": {"engine.device", "engine.ring", "errors", "mel", "spec"},
+    "engine.gpu": {"engine.base", "engine.device", "engine.gpu_worker", "engine.ring", "errors", "mel", "spec"},
     "engine.cuda_driver": {"_csrc", "engine.device", "errors", "mel", "spec"},
     "engine.onnxruntime_cuda": {
         "engine.cuda_driver", "engine.device", "engine.file", "engine.gpu", "engine.onnxruntime", "errors", "mel",

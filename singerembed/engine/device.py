@@ -53,7 +53,7 @@ class Capture(Protocol):
 
 
 class Device(Protocol):
-    """What this file asks of a GPU. All calls come from the thread that opened it; copies are asynchronous.
+    """What the runtime asks of a GPU. All calls come from the thread that opened it; copies are asynchronous.
 
     Calls raise OutOfDeviceMemory, or whatever the library below raises: either ends up as EngineError in the callers.
     """

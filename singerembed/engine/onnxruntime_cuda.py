@@ -1,4 +1,4 @@
-"""The GPU where there is no TensorRT: ONNX Runtime's CUDA provider, bound to the buffers of gpu.py."""
+"""The GPU where there is no TensorRT: ONNX Runtime's CUDA provider, bound to the buffers of gpu_worker.py."""
 
 from __future__ import annotations
 
