@@ -89,8 +89,8 @@ ALLOWED: dict[str, set[str]] = {
     "describe": {"checkpoint", "dataset", "engine.file", "errors", "parts", "previous", "storage"},
     "console": set(),
     "evaluation.commands": {
-        "console", "errors", "evaluation.baselines.load", "evaluation.data", "evaluation.run", "evaluation.table",
-        "evaluation.write",
+        "console", "errors", "evaluation.baselines.load", "evaluation.data", "evaluation.result", "evaluation.run",
+        "evaluation.table", "evaluation.write",
     },
     "doctor": {"errors", "mel", "units"},
     # Only `evaluate` and `report` of the command line import what follows.
@@ -118,19 +118,27 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluation.probe": {"evaluation.baselines.base", "evaluation.metrics"},
     "evaluation.geometry": {"evaluation.baselines.base", "evaluation.metrics"},
-    "evaluation.run": {
-        "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.embed", "evaluation.metrics",
-        "evaluation.pairs", "evaluation.probe", "mel",
+    "evaluation.result": {
+        "evaluation.data", "evaluation.embed", "evaluation.metrics", "evaluation.pairs", "evaluation.probe", "mel",
     },
-    "evaluation.table": {"evaluation.run"},
-    "evaluation.views": {"evaluation.geometry", "evaluation.metrics", "evaluation.run"},
-    "evaluation.figures": {"evaluation.baselines.base", "evaluation.run", "evaluation.views"},
+    "evaluation.measure": {
+        "errors", "evaluation.embed", "evaluation.metrics", "evaluation.pairs", "evaluation.probe",
+        "evaluation.result",
+    },
+    "evaluation.run": {
+        "errors", "evaluation.baselines.base", "evaluation.data", "evaluation.embed", "evaluation.measure",
+        "evaluation.pairs", "evaluation.result",
+    },
+    "evaluation.table": {"evaluation.result"},
+    "evaluation.views": {"evaluation.geometry", "evaluation.metrics", "evaluation.result"},
+    "evaluation.figures": {"evaluation.baselines.base", "evaluation.result", "evaluation.views"},
     "evaluation.page": {
-        "evaluation.baselines.base", "evaluation.metrics", "evaluation.run", "evaluation.table", "evaluation.views",
+        "evaluation.baselines.base", "evaluation.metrics", "evaluation.result", "evaluation.table",
+        "evaluation.views",
     },
     "evaluation.write": {
-        "errors", "evaluation.figures", "evaluation.page", "evaluation.pairs", "evaluation.run", "evaluation.table",
-        "evaluation.views", "storage",
+        "errors", "evaluation.figures", "evaluation.page", "evaluation.pairs", "evaluation.result",
+        "evaluation.table", "evaluation.views", "storage",
     },
 }  # fmt: skip
 HEAVY = ["matplotlib", "plotly", "scipy", "sklearn", "transformers"]

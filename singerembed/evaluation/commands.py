@@ -68,7 +68,7 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
 
     from singerembed.evaluation.baselines.load import ModelOptions, load_model
     from singerembed.evaluation.data import read_labelled
-    from singerembed.evaluation.run import EvaluationOptions
+    from singerembed.evaluation.result import EvaluationOptions
     from singerembed.evaluation.run import evaluate as compare
     from singerembed.evaluation.table import as_text
 
@@ -131,7 +131,7 @@ def report(parquet: str, output: str, singer_column: str | None, conditions: tup
     singerembed report out.parquet -o report.html
     """
     from singerembed.evaluation.data import is_output, read_labelled
-    from singerembed.evaluation.run import EvaluationOptions
+    from singerembed.evaluation.result import EvaluationOptions
     from singerembed.evaluation.run import evaluate as examine
     from singerembed.evaluation.write import write_page
 

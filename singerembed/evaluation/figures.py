@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from singerembed.evaluation.baselines.base import require
-from singerembed.evaluation.run import Evaluation, ModelResult
+from singerembed.evaluation.result import Evaluation, ModelResult
 from singerembed.evaluation.views import View
 
 _SUFFIXES = (".png", ".svg")

@@ -13,7 +13,7 @@ import numpy as np
 
 from singerembed.evaluation.baselines.base import require
 from singerembed.evaluation.metrics import Floats
-from singerembed.evaluation.run import Evaluation, ModelResult
+from singerembed.evaluation.result import Evaluation, ModelResult
 from singerembed.evaluation.table import HEADER, percent, table_rows
 from singerembed.evaluation.views import View
 

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 
-from singerembed.evaluation.run import Evaluation, Measure, ModelResult
+from singerembed.evaluation.result import Evaluation, Measure, ModelResult
 
 HEADER = (
     "model", "parameters", "rate", "dim", "poster", "EER %", "EER % of two recordings", "MNR %", "top-1 %", "top-5 %",

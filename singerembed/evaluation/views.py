@@ -17,7 +17,7 @@ from singerembed.evaluation.geometry import (
     spread_sample,
 )
 from singerembed.evaluation.metrics import Floats, Ints
-from singerembed.evaluation.run import Crops, ModelResult
+from singerembed.evaluation.result import Crops, ModelResult
 
 MAX_SINGERS = 150  # of a heat map: those with most crops
 MAX_POINTS = 5000  # of a map

@@ -10,7 +10,7 @@ from singerembed.errors import OutputError
 from singerembed.evaluation.figures import save_figures
 from singerembed.evaluation.page import make_page
 from singerembed.evaluation.pairs import write_pair_file
-from singerembed.evaluation.run import Evaluation
+from singerembed.evaluation.result import Evaluation
 from singerembed.evaluation.table import as_csv, as_markdown
 from singerembed.evaluation.views import View, make_view
 

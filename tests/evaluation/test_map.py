@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from singerembed.evaluation.baselines.base import ModelFacts
 from singerembed.evaluation.data import read_labelled
 from singerembed.evaluation.page import make_page
-from singerembed.evaluation.run import Evaluation, EvaluationOptions, evaluate
+from singerembed.evaluation.result import Evaluation, EvaluationOptions
+from singerembed.evaluation.run import evaluate
 from singerembed.evaluation.views import View, make_view
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())

@@ -36,7 +36,8 @@ from singerembed.evaluation.geometry import (
 from singerembed.evaluation.metrics import equal_error_rate
 from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.probe import identify_singers
-from singerembed.evaluation.run import Evaluation, EvaluationOptions, evaluate
+from singerembed.evaluation.result import Evaluation, EvaluationOptions
+from singerembed.evaluation.run import evaluate
 
 RATE = 16_000
 

@@ -1,0 +1,161 @@
+"""One model's error rates, ranks and identification."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.errors import UsageError
+from singerembed.evaluation.embed import EmbeddedTable, standardised
+from singerembed.evaluation.metrics import (
+    Bools,
+    ErrorCurve,
+    Floats,
+    Ints,
+    equal_error_interval,
+    equal_error_of,
+    error_curve,
+    mean_interval,
+    normalised_rank,
+)
+from singerembed.evaluation.pairs import Pairs, all_pairs, draw_pairs, draw_rank_scores, pair_scores, unit_rows
+from singerembed.evaluation.probe import Identification, identify_singers
+from singerembed.evaluation.result import Crops, EvaluationOptions, Measure, ModelResult
+
+_INTERVAL_PAIRS = 200_000  # drawn of all pairs for their interval
+_MIN_PAIRS_OF_VALUE = 20  # of each kind, below which a value of a condition is not reported
+
+
+def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: EvaluationOptions) -> ModelResult:
+    layer_eer = {}
+    for name, embedding in table.layers.items():
+        try:
+            layer_eer[name] = equal_error_of(error_curve(pairs.labels, pair_scores(unit_rows(embedding), pairs))).rate
+        except ValueError:
+            layer_eer[name] = float("nan")
+    layer = min(layer_eer, key=lambda name: (math.isnan(layer_eer[name]), layer_eer[name]))
+    embedding = table.layers[layer]
+    unit = unit_rows(standardised(embedding) if table.facts.standardise else embedding)
+    scores = pair_scores(unit, pairs)
+    eer, threshold, curve = _equal_error(unit, crops, pairs, scores, options, None)
+    identification, why_not = _identification(embedding, crops, options)
+    return ModelResult(
+        table=table,
+        layer=layer,
+        layer_eer=layer_eer if len(layer_eer) > 1 else {},
+        unit=unit,
+        eer=eer,
+        threshold=threshold,
+        mnr=_rank(unit, crops, pairs, options),
+        top1=_identified(identification, why_not, "top1"),
+        top5=_identified(identification, why_not, "top5"),
+        identification=identification,
+        conditions=_conditions(unit, crops, pairs, scores, options),
+        curve=curve,
+        histogram=_histogram(pairs, scores),
+    )
+
+
+def _equal_error(
+    unit: NDArray[np.float32],
+    crops: Crops,
+    pairs: Pairs,
+    scores: Floats,
+    options: EvaluationOptions,
+    condition: Callable[[Ints, Ints], Bools] | None,
+) -> tuple[Measure, float, ErrorCurve | None]:
+    """Equal error rate of the pairs whose rows satisfy `condition`."""
+    if condition is not None:
+        kept = condition(pairs.first, pairs.second)
+        pairs, scores = pairs.select(kept), scores[kept]
+    try:
+        if options.every_pair:
+            rows = np.arange(len(unit))
+            accept = None if condition is None else _block_filter(condition, rows)
+            found = all_pairs(unit, crops.singer, accept)
+            rate, threshold, curve = found.eer.rate, found.eer.threshold, found.curve
+            pairs = draw_pairs(crops.singer, _INTERVAL_PAIRS, options.seed, uniform=True)
+            if condition is not None:
+                pairs = pairs.select(condition(pairs.first, pairs.second))
+            scores = pair_scores(unit, pairs)
+        else:
+            curve = error_curve(pairs.labels, scores)
+            rate, threshold = equal_error_of(curve).rate, equal_error_of(curve).threshold
+    except ValueError as exc:
+        return Measure(missing=str(exc)), float("nan"), None
+    singers = crops.singer[pairs.first], crops.singer[pairs.second]
+    return Measure.of(rate, equal_error_interval(pairs.labels, scores, singers, seed=options.seed)), threshold, curve
+
+
+def _block_filter(condition: Callable[[Ints, Ints], Bools], rows: Ints) -> Callable[[slice, slice], Bools]:
+    return lambda a, b: condition(rows[a, np.newaxis], rows[np.newaxis, b])
+
+
+def _rank(unit: NDArray[np.float32], crops: Crops, pairs: Pairs, options: EvaluationOptions) -> Measure:
+    try:
+        drawn = draw_rank_scores(unit, crops.singer, pairs, seed=options.seed)
+    except ValueError as exc:
+        return Measure(missing=str(exc))
+    ranks = normalised_rank(drawn.positive, drawn.distractors)
+    return Measure.of(float(ranks.mean()), mean_interval(ranks, drawn.singer, seed=options.seed))
+
+
+def _identification(
+    embedding: NDArray[np.float32], crops: Crops, options: EvaluationOptions
+) -> tuple[Identification | None, str]:
+    if not options.identify:
+        return None, "not asked for"
+    try:
+        return identify_singers(embedding, crops.singer, crops.recording, seed=options.seed), ""
+    except ValueError as exc:
+        return None, str(exc)
+
+
+def _identified(identification: Identification | None, why_not: str, name: str) -> Measure:
+    if identification is None:
+        return Measure(missing=why_not)
+    return Measure.of(getattr(identification, name), getattr(identification, f"{name}_interval"))
+
+
+def _conditions(
+    unit: NDArray[np.float32], crops: Crops, pairs: Pairs, scores: Floats, options: EvaluationOptions
+) -> dict[str, Measure]:
+    """Equal error rates of pairs from two recordings, and for each condition of pairs that share it and do not."""
+    tests: dict[str, Callable[[Ints, Ints], Bools]] = {
+        "two recordings": lambda a, b: crops.recording[a] != crops.recording[b]
+    }
+    for column in options.conditions:
+        if not any(column in r.conditions for r in crops.recordings):
+            known = sorted({name for r in crops.recordings for name in r.conditions})
+            raise UsageError(f"--condition {column}: there is no such column; there are: {', '.join(known) or 'none'}")
+        value = crops.same_value(column)
+        tests |= {f"{column}: same": _Sharing(value), f"{column}: different": _Sharing(value, apart=True)}
+        for number, name in enumerate(sorted({r.conditions.get(column, "") for r in crops.recordings} - {""})):
+            both = (value[pairs.first] == number) & (value[pairs.second] == number)
+            n_positive = int(pairs.labels[both].sum())
+            if min(n_positive, int(both.sum()) - n_positive) >= _MIN_PAIRS_OF_VALUE:
+                tests[f"{column}: {name}"] = _Sharing(np.where(value == number, number, -1))
+    return {name: _equal_error(unit, crops, pairs, scores, options, test)[0] for name, test in tests.items()}
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Which pairs share a value, or, `apart`, have two values; crops with value -1 are in no such pair."""
+
+    value: Ints  # [n]
+    apart: bool = False
+
+    def __call__(self, first: Ints, second: Ints) -> Bools:
+        a, b = self.value[first], self.value[second]
+        return np.asarray(((a == b) ^ self.apart) & (a >= 0) & (b >= 0))
+
+
+def _histogram(pairs: Pairs, scores: Floats) -> tuple[Floats, Ints, Ints] | None:
+    if not len(pairs):
+        return None
+    edges = np.linspace(float(scores.min()) - 1e-6, float(scores.max()) + 1e-6, 61)
+    return edges, np.histogram(scores[pairs.labels], edges)[0], np.histogram(scores[~pairs.labels], edges)[0]

@@ -1,0 +1,159 @@
+"""What an evaluation is told and what it finds, and that as JSON types."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.evaluation.data import LabelledData, Recording
+from singerembed.evaluation.embed import EmbeddedTable
+from singerembed.evaluation.metrics import ErrorCurve, Floats, Interval, Ints
+from singerembed.evaluation.pairs import Pairs
+from singerembed.evaluation.probe import Identification
+from singerembed.mel import DEFAULT_SILENCE_DBFS
+
+DEFAULT_PAIRS = 20_000  # as many as the official pair files hold
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What an evaluation may be told."""
+
+    crops: int | None = None  # of each recording, evenly spaced; None: all consecutive ones
+    pairs_file: str | None = None  # in the official format; None: pairs are drawn
+    n_pairs: int = DEFAULT_PAIRS
+    every_pair: bool = False  # all pairs instead of drawn ones
+    conditions: tuple[str, ...] = ()  # columns of the catalogue
+    silence_dbfs: float = DEFAULT_SILENCE_DBFS
+    identify: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A figure and its interval over singers; or why there is none."""
+
+    value: float = float("nan")
+    low: float = float("nan")
+    high: float = float("nan")
+    missing: str = ""
+
+    @classmethod
+    def of(cls, value: float, interval: Interval) -> Measure:
+        return cls(value, interval.low, interval.high)
+
+
+@dataclass(frozen=True)
+class Crops:
+    """The crops that all models are compared on."""
+
+    recordings: list[Recording]
+    singer_names: list[str]
+    singer: Ints  # [n]
+    recording: Ints  # [n]
+    names: list[str]  # [n], as pair files call them
+
+    def same_value(self, column: str) -> Ints:
+        """The value of a condition, as a number, of each crop: [n]; -1 where it is empty."""
+        values = [r.conditions.get(column, "") for r in self.recordings]
+        number = {value: i for i, value in enumerate(sorted(set(values) - {""}))}
+        return np.array([number.get(value, -1) for value in values], np.int64)[self.recording]
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What was found of one model."""
+
+    table: EmbeddedTable
+    layer: str
+    layer_eer: dict[str, float]  # of each layer, where there are several
+    unit: NDArray[np.float32]  # [n, dim], of the layer, rows of length 1
+    eer: Measure
+    threshold: float
+    mnr: Measure
+    top1: Measure
+    top5: Measure
+    identification: Identification | None
+    conditions: dict[str, Measure]  # equal error rates
+    curve: ErrorCurve | None
+    histogram: tuple[Floats, Ints, Ints] | None  # edges [k + 1], pairs of one singer [k], of two [k]
+
+    @property
+    def dim(self) -> int:
+        return int(self.unit.shape[1])
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All of it."""
+
+    data: LabelledData
+    options: EvaluationOptions
+    crops: Crops
+    pairs: Pairs
+    results: list[ModelResult]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types; figures that do not exist are null."""
+        return {
+            "data": self.data.source,
+            "recordings": len(np.unique(self.crops.recording)),
+            "crops": len(self.crops.singer),
+            "singers": len(np.unique(self.crops.singer)),
+            "pairs": {
+                "one_singer": int(self.pairs.labels.sum()),
+                "two_singers": int((~self.pairs.labels).sum()),
+                "from": _pairs_origin(self.options),
+            },
+            "options": asdict(self.options),
+            "notes": self.notes,
+            "models": [_result_fields(result) for result in self.results],
+        }
+
+
+def _pairs_origin(options: EvaluationOptions) -> str:
+    if options.every_pair:
+        return "all pairs (ranks: drawn)"
+    return options.pairs_file or f"drawn, seed {options.seed}"
+
+
+def _result_fields(result: ModelResult) -> dict[str, Any]:
+    facts, identification = result.table.facts, result.identification
+    return {
+        "name": facts.name,
+        "description": facts.description,
+        "parameters": facts.n_parameters,
+        "sample_rate": facts.sample_rate,
+        "dim": result.dim,
+        "poster": facts.poster,
+        "layer": result.layer,
+        "layer_eer": result.layer_eer,
+        "eer": _measure_fields(result.eer),
+        "threshold": _finite(result.threshold),
+        "mnr": _measure_fields(result.mnr),
+        "top1": _measure_fields(result.top1),
+        "top5": _measure_fields(result.top5),
+        "probe": None
+        if identification is None
+        else {k: getattr(identification, k) for k in ("n_singers", "n_crops", "folds")},
+        "conditions": {name: _measure_fields(measure) for name, measure in result.conditions.items()},
+        "silent": result.table.n_silent,
+        "invalid": result.table.n_invalid,
+        "failed_recordings": result.table.n_failed,
+        "failures": result.table.failures,
+        "seconds": round(result.table.seconds, 3),
+    }
+
+
+def _measure_fields(measure: Measure) -> dict[str, Any]:
+    figures = {name: _finite(getattr(measure, name)) for name in ("value", "low", "high")}
+    return figures | ({"missing": measure.missing} if measure.missing else {})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
