@@ -126,14 +126,20 @@ class Method(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam with a linear warm-up and a cosine decay, in fractions of an epoch."""
         settings = self.config.optimiser
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimiser = torch.optim.Adam(trained, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimiser = torch.optim.Adam(
+            self.parameter_groups(settings.learning_rate), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
 
         def factor(step: int) -> float:
             return learning_rate_factor(step / self.steps_per_epoch, settings.warmup_epochs, settings.cosine_epochs)
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """Return what is trained, in the optimiser's groups; BYOL has one with a rate of its own."""
+        del learning_rate
+        return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def on_validation_epoch_start(self) -> None:
         """Forget the last validation's embeddings."""

@@ -22,6 +22,9 @@ class ByolOptions(Options):
 
     tau: Annotated[float, Field(ge=0, le=1)] = 0.99  # at the start
     tau_epochs: Positive = 1000.0  # tau is 1 after this many
+    # Factor on the predictor's learning rate. Short runs collapse where the predictor lags behind the encoder: appendix
+    # J of arXiv 2006.07733 has it that a predictor near its optimum is what keeps them from it.
+    predictor_rate: Positive = 1.0
 
 
 class Byol(Method):
@@ -48,6 +51,12 @@ class Byol(Method):
         forward = losses.invariance(self.predictor(online[0]), targets[1])
         backward = losses.invariance(self.predictor(online[1]), targets[0])
         return {"byol": (forward + backward) / 2}, online[0]
+
+    def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
+        """See `Method.parameter_groups`."""
+        online = [*self.encoder.parameters(), *self.projection.parameters()]
+        predictor = list(self.predictor.parameters())
+        return [{"params": online}, {"params": predictor, "lr": learning_rate * self.options.predictor_rate}]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the teacher: here and not in a batch-end hook, which runs after checkpoints are written."""
