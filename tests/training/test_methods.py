@@ -110,6 +110,19 @@ def test_unknown_methods_and_options_are_refused(corpus: Path) -> None:
 # --- BYOL -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_predictor_may_learn_faster(corpus: Path) -> None:
+    method = build_method(small_config(corpus, "byol", loss={"predictor_rate": 10.0}), steps_per_epoch=1)
+    optimiser = cast(dict[str, Any], method.configure_optimizers())["optimizer"]
+    initial = {group["name"]: group["initial_lr"] for group in optimiser.param_groups}
+    assert initial == {
+        "online": pytest.approx(method.config.optimiser.learning_rate),
+        "predictor": pytest.approx(10 * method.config.optimiser.learning_rate),
+    }
+    taken = [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    assert len(taken) == len(set(taken))
+    assert set(taken) == {parameter for parameter in method.parameters() if parameter.requires_grad}
+
+
 def test_byol_loss_is_the_symmetric_error_against_the_teacher(corpus: Path, batch: PairBatch) -> None:
     method = build_method(small_config(corpus, "byol"), 1).eval()  # no dropout: both can be computed again
     assert isinstance(method, Byol)

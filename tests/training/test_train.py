@@ -115,9 +115,9 @@ def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
 
     events = EventAccumulator(str(short_run / "tensorboard"))
     events.Reload()
-    assert {"loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam"} <= set(
-        events.Tags()["scalars"]
-    )
+    assert {
+        "loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam/online", "lr-Adam/predictor",
+    } <= set(events.Tags()["scalars"])  # fmt: skip
 
 
 def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> None:

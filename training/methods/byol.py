@@ -56,7 +56,10 @@ class Byol(Method):
         """See `Method.parameter_groups`."""
         online = [*self.encoder.parameters(), *self.projection.parameters()]
         predictor = list(self.predictor.parameters())
-        return [{"params": online}, {"params": predictor, "lr": learning_rate * self.options.predictor_rate}]
+        return [
+            {"name": "online", "params": online},
+            {"name": "predictor", "params": predictor, "lr": learning_rate * self.options.predictor_rate},
+        ]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then move the teacher: here and not in a batch-end hook, which runs after checkpoints are written."""
