@@ -21,7 +21,7 @@ from training.command import command
 from training.config import TrainConfig, load_config, parse_config
 from training.data import PairData
 from training.methods import build_method
-from training.recordings import Recording, build_index, read_index, write_index
+from training.recordings import Recording, build_index, is_index_of, read_index, write_index
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
@@ -77,7 +77,7 @@ def train(config: TrainConfig, out: Path) -> None:
         torch.set_num_threads(config.trainer.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
     lightning.seed_everything(config.seed, verbose=False)
-    recordings = _recordings(config, out / INDEX)
+    recordings = _recordings(config, out / INDEX, going_on=last.exists())
     try:
         trainer = build_trainer(config, out)
     except (MisconfigurationException, ValueError) as exc:
@@ -138,10 +138,13 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
     )
 
 
-def _recordings(config: TrainConfig, index: Path) -> list[Recording]:
-    """The recordings of the run: looked for once, then kept, so that a resumed run has the same."""
-    if not index.exists():
-        write_index(index, build_index(config))
+def _recordings(config: TrainConfig, index: Path, *, going_on: bool) -> list[Recording]:
+    """The recordings of the run: looked for once, then kept, so that a resumed run has the same.
+
+    What an earlier run left that got to no checkpoint is kept only where it was of the same data.
+    """
+    if not (index.exists() if going_on else is_index_of(index, config)):
+        write_index(index, build_index(config), config)
     return read_index(index)
 
 
