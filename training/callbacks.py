@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
+
+from singerembed.errors import SingerEmbedError
+from training import files
 
 # An untrained encoder's projections are close together as well (spread 0.01 to 0.15), and dropout keeps those of a
 # collapsed one 0.001 to 0.002 apart. A collapse stays, where a slow start does not.
@@ -16,10 +21,24 @@ COLLAPSED_SPREAD = 5e-3
 COLLAPSE_PATIENCE_STEPS = 200
 
 
+class WholeCheckpoints(TorchCheckpointIO):
+    """Write checkpoints beside their names, then rename.
+
+    Lightning's own writes to the temporary folder and moves: a copy where that is another file system, and half a
+    checkpoint where the copy is cut short.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`. Raises OutputError."""
+        del storage_options
+        files.save(checkpoint, Path(path))
+
+
 class LastCheckpoint(Callback):
     """Keep `last.ckpt`: every so many steps, and at the end of each epoch.
 
     It holds a whole step, moving average included, and is replaced by rename, so that a kill at any time leaves one.
+    Weights that hold NaN are never written: the run ends instead, with the checkpoint before them.
     """
 
     def __init__(self, path: Path, every_steps: int) -> None:
@@ -29,11 +48,29 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write it where this step is one to be kept."""
-        del pl_module, outputs, batch
+        """Write it where this step is one to be kept. Raises SingerEmbedError where the weights hold NaN."""
+        del outputs, batch
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or trainer.global_step % self._every_steps == 0:
-            trainer.save_checkpoint(self._path)
+            self._refuse_nan(trainer, pl_module)
+            trainer.save_checkpoint(self._path, weights_only=False)  # the default, but for a line in the log
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the number of devices: what an epoch is, and with it every schedule, depends on it."""
+        del pl_module
+        checkpoint["devices"] = trainer.world_size
+
+    def _refuse_nan(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        weights = pl_module.named_parameters()  # alike on all devices, so that all of them end
+        broken = [name for name, value in weights if not torch.isfinite(value).all()]
+        if broken:
+            raise SingerEmbedError(
+                f"the training has diverged: at step {trainer.global_step}, {len(broken)} of the network's tensors hold"
+                f" NaN or infinity (first: {broken[0]}). {self._path} is left as it was, if there is one. Go on from it"
+                " with --set trainer.precision=32-true, or give another --out and lower optimiser.learning_rate"
+            )
 
 
 class CollapseWatch(Callback):

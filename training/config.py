@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from singerembed.errors import UsageError
 from singerembed.spec import ModelSpec
@@ -15,6 +15,12 @@ from singerembed.spec import ModelSpec
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
+    if ends[0] > ends[1]:
+        raise ValueError("the first is to be the smaller")
+    return ends
 
 
 class Section(BaseModel):
@@ -63,9 +69,9 @@ class AugmentConfig(Section):
     pitch_ratio: Annotated[float, Field(ge=1)] = 1.3  # 1 to this, or its reciprocal
     pitch_range_ratio: Annotated[float, Field(ge=1)] = 1.5
     noise_probability: Probability = 0.5
-    noise_amplitude: tuple[Positive, Positive] = (0.001, 0.05)  # full scale is 1
+    noise_amplitude: Annotated[tuple[Positive, Positive], AfterValidator(_ascending)] = (0.001, 0.05)  # full scale is 1
     gain_probability: Probability = 0.5
-    gain_db: tuple[float, float] = (-6.0, 0.0)
+    gain_db: Annotated[tuple[float, float], AfterValidator(_ascending)] = (-6.0, 0.0)
     mask_probability: Probability = 0.5
     mask_fraction: Annotated[float, Field(ge=0, lt=1)] = 1 / 8  # of the crop, at most
     # Play both crops of a pair faster by one factor, up to this or its reciprocal: another vocal tract, another singer.
@@ -106,7 +112,7 @@ class TrainConfig(Section):
     method: str  # one of training.methods.METHODS
     loss: dict[str, Any] = {}  # the method's own options
     name: str = ""  # what the weights are called wherever they show; empty: the output folder's name
-    seed: Annotated[int, Field(ge=0)] = 123
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 123
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
@@ -126,7 +132,8 @@ class TrainConfig(Section):
     def differences(self, other: TrainConfig) -> list[str]:
         """Name what `other` has otherwise, apart from what may change when a run goes on."""
         mine, theirs = _flat(self), _flat(other)
-        return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in mine if mine[key] != theirs.get(key)]
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys]
 
 
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -172,7 +179,10 @@ def _apply(content: dict[str, Any], override: str) -> None:
         content = content.setdefault(section, {})
         if not isinstance(content, dict):
             raise UsageError(f"--set {override}: {section} is a value, not a section")
-    content[last] = yaml.safe_load(value)
+    try:
+        content[last] = yaml.safe_load(value)
+    except yaml.YAMLError as exc:
+        raise UsageError(f"--set {override}: the value is not YAML: {' '.join(str(exc).split())}") from exc
 
 
 def _flat(config: TrainConfig) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from singerembed.errors import SingerEmbedError, TrackError, UsageError
 from singerembed.limits import TimeLimit
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
-from training.metrics import CropLabels, verification_metrics
+from training.metrics import METRICS, CropLabels, verification_metrics
 from training.recordings import TRAIN, VALIDATION, Recording
 
 # A crop that is mostly silence is drawn again, so many times; then the best of them is taken.
@@ -85,9 +85,9 @@ def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int)
 
 
 def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
-    """Return the share of frames louder than 40 dB below the peak; -1 for a silent crop, or one with NaN in it."""
+    """Return the share of frames louder than 40 dB below the peak; -1 for silence, or a crop with NaN or infinity."""
     peak = float(np.abs(pcm).max())
-    if not peak > 10 ** (silence_dbfs / 20):
+    if not 10 ** (silence_dbfs / 20) < peak < math.inf:
         return -1.0
     frame = round(ACTIVE_FRAME_SECONDS * sample_rate)
     frames = pcm[: len(pcm) // frame * frame].reshape(-1, frame)
@@ -100,12 +100,14 @@ def draw_crop(
 ) -> Samples:
     """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, itself or a variant of it.
 
-    Raises TrackError where it cannot be read or every crop that was drawn is silent.
+    Zeros follow where the recording is shorter, whatever the file has behind it. Raises TrackError where it cannot be
+    read or every crop that was drawn is silent.
     """
     latest = max(0.0, recording.seconds - n_samples / sample_rate)
+    n_there = min(n_samples, round(recording.seconds * sample_rate))
     best, best_share = None, -1.0
     for _ in range(DRAWS_PER_CROP):
-        pcm = read_crop(path, recording.start + rng.uniform(0.0, latest), n_samples, sample_rate)
+        pcm = read_crop(path, recording.start + rng.uniform(0.0, latest), n_there, sample_rate)
         share = active_share(pcm, sample_rate, config.data.silence_dbfs)
         if share > best_share:
             best, best_share = pcm, share
@@ -113,7 +115,7 @@ def draw_crop(
             break
     if best is None:
         raise TrackError("silent", f"{DRAWS_PER_CROP} crops drawn at random are all silent")
-    return peak_normalised(best)
+    return np.pad(peak_normalised(best), (0, n_samples - n_there))
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ class PairDataset(Dataset[dict[str, Any]]):
                 return {"clips": self._pair(group, rng), "groups": group}
             except TrackError as exc:
                 problem = exc
-                _log.warning("%s: %s; another takes its place", self._recordings[self.groups[group][0]].path, exc)
+                _log.warning("%s; another takes its place", exc)
                 group = int(rng.integers(len(self.groups)))
         raise SingerEmbedError(
             f"{RECORDINGS_PER_PAIR} recordings drawn one after the other cannot be used (the last: {problem}). "
@@ -165,7 +167,10 @@ class PairDataset(Dataset[dict[str, Any]]):
             path = variants[rng.integers(len(variants))]
         n_samples = self._config.crop_samples
         n_read = round(n_samples * speed)
-        pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
+        try:
+            pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
+        except TrackError as exc:
+            raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
             pcm = np.pad(faster, (0, n_samples - len(faster)))
@@ -352,12 +357,19 @@ class PairData(lightning.LightningDataModule):
         return DataLoader(self._crops, batch_size=self._config.data.batch_size, sampler=share, **self._loading())
 
     def validation_metrics(self, embeddings: NDArray[np.float32], indices: NDArray[np.int64]) -> dict[str, float]:
-        """Return the metrics of embeddings [n, dim] of the validation crops `indices`, [n]; repeats count once."""
+        """Return the metrics of embeddings [n, dim] of the validation crops `indices`, [n]; repeats count once.
+
+        NaN where too few crops could be read: that is no reason to end a training.
+        """
         unique, first = np.unique(indices, return_index=True)
         usable = unique >= 0
         unique, first = unique[usable], first[usable]
         labels = CropLabels(self._crops.labels.singers[unique], self._crops.labels.recordings[unique])
-        return verification_metrics(embeddings[first], labels)
+        try:
+            return verification_metrics(embeddings[first], labels)
+        except ValueError as exc:
+            _log.warning("no figures from %d validation crops: %s", len(first), exc)
+            return dict.fromkeys(METRICS, math.nan)
 
     def _trainer(self) -> lightning.Trainer:
         if self.trainer is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import click
 import numpy as np
@@ -14,17 +13,18 @@ from scipy.fft import dct
 from tqdm import tqdm
 
 from singerembed.checkpoint import load_checkpoint
+from singerembed.errors import UsageError
 from singerembed.spec import ModelSpec
+from singerembed.storage import absolute
 from training.augment import Samples
 from training.command import command
 from training.config import DataConfig, TrainConfig
 from training.data import CropDataset
-from training.metrics import verification_metrics
+from training.metrics import METRICS, CropLabels, verification_metrics
 from training.model import Encoder, MelSpectrogram
 from training.recordings import VALIDATION, build_index
 
 N_MFCC = 20
-_SHOWN = ("eer", "mean_rank", "alignment", "uniformity", "spread")
 
 Embedder = Callable[[Samples], NDArray[np.float32]]  # a crop, [samples], to its embedding, [dim]
 
@@ -58,20 +58,27 @@ def encoder_embedder(path: str) -> Embedder:
 
 
 def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> dict[str, float]:
-    """Return the verification metrics of `embed` on `crops`.
+    """Return the verification metrics of `embed` on those of `crops` that can be read and are not silent.
 
     `standardise`: bring each dimension to mean 0 and deviation 1 over the crops: features of different units cannot be
     compared by their cosine otherwise.
     """
-    embeddings = np.stack([embed(crops[index]["clips"]) for index in tqdm(range(len(crops)), disable=None)])
+    items = (crops[index] for index in tqdm(range(len(crops)), disable=None))
+    embedded = [(item["indices"], embed(item["clips"])) for item in items if item["indices"] >= 0]
+    kept = [index for index, _ in embedded]
+    labels = CropLabels(crops.labels.singers[kept], crops.labels.recordings[kept])
+    if len(set(labels.singers.tolist())) < 2:
+        raise UsageError("the data has no two singers to be told apart, with crops that can be read and are not silent")
+    embeddings = np.stack([embedding for _, embedding in embedded])
     if standardise:
         embeddings = (embeddings - embeddings.mean(axis=0)) / (embeddings.std(axis=0) + 1e-9)
-    return verification_metrics(embeddings, crops.labels)
+    return verification_metrics(embeddings, labels)
 
 
 def labelled_crops(source: str, crops: int, seconds: float | None = None) -> CropDataset:
     """Return `crops` crops of each recording of labelled data, of the encoder's length or `seconds`."""
-    data = DataConfig(source=source, validation_fraction=0, validation_crops=crops)
+    length = ModelSpec(name="", method="").crop_seconds if seconds is None else seconds
+    data = DataConfig(source=source, validation_fraction=0, validation_crops=crops, crop_seconds=length)
     config = TrainConfig(method="", data=data)
     recordings = [replace(each, split=VALIDATION) for each in build_index(config)]
     return CropDataset(recordings, config, seconds)
@@ -84,13 +91,13 @@ def labelled_crops(source: str, crops: int, seconds: float | None = None) -> Cro
 @click.option("--seconds", type=click.FloatRange(min=0.1), help="Of a crop; the encoder's own length if not given.")
 def main(data: str, checkpoints: Sequence[str], crops: int, seconds: float | None) -> None:
     """Compare CHECKPOINTS with MFCC statistics and the untrained encoder on the labelled folder or catalogue DATA."""
-    dataset = labelled_crops(str(Path(data).absolute()), crops, seconds)
-    click.echo(f"{'':32}" + "".join(f"{name:>12}" for name in _SHOWN))
+    dataset = labelled_crops(absolute(data), crops, seconds)
+    click.echo(f"{'':32}" + "".join(f"{name:>12}" for name in METRICS))
     rows: list[tuple[str, Embedder]] = [("mfcc statistics", mfcc_statistics), ("untrained", encoder_embedder(""))]
     rows += [(path, encoder_embedder(path)) for path in checkpoints]
     for name, embed in rows:
         metrics = score(embed, dataset, standardise=embed is mfcc_statistics)
-        click.echo(f"{name[-32:]:32}" + "".join(f"{metrics[key]:12.4f}" for key in _SHOWN))
+        click.echo(f"{name[-32:]:32}" + "".join(f"{metrics[key]:12.4f}" for key in METRICS))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ import yaml
 from torch import Tensor
 
 from singerembed.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import CheckpointError, OutputError, UsageError
 from singerembed.mel import mel_basis
 from singerembed.spec import ModelSpec
+from training import files
 from training.command import command
 
 
@@ -37,7 +38,14 @@ def main(source: Path, target: Path, layout: str, half: bool) -> None:
     if layout == "official":
         if half:
             raise UsageError("--half is for --layout singerembed; the official code expects FP32")
-        export_official(load_checkpoint(str(source)), target)
+        checkpoint = load_checkpoint(str(source))
+        export_official(checkpoint, target)
+        if checkpoint.spec.normalise != "crop":
+            click.echo(
+                f"note     trained with log-mel spectrograms divided by {checkpoint.spec.normalise}, which the official"
+                " layout cannot say: its readers divide by a maximum",
+                err=True,
+            )
     else:
         export_own(load_checkpoint(str(source)), training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
@@ -46,10 +54,17 @@ def main(source: Path, target: Path, layout: str, half: bool) -> None:
 def training_facts(source: Path) -> dict[str, Any]:
     """Return what the Lightning checkpoint `source` says of its training, as JSON types.
 
-    Folders are named without what leads to them: that is nobody's business but the trainer's.
+    Folders are named without what leads to them: that is nobody's business but the trainer's. Raises CheckpointError
+    where `source` is of another making.
     """
-    content = torch.load(source, map_location="cpu", weights_only=True)
-    config = content["hyper_parameters"]["config"]
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+        config = content["hyper_parameters"]["config"]
+    except (pickle.UnpicklingError, KeyError, TypeError) as exc:
+        raise CheckpointError(
+            f"{source} was not written by training.train. Other checkpoints need no export: "
+            f"singerembed build-engine {source}"
+        ) from exc
     for section, key in (
         ("data", "source"),
         ("data", "validation"),
@@ -82,8 +97,7 @@ def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, h
         "state_dict": tensors,
         "training": facts,
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _save(content, target)
+    files.save(content, target)
 
 
 def export_official(checkpoint: Checkpoint, target: Path) -> None:
@@ -97,7 +111,7 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     spec = checkpoint.spec
     encoder = {f"encoder.net.2.{name}": tensor for name, tensor in _dense(checkpoint.state_dict).items()}
-    _save({**_official_front_end(spec), **encoder}, target / "model.pt")
+    files.save({**_official_front_end(spec), **encoder}, target / "model.pt")
     hyperparams = {
         "feature_extractor": {"spec_layer": "melspectogram", "n_fft": spec.n_fft, "hop_length": spec.hop_samples},
         "encoder": {"backbone": spec.backbone, "pretrained": False, "embedding_dim": spec.embedding_dim},
@@ -123,19 +137,6 @@ def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
 def _dense(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bring tensors that were trained with channels last back to the usual order in memory."""
     return {name: tensor.contiguous() for name, tensor in state_dict.items()}
-
-
-def _save(content: object, path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as exc:
-        temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path} cannot be written: {exc}") from exc
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def contrastive(
     Raises ValueError where no row has a negative.
     """
     _check_pair(z1, z2)
-    similarity = F.normalize(z1, dim=1, eps=_COSINE_EPS) @ F.normalize(z2, dim=1, eps=_COSINE_EPS).T / temperature
+    with _full_precision(z1):
+        similarity = F.normalize(z1, dim=1, eps=_COSINE_EPS) @ F.normalize(z2, dim=1, eps=_COSINE_EPS).T / temperature
     rows = torch.arange(len(z1), device=z1.device)
     shift = (rows[:, None] - rows[None, :]) % len(z1)
     is_negative = (shift >= 1) & (shift <= negatives)
@@ -76,7 +77,8 @@ def covariance(z1: Tensor, z2: Tensor) -> Tensor:
 
     def off_diagonal(z: Tensor) -> Tensor:
         centred = z - z.mean(dim=0)
-        covariances = centred.T @ centred / (len(z) - 1)
+        with _full_precision(z):
+            covariances = centred.T @ centred / (len(z) - 1)
         return (covariances - covariances.diagonal().diag()).square().sum() / z.shape[1]
 
     return off_diagonal(z1) + off_diagonal(z2)
@@ -98,6 +100,11 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
     squared_distances: Tensor = torch.pdist(z).square()
     potential: Tensor = (-t * squared_distances).exp().mean()
     return potential.log()
+
+
+def _full_precision(z: Tensor) -> torch.autocast:
+    """In mixed precision a product of matrices would be rounded to half precision: a similarity of 5 to 0.03."""
+    return torch.autocast(z.device.type, enabled=False)
 
 
 def _check_pair(z1: Tensor, z2: Tensor) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import struct
 import sys
 from typing import BinaryIO
@@ -64,4 +65,5 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's, whose end closes our stdin
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,11 +18,14 @@ from singerembed.audio import open_recording
 from singerembed.catalog import Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
 from singerembed.limits import TimeLimit
-from training.config import TrainConfig
+from singerembed.storage import publishing
+from training.config import DataConfig, TrainConfig
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
 TRAIN, VALIDATION = "train", "validation"
 _COLUMNS = ("path", "singer", "seconds", "start", "split")
+# What an index follows from, with the seed.
+_ASKED = {"source", "validation", "validation_fraction", "path_column", "singer_column", "crop_seconds"}
 _PROBE_SECONDS = 60.0
 _PROBE_SAMPLE_RATE = 44_100  # any will do: lengths are in seconds
 _PROBE_THREADS = 8
@@ -52,18 +55,31 @@ def build_index(config: TrainConfig) -> list[Recording]:
     else:
         held_out_singers = _draw_singers({each.singer for each in training}, data.validation_fraction, config.seed)
         held_out = [each for each in training if each.singer in held_out_singers and each.seconds >= crop_seconds]
+        if training and held_out_singers >= {each.singer for each in training}:
+            raise CatalogError(
+                f"{data.source}: all of its {len(held_out_singers)} singers would be kept for validation, which needs "
+                "two. --set data.validation_fraction=0 trains on all of them, without validation"
+            )
         training = [each for each in training if each.singer not in held_out_singers]
     if not training:
         raise CatalogError(f"{data.source}: no recording of {data.crop_seconds:g} s or more is left to train on")
     return training + [replace(each, split=VALIDATION) for each in held_out]
 
 
-def write_index(path: Path, recordings: Sequence[Recording]) -> None:
-    """Write the index so that readers see the whole file or none."""
+def write_index(path: Path, recordings: Sequence[Recording], config: TrainConfig) -> None:
+    """Write the index of `config` so that readers see the whole file or none."""
     columns = {name: [getattr(each, name) for each in recordings] for name in _COLUMNS}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns), temporary)
-    temporary.replace(path)
+    with publishing(str(path)) as temporary:
+        pq.write_table(pa.table(columns).replace_schema_metadata({"asked": _asked(config)}), temporary)
+
+
+def is_index_of(path: Path, config: TrainConfig) -> bool:
+    """Say whether `path` is an index, made of the data that `config` asks for."""
+    return path.exists() and (pq.read_schema(path).metadata or {}).get(b"asked") == _asked(config).encode()
+
+
+def _asked(config: TrainConfig) -> str:
+    return json.dumps({"seed": config.seed, **config.data.model_dump(include=_ASKED)}, sort_keys=True)
 
 
 def read_index(path: Path) -> list[Recording]:
@@ -88,13 +104,27 @@ def _in_folder(folder: Path) -> Iterator[Recording]:
 
 
 def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[Recording]:
-    """Rows of a catalogue; without a singer each row is a singer of its own. Rows that are wrong are left out later."""
-    for unit in Catalog(path, columns).units():
-        known = singer_column in unit.extra.column_names
+    """Rows of a catalogue; without a singer each row is a singer of its own. Rows that are wrong are left out."""
+    catalog = Catalog(path, columns)
+    names = catalog.extra_schema().names
+    known = singer_column in names
+    if not known and singer_column != DataConfig().singer_column:
+        raise CatalogError(
+            f'{path} has no column "{singer_column}"; its other columns: {", ".join(names) or "none"}. '
+            "Name the singers' with --set data.singer_column=NAME"
+        )
+    n_wrong, first = 0, ""
+    for unit in catalog.units():
         singers = unit.extra[singer_column].to_pylist() if known else [None] * len(unit.tracks)
         for track, singer in zip(unit.tracks, singers, strict=True):
+            if track.problem:
+                n_wrong, first = n_wrong + 1, first or str(track.problem)
+                continue
             seconds = math.inf if track.end is None else track.end - track.start
-            yield Recording(track.location, str(singer or track.track_id), seconds, track.start)
+            nobody = singer is None or singer == "" or (isinstance(singer, float) and math.isnan(singer))
+            yield Recording(track.location, track.track_id if nobody else str(singer), seconds, track.start)
+    if n_wrong:
+        tqdm.write(f"left out  {n_wrong} rows of {path} that are wrong (first: {first})")
 
 
 def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:

@@ -10,16 +10,18 @@ from pathlib import Path
 import click
 import lightning
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from singerembed.errors import CheckpointError, UsageError
-from training.callbacks import CollapseWatch, LastCheckpoint, Throughput
+from singerembed.errors import CheckpointError, OutputError, UsageError
+from singerembed.storage import absolute
+from training.callbacks import CollapseWatch, LastCheckpoint, Throughput, WholeCheckpoints
 from training.command import command
 from training.config import TrainConfig, load_config, parse_config
 from training.data import PairData
 from training.methods import build_method
-from training.recordings import Recording, build_index, read_index, write_index
+from training.recordings import Recording, build_index, is_index_of, read_index, write_index
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
@@ -54,26 +56,37 @@ def main(config_paths: tuple[Path, ...], data: str, out: Path, overrides: tuple[
     singerembed build-engine contrastive.pt
     """
     config = load_config(config_paths, overrides)
-    source = config.data.model_copy(update={"source": str(Path(data).absolute())})
-    train(config.model_copy(update={"data": source, "name": config.name or out.name}), out)
+    source = config.data.model_copy(update={"source": absolute(data)})
+    train(config.model_copy(update={"data": source, "name": config.name or out.absolute().name}), out)
 
 
 def train(config: TrainConfig, out: Path) -> None:
     """Run `config` in the folder `out`, going on from its `last.ckpt` if there is one.
 
-    Raises UsageError where that was made with another configuration, naming the differences.
+    Raises UsageError where that was made with another configuration or on another number of devices, naming the
+    differences.
     """
     last = out / LAST
-    if last.exists():
-        _refuse_differences(config, last)
-    out.mkdir(parents=True, exist_ok=True)
+    devices = _refuse_differences(config, last) if last.exists() else None
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(f"{out} cannot be made a folder: {exc.strerror}. Give another --out") from exc
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
     lightning.seed_everything(config.seed, verbose=False)
-    recordings = _recordings(config, out / INDEX)
-    trainer = build_trainer(config, out)
+    recordings = _recordings(config, out / INDEX, going_on=last.exists())
+    try:
+        trainer = build_trainer(config, out)
+    except (MisconfigurationException, ValueError) as exc:
+        raise UsageError(f"the trainer section does not suit this machine, or Lightning: {exc}") from exc
+    if devices not in {None, trainer.world_size}:
+        raise UsageError(
+            f"{last} was made on {devices} device(s), here are {trainer.world_size}: an epoch would have another number"
+            " of steps, and learning rate and moving average another course. Go on with as many, or give another --out"
+        )
     data = PairData(recordings, config, trainer.world_size)
     if not data.can_validate:
         trainer.limit_val_batches = 0
@@ -120,18 +133,23 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         num_sanity_val_steps=0,
         use_distributed_sampler=False,  # PairSampler deals the batches out
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         logger=TensorBoardLogger(out, name="", version="tensorboard"),
     )
 
 
-def _recordings(config: TrainConfig, index: Path) -> list[Recording]:
-    """The recordings of the run: looked for once, then kept, so that a resumed run has the same."""
-    if not index.exists():
-        write_index(index, build_index(config))
+def _recordings(config: TrainConfig, index: Path, *, going_on: bool) -> list[Recording]:
+    """The recordings of the run: looked for once, then kept, so that a resumed run has the same.
+
+    What an earlier run left that got to no checkpoint is kept only where it was of the same data.
+    """
+    if not (index.exists() if going_on else is_index_of(index, config)):
+        write_index(index, build_index(config), config)
     return read_index(index)
 
 
-def _refuse_differences(config: TrainConfig, last: Path) -> None:
+def _refuse_differences(config: TrainConfig, last: Path) -> int | None:
+    """Raise UsageError where `last` was made with another configuration; return on how many devices it was made."""
     try:
         content = torch.load(last, map_location="cpu", weights_only=True)
         earlier = parse_config(content["hyper_parameters"]["config"], str(last))
@@ -140,6 +158,7 @@ def _refuse_differences(config: TrainConfig, last: Path) -> None:
     differences = config.differences(earlier)
     if differences:
         raise UsageError(f"{last} was made with another configuration ({'; '.join(differences)}). Give another --out")
+    return content.get("devices")  # type: ignore[no-any-return]  # earlier ones did not say
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -94,6 +95,16 @@ def test_a_worker_that_dies_leaves_the_crop(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
+
+
+def test_an_interrupt_is_not_the_workers(voice: NDArray[np.float32], shifter: PitchShifter) -> None:
+    first = shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1)
+    process = shifter._process
+    assert process is not None
+    process.send_signal(signal.SIGINT)
+    np.testing.assert_array_equal(shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1), first)
+    assert process is shifter._process
+    assert process.poll() is None
 
 
 def test_unvoiced_audio_and_silence_come_back_as_they_are(shifter: PitchShifter) -> None:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from click.testing import CliRunner
@@ -11,10 +14,10 @@ from numpy.typing import NDArray
 from training_config import small_config
 
 from singerembed.errors import CatalogError, SingerEmbedError, UsageError
-from training import pitch_variants
+from training import evaluate, pitch_variants, train
 from training.config import TrainConfig
 from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop, read_crop
-from training.recordings import TRAIN, VALIDATION, Recording, build_index, read_index, write_index
+from training.recordings import TRAIN, VALIDATION, Recording, build_index, is_index_of, read_index, write_index
 
 RATE = 44_100
 
@@ -107,8 +110,59 @@ def test_validation_may_be_other_data(corpus: Path, tmp_path: Path) -> None:
 
 def test_the_index_is_read_back_as_it_was_written(corpus: Path, tmp_path: Path) -> None:
     recordings = build_index(small_config(corpus))
-    write_index(tmp_path / "index.parquet", recordings)
-    assert read_index(tmp_path / "index.parquet") == recordings
+    path, config = tmp_path / "index.parquet", small_config(corpus)
+    assert not is_index_of(path, config)
+    write_index(path, recordings, config)
+    assert read_index(path) == recordings
+    assert is_index_of(path, small_config(corpus, data={"workers": 3, "batch_size": 2}))
+    for other in ({"source": "elsewhere"}, {"validation_fraction": 0.1}, {"crop_seconds": 1.0}):
+        assert not is_index_of(path, small_config(corpus, data=other))
+
+
+def test_an_index_that_got_to_no_checkpoint_gives_way_to_other_data(corpus: Path, tmp_path: Path) -> None:
+    write(tmp_path / "other" / "x" / "0.wav", tone(1))
+    whole, other = (small_config(each, data={"validation_fraction": 0}) for each in (corpus, tmp_path / "other"))
+    index = tmp_path / "recordings.parquet"
+    assert len(train._recordings(whole, index, going_on=False)) == 12
+    assert [each.singer for each in train._recordings(other, index, going_on=False)] == ["x"]
+    write(tmp_path / "other" / "y" / "0.wav", tone(1))
+    assert [each.singer for each in train._recordings(other, index, going_on=True)] == ["x"]
+
+
+def test_catalogue_rows_that_are_wrong_are_left_out_and_singers_may_be_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in "abcd":
+        write(tmp_path / f"{name}.wav", tone(1))
+    rows = [
+        {"path": "a.wav", "singer": 0, "start": None, "end": None},
+        {"path": "b.wav", "singer": 0, "start": None, "end": None},
+        {"path": "c.wav", "singer": 1, "start": 0.9, "end": 0.2},
+        {"path": "d.wav", "singer": None, "start": None, "end": None},
+    ]
+    for name, kind in (("integers", pa.int64()), ("floats", pa.float64())):
+        table = pa.Table.from_pylist(rows)
+        singers = [math.nan if row["singer"] is None and kind == pa.float64() else row["singer"] for row in rows]
+        table = table.set_column(table.schema.get_field_index("singer"), "singer", pa.array(singers, kind))
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        config = small_config(tmp_path / f"{name}.parquet", data={"validation_fraction": 0})
+        first, second, last = (each.singer for each in build_index(config))
+        assert first == second != last == "d.wav"
+        assert "1 rows" in (written := capsys.readouterr().out)
+        assert "end 0.2 s is not after start 0.9 s" in written
+
+
+def test_a_singer_column_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text("path,artist\na.wav,Ann\n")
+    with pytest.raises(CatalogError, match='no column "artst"; its other columns: artist'):
+        build_index(small_config(tmp_path / "c.csv", data={"singer_column": "artst"}))
+
+
+def test_a_validation_that_takes_every_singer_is_an_error(tmp_path: Path) -> None:
+    for singer in "ab":
+        write(tmp_path / singer / "0.wav", tone(1))
+    with pytest.raises(CatalogError, match=r"all of its 2 singers.*data\.validation_fraction=0"):
+        build_index(small_config(tmp_path))
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -137,7 +191,17 @@ def test_active_share() -> None:
     pcm[: RATE // 4] = tone(0.25).astype(np.float32)
     assert active_share(pcm, RATE, -60.0) == pytest.approx(0.25)
     assert active_share(pcm * np.float32(1e-3), RATE, -60.0) == -1.0  # -66 dBFS
-    assert active_share(pcm * np.float32(np.nan), RATE, -60.0) == -1.0
+    for broken in (np.nan, np.inf, -np.inf):
+        pcm[7] = broken
+        assert active_share(pcm, RATE, -60.0) == -1.0
+
+
+def test_what_lies_behind_the_end_of_a_recording_is_not_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.wav", np.concatenate([tone(1), np.full(RATE, 0.9)]))
+    crop = draw_crop(Recording(path, "s", 1.0), path, RATE + 400, RATE, small_config(tmp_path), np.random.default_rng())
+    assert crop.shape == (RATE + 400,)
+    np.testing.assert_allclose(crop[:RATE], 2 * tone(1), atol=1e-3)
+    assert not crop[RATE:].any()
 
 
 def test_silence_is_avoided(tmp_path: Path) -> None:
@@ -206,6 +270,18 @@ def test_a_recording_that_is_gone_or_silent_gives_way(
     shutil.rmtree(home)
     with pytest.raises(SingerEmbedError, match="50 recordings drawn one after the other"):
         dataset[PairKey(0, 0, 0)]
+
+
+def test_the_recording_of_a_singer_that_is_gone_is_the_one_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        write(tmp_path / f"{name}.wav", tone(1))
+    dataset, _ = pairs(small_config(tmp_path, data={"pairs": "singer", "validation_fraction": 0, "batch_size": 2}))
+    (tmp_path / "a" / "1.wav").unlink()
+    assert dataset[PairKey(0, 0, 0)]["groups"] == 1
+    assert "a/1.wav: file not found" in caplog.text
+    assert "a/0.wav" not in caplog.text
 
 
 def test_an_epoch_has_each_recording_as_often_as_asked(corpus: Path) -> None:
@@ -293,6 +369,22 @@ def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None
         embeddings[[0, 1, 2, 3, 4, 5, 6, 0, 8]], np.array([0, 1, 2, 3, 4, 5, 6, 0, -1])
     )
     assert repeated_and_unread == without
+    assert all(np.isnan(value) for value in data.validation_metrics(embeddings, np.full(9, -1)).values())
+
+
+def test_the_score_leaves_out_silent_recordings(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("a/0", "a/1", "b/0", "b/1"):
+        write(tmp_path / f"{name}.wav", 0.1 * rng.standard_normal(RATE // 2))
+    crops = evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25)
+    alone = evaluate.score(evaluate.mfcc_statistics, crops)
+    for name in ("c/0", "c/1"):
+        write(tmp_path / f"{name}.wav", np.zeros(RATE // 2))
+    assert len(beside := evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25)) == 12
+    assert evaluate.score(evaluate.mfcc_statistics, beside) == alone
+    shutil.rmtree(tmp_path / "b")
+    with pytest.raises(UsageError, match="no two singers"):
+        evaluate.score(evaluate.mfcc_statistics, evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25))
 
 
 def test_both_crops_of_a_pair_are_played_at_one_speed(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_equals_the_official_code(kind: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))
+def test_mixed_precision_does_not_round_the_loss(name: str) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = LOSSES[name](*projections("l2"))
+    assert mixed.dtype == torch.float32
+    assert float(mixed) == pytest.approx(float(LOSSES[name](*projections("l2"))), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
 def test_gradient_equals_finite_differences(name: str) -> None:
     generator = torch.Generator().manual_seed(1)
     # Deviations below every gamma in use, or the hinge has no gradient to check.

@@ -100,6 +100,30 @@ def test_gamma_is_what_unit_vectors_can_reach(corpus: Path) -> None:
     assert terms_of("vicreg", corpus, l2=False)["variance"] > 20  # against a deviation of 1
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.batch_size=[1,", "not YAML"),
+        ("augment.noise_amplitude=[0.05, 0.001]", "augment.noise_amplitude.*smaller"),
+        ("augment.gain_db=[0, -6]", "augment.gain_db.*smaller"),
+        ("seed=4294967296", "seed"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_a_line(override: str, message: str) -> None:
+    from training.config import load_config
+
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config([Path(__file__).parents[2] / "training" / "configs" / "byol.yaml"], [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_setting_that_is_left_away_is_a_difference(corpus: Path) -> None:
+    plain, other = small_config(corpus), small_config(corpus, loss={"gather": False})
+    assert plain.differences(other) == ["loss.gather: None here, False there"]
+    assert other.differences(plain) == ["loss.gather: False here, None there"]
+    assert plain.differences(small_config(corpus, data={"workers": 3}, trainer={"max_epochs": 9})) == []
+
+
 def test_unknown_methods_and_options_are_refused(corpus: Path) -> None:
     with pytest.raises(UsageError, match=r"simclr.*byol, contrastive"):
         build_method(small_config(corpus, "simclr"), 1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from training import losses
 from training.metrics import CropLabels, equal_error_rate, mean_normalised_rank, spread, verification_metrics
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -60,6 +61,15 @@ def test_separate_singers_are_told_apart() -> None:
     assert metrics["eer"] == pytest.approx(0.0)
     assert metrics["mean_rank"] == pytest.approx(0.0)
     assert metrics["alignment"] == pytest.approx(0.0)
+
+
+def test_alignment_is_the_loss_of_the_same_name_over_the_pairs() -> None:
+    embeddings = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
+    labels = CropLabels(singers=np.repeat(np.arange(3), 4), recordings=np.arange(12) // 2)
+    unit = torch.nn.functional.normalize(torch.from_numpy(embeddings))
+    first, second = np.nonzero(np.triu(labels.same_singer()))
+    expected = float(losses.alignment(unit[first], unit[second]))
+    assert verification_metrics(embeddings, labels)["alignment"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_spread_of_a_constant_and_of_a_basis() -> None:

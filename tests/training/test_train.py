@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ from training_config import small_config
 
 from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import build_engine
-from singerembed.errors import UsageError
+from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, UsageError
 from training import evaluate, export, train
+from training.callbacks import LastCheckpoint, WholeCheckpoints
 from training.config import load_config
 from training.synthetic import make_corpus
 
@@ -88,6 +91,50 @@ def assert_equal(ours: Any, theirs: Any) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+# --- checkpoints that are whole ---------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_written_beside_its_name_and_a_full_disk_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "another file system, which is full"))
+    last, writer = tmp_path / "run" / "last.ckpt", WholeCheckpoints()
+    writer.save_checkpoint({"step": torch.tensor(1)}, last)
+
+    def full_disk(_content: object, file: IO[bytes]) -> None:
+        file.write(b"half a checkpoint")
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")  # as torch has it
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OutputError, match=r"last\.ckpt cannot be written.*room on the disk"):
+        writer.save_checkpoint({"step": torch.tensor(2)}, last)
+    assert torch.load(last, weights_only=True) == {"step": torch.tensor(1)}
+    assert list(last.parent.iterdir()) == [last]
+
+
+def test_weights_that_hold_nan_end_the_run_and_are_not_kept() -> None:
+    kept: list[Path] = []
+    trainer: Any = SimpleNamespace(
+        global_step=4, num_training_batches=8, save_checkpoint=lambda path, **_: kept.append(path)
+    )
+    callback = LastCheckpoint(Path("last.ckpt"), every_steps=2)
+    network: Any = torch.nn.Linear(2, 2)
+    callback.on_train_batch_end(trainer, network, None, None, 3)
+    assert kept == [Path("last.ckpt")]
+    network.bias.data[1] = torch.nan
+    with pytest.raises(SingerEmbedError, match=r"diverged: at step 4, 1 of .* \(first: bias\)"):
+        callback.on_train_batch_end(trainer, network, None, None, 3)
+    assert kept == [Path("last.ckpt")]
+
+
+def test_what_cannot_be_run_is_said_in_a_line(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match=r"file cannot be made a folder.*--out"):
+        train.train(small_config(corpus), tmp_path / "file")
+    with pytest.raises(UsageError, match=r"trainer section.*fp7"):
+        train.train(small_config(corpus, trainer={"precision": "fp7"}), tmp_path / "run")
+
+
 # --- one short run in this process ----------------------------------------------------------------------------------
 
 
@@ -139,6 +186,17 @@ def test_another_configuration_is_refused_with_the_difference(short_run: Path, c
         train.train(config, short_run)
 
 
+def test_another_number_of_devices_is_refused(short_run: Path, corpus: Path, tmp_path: Path) -> None:
+    content = torch.load(short_run / "last.ckpt", weights_only=True)
+    assert content["devices"] == 1
+    out = tmp_path / "run"
+    out.mkdir()
+    torch.save({**content, "devices": 2}, out / "last.ckpt")
+    sections: dict[str, dict[str, Any]] = {"model": {"normalise": "batch"}, "data": {"validation_crops": 2}}
+    with pytest.raises(UsageError, match=r"made on 2 device\(s\), here are 1"):
+        train.train(small_config(corpus, "byol", **sections), out)
+
+
 def test_export_to_the_own_layout(short_run: Path, tmp_path: Path) -> None:
     source, target = short_run / "last.ckpt", tmp_path / "new" / "encoder.pt"
     result = CliRunner().invoke(export.main, [str(source), str(target)])
@@ -183,6 +241,14 @@ def test_export_to_the_official_layout(short_run: Path, tmp_path: Path) -> None:
     expected = golden["mel"][[str(name).removesuffix(".wav") for name in golden["names"]].index("tenor")]
     assert float(np.abs(mel.numpy() - expected).max()) <= 1e-5 * expected.max()
     assert set(kernels) == {"mel_basis", "wsin", "wcos", "window_mask"}
+
+
+def test_checkpoints_of_another_making_are_not_exported(tmp_path: Path) -> None:
+    torch.save({"state_dict": {}}, tmp_path / "official.ckpt")
+    torch.save(Path("an object"), tmp_path / "pickle.ckpt")
+    for name in ("official.ckpt", "pickle.ckpt"):
+        with pytest.raises(CheckpointError, match=r"not written by training\.train"):
+            export.training_facts(tmp_path / name)
 
 
 def test_build_engine_takes_the_checkpoint_unchanged(short_run: Path, tmp_path: Path) -> None:
