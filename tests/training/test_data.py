@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -134,7 +135,7 @@ def test_catalogue_rows_that_are_wrong_are_left_out_and_singers_may_be_numbers(
 ) -> None:
     for name in "abcd":
         write(tmp_path / f"{name}.wav", tone(1))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"path": "a.wav", "singer": 0, "start": None, "end": None},
         {"path": "b.wav", "singer": 0, "start": None, "end": None},
         {"path": "c.wav", "singer": 1, "start": 0.9, "end": 0.2},
