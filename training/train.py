@@ -111,7 +111,12 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
     on_cuda = torch.cuda.is_available() and settings.accelerator in {"auto", "gpu", "cuda"}
     precision = ("bf16-mixed" if on_cuda else "32-true") if settings.precision == "auto" else settings.precision
     best = ModelCheckpoint(
-        dirpath=out, filename=Path(BEST).stem, monitor="validation/eer", mode="min", enable_version_counter=False
+        dirpath=out,
+        filename=Path(BEST).stem,
+        monitor="validation/eer",
+        mode="min",
+        save_on_train_epoch_end=False,  # but after each validation, so that last.ckpt, which comes then, knows of it
+        enable_version_counter=False,
     )
     callbacks: list[Callback] = [
         CollapseWatch(),

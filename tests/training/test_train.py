@@ -25,6 +25,7 @@ from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, U
 from training import evaluate, export, train
 from training.callbacks import LastCheckpoint, WholeCheckpoints
 from training.config import load_config
+from training.data import PairData
 from training.synthetic import make_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +85,30 @@ def test_kill_and_resume_gives_the_weights_of_an_undisturbed_run(
     assert ours["global_step"] == expected["global_step"] == 8
     assert ours["lr_schedulers"] == expected["lr_schedulers"]
     assert_equal(ours["state_dict"], expected["state_dict"])
-    assert_equal(ours["optimizer_states"], expected["optimizer_states"])
+    (our_optimiser,), (expected_optimiser,) = ours["optimizer_states"], expected["optimizer_states"]
+    assert our_optimiser["param_groups"] == expected_optimiser["param_groups"]
+    assert_equal(our_optimiser["state"], expected_optimiser["state"])
+
+
+def test_a_run_killed_in_validation_validates_when_it_goes_on_and_knows_its_best(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, data = tmp_path / "run", {"batch_size": 4, "validation_crops": 2}
+
+    def go_on(epochs: int, *error_rates: float) -> None:
+        """Train up to `epochs`, two steps each; validation finds `error_rates`, then the run is killed in it."""
+        found = list(error_rates)
+        monkeypatch.setattr(PairData, "validation_metrics", lambda *_: {"eer": found.pop(0)})
+        train.train(small_config(corpus, data=data, trainer={"max_epochs": epochs, "validate_every_epochs": 1}), out)
+        assert not found
+
+    with pytest.raises(IndexError):
+        go_on(2, 0.3)
+    assert step_of(out / "best.ckpt") == 2
+    go_on(2, 0.1)
+    assert step_of(out / "best.ckpt") == 4
+    go_on(3, 0.2)
+    assert (step_of(out / "best.ckpt"), step_of(out / "last.ckpt")) == (4, 6)
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -122,8 +146,9 @@ def test_weights_that_hold_nan_end_the_run_and_are_not_kept() -> None:
     callback.on_train_batch_end(trainer, network, None, None, 3)
     assert kept == [Path("last.ckpt")]
     network.bias.data[1] = torch.nan
-    with pytest.raises(SingerEmbedError, match=r"diverged: at step 4, 1 of .* \(first: bias\)"):
-        callback.on_train_batch_end(trainer, network, None, None, 3)
+    for batch in (3, 7):  # and before the validation of the epoch's last step
+        with pytest.raises(SingerEmbedError, match=r"diverged: at step 4, 1 of .* \(first: bias\)"):
+            callback.on_train_batch_end(trainer, network, None, None, batch)
     assert kept == [Path("last.ckpt")]
 
 
