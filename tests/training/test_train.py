@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -36,51 +35,57 @@ GOLDEN = ROOT / "tests" / "golden"
 # --- kill and resume ------------------------------------------------------------------------------------------------
 
 
-def start(corpus: Path, out: Path, method: str) -> subprocess.Popen[bytes]:
-    """Start a run of two epochs of four steps in a process of its own, with a checkpoint at every third step."""
+# `python -m training.train` that dies at once when the checkpoint of step KILL_AT is there, as a kill would have it.
+KILLED = """
+import os, signal
+from training import train
+from training.callbacks import WholeCheckpoints
+
+class DyingCheckpoints(WholeCheckpoints):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if checkpoint["global_step"] == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train.WholeCheckpoints = DyingCheckpoints
+train.main()
+"""
+
+
+def run(corpus: Path, out: Path, method: str, workers: int, kill_at: int | None = None) -> None:
+    """Run two epochs of four steps in a process of its own, with a checkpoint at every third step."""
     settings = (
-        "data.crop_seconds=0.5", "data.batch_size=3", "data.workers=0", "data.validation_fraction=0",
+        "data.crop_seconds=0.5", "data.batch_size=3", f"data.workers={workers}", "data.validation_fraction=0",
         "data.pairs_per_recording=1",
         "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu",
         "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2",
     )  # fmt: skip
     configs = [argument for name in (method, "small") for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    command = [sys.executable, "-m", "training.train", *configs, "--data", str(corpus), "--out", str(out)]
-    return subprocess.Popen(
+    program = ["-m", "training.train"] if kill_at is None else ["-c", KILLED]
+    command = [sys.executable, *program, *configs, "--data", str(corpus), "--out", str(out)]
+    finished = subprocess.run(
         [*command, *(argument for setting in settings for argument in ("--set", setting))],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KILL_AT": str(kill_at)},
     )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
+    assert finished.returncode == (0 if kill_at is None else -signal.SIGKILL), finished.stderr.decode()
 
 
 def step_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
-def kill_after_step(process: subprocess.Popen[bytes], last: Path, step: int) -> None:
-    deadline = time.monotonic() + 100
-    while not last.exists() or step_of(last) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-# In the middle of an epoch, and at its end; Praat, an equaliser, dropout and a moving average take part.
-@pytest.mark.parametrize(("method", "step"), [("contrastive", 3), ("byol", 4)])
+# In the middle of an epoch, with a worker that reads ahead, and at an epoch's end; Praat, an equaliser, dropout and a
+# moving average take part.
+@pytest.mark.parametrize(("method", "workers", "step"), [("contrastive", 1, 3), ("byol", 0, 4)])
 def test_kill_and_resume_gives_the_weights_of_an_undisturbed_run(
-    method: str, step: int, corpus: Path, tmp_path: Path
+    method: str, workers: int, step: int, corpus: Path, tmp_path: Path
 ) -> None:
     undisturbed, out = tmp_path / "undisturbed" / "run", tmp_path / "run"  # the folder's name is the weights'
-    finish(start(corpus, undisturbed, method))
-    kill_after_step(start(corpus, out, method), out / "last.ckpt", step)
-    assert step <= step_of(out / "last.ckpt") < 8
-    finish(start(corpus, out, method))
+    run(corpus, undisturbed, method, workers)
+    run(corpus, out, method, workers, kill_at=step)
+    assert step_of(out / "last.ckpt") == step
+    run(corpus, out, method, workers)
     ours, expected = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (out, undisturbed))
     assert ours["global_step"] == expected["global_step"] == 8
     assert ours["lr_schedulers"] == expected["lr_schedulers"]
