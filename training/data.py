@@ -181,7 +181,7 @@ class PairSampler(Sampler[list[PairKey]]):
     """Batches of keys for one device, a function of seed and step."""
 
     def __init__(self, dataset: PairDataset, n_recordings: int, config: TrainConfig, devices: int) -> None:
-        """Raises UsageError where an epoch has less than one batch."""
+        """Raises UsageError where an epoch has less than one batch, or all of its pairs are of one recording."""
         self._n_groups = len(dataset.groups)
         self._n_pairs = n_recordings * config.data.pairs_per_recording
         self._batch_size = config.data.batch_size
@@ -194,6 +194,8 @@ class PairSampler(Sampler[list[PairKey]]):
                 f"an epoch has {self._n_pairs} pairs, fewer than a batch of {self._batch_size} on {devices} device(s)."
                 " Lower data.batch_size or raise data.pairs_per_recording"
             )
+        if self._n_groups == 1:
+            raise UsageError("there is one recording to train on: nothing to tell it apart from. Add more to --data")
 
     def follow(self, rank: int, step: Callable[[], int]) -> None:
         """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.

@@ -322,6 +322,12 @@ def test_an_epoch_without_a_batch_is_an_error(corpus: Path) -> None:
         pairs(small_config(corpus, data={"batch_size": 9}))
 
 
+def test_an_epoch_of_one_recording_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", tone(1))
+    with pytest.raises(UsageError, match="one recording to train on"):
+        pairs(small_config(tmp_path, data={"validation_fraction": 0, "pairs_per_recording": 3}))
+
+
 # --- variants and validation ----------------------------------------------------------------------------------------
 
 
