@@ -16,13 +16,15 @@ import pytest
 import tolerances
 import torch
 from click.testing import CliRunner
+from torch.utils.data import DataLoader, Dataset
 from training_config import small_config
 
 from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import build_engine
-from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, UsageError
+from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, TrackError, UsageError
 from training import evaluate, export, train
 from training.callbacks import LastCheckpoint, WholeCheckpoints
+from training.command import command
 from training.config import load_config
 from training.data import PairData
 from training.synthetic import make_corpus
@@ -195,6 +197,24 @@ def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
     assert {
         "loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam/online", "lr-Adam/predictor",
     } <= set(events.Tags()["scalars"])  # fmt: skip
+
+
+class _BrokenData(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise TrackError("not_found", f"file {index} not found")
+        except TrackError as exc:
+            raise UsageError("Is the data: still there?") from exc
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_one_line(workers: int) -> None:
+    @command
+    def read() -> None:
+        list(DataLoader(_BrokenData(), sampler=[0], num_workers=workers))
+
+    result = CliRunner().invoke(read)
+    assert (result.output, result.exit_code) == ("Error: Is the data: still there?\n", UsageError.exit_code)
 
 
 def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> None:
