@@ -91,6 +91,20 @@ def test_short_and_broken_recordings_are_left_out_and_counted(
     assert "1 recordings that cannot be opened, 1 shorter than 0.5 s; 1 of 3" in capsys.readouterr().out
 
 
+def test_links_to_singers_are_followed_and_those_in_circles_are_not(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    write(home / "c" / "0.wav", tone(1))
+    for name in ("Ann/deep/1.wav", "Bob/2.wav"):
+        write(elsewhere / name, tone(1))
+    for link, target in {"home/a": "Ann", "home/b": "Bob", "elsewhere/Ann/b": "Bob", "elsewhere/Bob/a": "Ann"}.items():
+        (tmp_path / link).symlink_to(elsewhere / target)
+    (home / "c" / "self").symlink_to(home)
+    found = build_index(small_config(home, data={"validation_fraction": 0}))
+    expected = {"a/b/2.wav": "a", "a/deep/1.wav": "a", "b/2.wav": "b", "b/a/deep/1.wav": "b", "c/0.wav": "c"}
+    assert {str(Path(each.path).relative_to(home)): each.singer for each in found} == expected
+    assert [each.path for each in found] == sorted(each.path for each in found)
+
+
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="no recordings"):
         build_index(small_config(tmp_path))
