@@ -75,7 +75,9 @@ def train(config: TrainConfig, out: Path) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
+    # TF32 is for the network's convolutions, where torch has it by default. In products of matrices it would round the
+    # mel spectrogram, which is to equal the engine's, and the losses' similarities.
+    torch.set_float32_matmul_precision("highest")
     lightning.seed_everything(config.seed, verbose=False)
     recordings = _recordings(config, out / INDEX, going_on=last.exists())
     try:

@@ -199,6 +199,12 @@ def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
     } <= set(events.Tags()["scalars"])  # fmt: skip
 
 
+def test_products_of_matrices_are_not_rounded_and_convolutions_may_be(short_run: Path) -> None:
+    del short_run
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32
+
+
 class _BrokenData(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         try:
