@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +19,7 @@ from training_config import small_config
 
 from singerembed.errors import CatalogError, SingerEmbedError, UsageError
 from training import evaluate, pitch_variants, train
+from training.augment import PitchShifter, Samples
 from training.config import TrainConfig
 from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop, read_crop
 from training.recordings import TRAIN, VALIDATION, Recording, build_index, is_index_of, read_index, write_index
@@ -148,7 +153,7 @@ def test_catalogue_rows_that_are_wrong_are_left_out_and_singers_may_be_numbers(
 ) -> None:
     for name in "abcd":
         write(tmp_path / f"{name}.wav", tone(1))
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"path": "a.wav", "singer": 0, "start": None, "end": None},
         {"path": "b.wav", "singer": 0, "start": None, "end": None},
         {"path": "c.wav", "singer": 1, "start": 0.9, "end": 0.2},
@@ -365,6 +370,34 @@ def test_pitch_variants_are_made_once_and_used(corpus: Path, tmp_path: Path) -> 
         path.unlink()
     with pytest.raises(UsageError, match="holds no variants"):
         pairs(small_config(corpus, data=data))
+
+
+def test_pitch_variants_of_short_recordings_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in" / "short.wav", tone(0.5))
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--count", "1"]
+
+    def full_disk(_path: Path, _content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        result = CliRunner().invoke(pitch_variants.main, arguments)
+    assert result.exit_code == 1
+    assert re.search(r"^Error: .*short\.wav\.0\.flac cannot be written: No space left on device", result.output, re.M)
+    assert "1 variants" in CliRunner().invoke(pitch_variants.main, arguments).output
+
+
+def test_the_pitch_variant_of_a_quiet_recording_loses_nothing(tmp_path: Path) -> None:
+    class Inverter(PitchShifter):
+        def shift(self, pcm: Samples, *_: Any, **__: Any) -> Samples:
+            return -pcm
+
+    quiet = 2e-3 * tone(1)
+    soundfile.write(tmp_path / "a.wav", quiet, RATE, "FLOAT")
+    config = small_config(tmp_path, data={"pitch_variants": str(tmp_path / "out")})
+    recording = Recording(str(tmp_path / "a.wav"), "a", 1.0)
+    assert pitch_variants.make_variant(recording, 0, config, Inverter(), seed=0)
+    np.testing.assert_allclose(soundfile.read(tmp_path / "out" / "a.wav.0.flac")[0], -quiet, atol=2**-23)
 
 
 def test_validation_crops_are_the_encoders_length_and_always_the_same(corpus: Path) -> None:
