@@ -43,6 +43,7 @@ MAX_VALIDATION_CROPS = 4096
 _READ_TIMEOUT_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 class PairBatch(TypedDict):
@@ -118,6 +119,13 @@ def draw_crop(
     return np.pad(peak_normalised(best), (0, n_samples - n_there))
 
 
+def _warn_once(path: str, problem: str) -> None:
+    """Warn of a file that cannot be used, at its first draw in this process: it is drawn again in every epoch."""
+    if path not in _warned:
+        _warned.add(path)
+        _log.warning("%s: %s", path, problem)
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +153,6 @@ class PairDataset(Dataset[dict[str, Any]]):
                 return {"clips": self._pair(group, rng), "groups": group}
             except TrackError as exc:
                 problem = exc
-                _log.warning("%s; another takes its place", exc)
                 group = int(rng.integers(len(self.groups)))
         raise SingerEmbedError(
             f"{RECORDINGS_PER_PAIR} recordings drawn one after the other cannot be used (the last: {problem}). "
@@ -170,6 +177,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
+            _warn_once(path, f"{exc}; another takes its place")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
@@ -298,7 +306,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _log.warning("%s: %s; its crops stay out of the validation", recording.path, exc)
+            _warn_once(recording.path, f"{exc}; its crops stay out of the validation")
             return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
         return {"clips": pcm, "indices": index}
 
