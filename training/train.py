@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from singerembed.errors import CheckpointError, OutputError, UsageError
 from singerembed.storage import absolute
@@ -72,6 +73,7 @@ def train(config: TrainConfig, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"{out} cannot be made a folder: {exc.strerror}. Give another --out") from exc
+    _remove_half_checkpoints(out)
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
@@ -96,6 +98,13 @@ def train(config: TrainConfig, out: Path) -> None:
     # The sampler starts at the checkpoint's step, which Lightning cannot know.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
     trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
+
+
+@rank_zero_only
+def _remove_half_checkpoints(out: Path) -> None:
+    """Remove what a kill in the middle of writing leaves of a checkpoint."""
+    for leftover in out.glob(".*.ckpt.*.tmp"):
+        leftover.unlink()
 
 
 def _keep_freed_memory() -> None:
