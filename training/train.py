@@ -150,7 +150,7 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         use_distributed_sampler=False,  # PairSampler deals the batches out
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],
-        logger=TensorBoardLogger(out, name="", version="tensorboard"),
+        logger=TensorBoardLogger(out, name="tensorboard", version=""),  # a version would show in the progress bar
     )
 
 

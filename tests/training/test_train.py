@@ -207,6 +207,14 @@ def test_products_of_matrices_are_not_rounded_and_convolutions_may_be(short_run:
     assert torch.backends.cudnn.allow_tf32
 
 
+def test_the_progress_bar_shows_no_version(tmp_path: Path) -> None:
+    trainer = train.build_trainer(small_config(tmp_path), tmp_path)
+    bar: Any = trainer.progress_bar_callback
+    assert bar.get_metrics(trainer, None) == {}
+    assert trainer.log_dir is not None
+    assert Path(trainer.log_dir) == tmp_path / "tensorboard"
+
+
 class _BrokenData(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         try:
