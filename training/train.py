@@ -108,7 +108,7 @@ def _remove_half_checkpoints(out: Path) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step. A step on a CPU spends a third of its time on new pages else."""
+    """Have glibc keep what is freed for the next step. A step on a CPU spends half of its time on new pages else."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
