@@ -46,6 +46,8 @@ def rate(run: Callable[[], object], clips: int, repetitions: int) -> dict[str, f
 @click.option("--repetitions", default=7, show_default=True)
 def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
     """Measure on the recordings in the folder or catalogue DATA."""
+    if batch < 4 or batch % 2:
+        raise click.BadParameter("it is trained on as pairs, two at least: give an even number", param_hint="--batch")
     torch.set_num_threads(1)
     section = DataConfig(source=data, validation_fraction=0, crop_seconds=seconds)
     config = TrainConfig(method="contrastive", data=section, model=ModelConfig(initialise="random"))

@@ -35,9 +35,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(Callback):
-    """Keep `last.ckpt`: every so many steps, and at the end of each epoch.
+    """Keep `last.ckpt`: every so many steps, and at the end of each epoch, after its validation.
 
     It holds a whole step, moving average included, and is replaced by rename, so that a kill at any time leaves one.
+    None is written between an epoch's last step and its validation: Lightning would go on from it without validating.
     Weights that hold NaN are never written: the run ends instead, with the checkpoint before them.
     """
 
@@ -53,7 +54,16 @@ class LastCheckpoint(Callback):
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or trainer.global_step % self._every_steps == 0:
             self._refuse_nan(trainer, pl_module)
-            trainer.save_checkpoint(self._path, weights_only=False)  # the default, but for a line in the log
+            if not is_last:
+                self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Write it; validation has been, and `best.ckpt` with it."""
+        del pl_module
+        self._save(trainer)
+
+    def _save(self, trainer: lightning.Trainer) -> None:
+        trainer.save_checkpoint(self._path, weights_only=False)  # the default, but for a line in the log
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]

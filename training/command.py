@@ -18,7 +18,12 @@ def command(function: Callable[..., None]) -> click.Command:
         try:
             function(**arguments)
         except SingerEmbedError as exc:
-            click.echo(f"Error: {exc}", err=True)
+            click.echo(f"Error: {_message(exc)}", err=True)
             raise SystemExit(exc.exit_code) from exc
 
     return click.command(context_settings={"show_default": True})(run)
+
+
+def _message(error: SingerEmbedError) -> str:
+    """Return what `error` says. That of a DataLoader's worker comes with the worker's traceback before its message."""
+    return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()

@@ -16,6 +16,9 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
+# Twice the frame by which silence is told; the mel front end needs 0.023 s to reflect.
+SHORTEST_CROP_SECONDS = 0.1
+
 
 def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
     if ends[0] > ends[1]:
@@ -54,7 +57,7 @@ class DataConfig(Section):
     # singer with themselves.
     pairs: Literal["recording", "singer"] = "recording"
     pairs_per_recording: Count = 1  # in one epoch
-    crop_seconds: Positive = 4.0
+    crop_seconds: Annotated[float, Field(ge=SHORTEST_CROP_SECONDS)] = 4.0
     batch_size: Annotated[int, Field(ge=2)] = 140  # pairs, on each device
     workers: Annotated[int, Field(ge=0)] = 4  # processes that read and augment, for each device
     silence_dbfs: float = -60.0  # a crop whose peak is not above it is silent

@@ -43,6 +43,7 @@ MAX_VALIDATION_CROPS = 4096
 _READ_TIMEOUT_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 class PairBatch(TypedDict):
@@ -118,6 +119,13 @@ def draw_crop(
     return np.pad(peak_normalised(best), (0, n_samples - n_there))
 
 
+def _warn_once(path: str, problem: str) -> None:
+    """Warn of a file that cannot be used, at its first draw in this process: it is drawn again in every epoch."""
+    if path not in _warned:
+        _warned.add(path)
+        _log.warning("%s: %s", path, problem)
+
+
 # --- training -------------------------------------------------------------------------------------------------------
 
 
@@ -145,7 +153,6 @@ class PairDataset(Dataset[dict[str, Any]]):
                 return {"clips": self._pair(group, rng), "groups": group}
             except TrackError as exc:
                 problem = exc
-                _log.warning("%s; another takes its place", exc)
                 group = int(rng.integers(len(self.groups)))
         raise SingerEmbedError(
             f"{RECORDINGS_PER_PAIR} recordings drawn one after the other cannot be used (the last: {problem}). "
@@ -170,6 +177,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
+            _warn_once(path, f"{exc}; another takes its place")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
@@ -181,7 +189,7 @@ class PairSampler(Sampler[list[PairKey]]):
     """Batches of keys for one device, a function of seed and step."""
 
     def __init__(self, dataset: PairDataset, n_recordings: int, config: TrainConfig, devices: int) -> None:
-        """Raises UsageError where an epoch has less than one batch."""
+        """Raises UsageError where an epoch has less than one batch, or all of its pairs are of one recording."""
         self._n_groups = len(dataset.groups)
         self._n_pairs = n_recordings * config.data.pairs_per_recording
         self._batch_size = config.data.batch_size
@@ -194,6 +202,8 @@ class PairSampler(Sampler[list[PairKey]]):
                 f"an epoch has {self._n_pairs} pairs, fewer than a batch of {self._batch_size} on {devices} device(s)."
                 " Lower data.batch_size or raise data.pairs_per_recording"
             )
+        if self._n_groups == 1:
+            raise UsageError("there is one recording to train on: nothing to tell it apart from. Add more to --data")
 
     def follow(self, rank: int, step: Callable[[], int]) -> None:
         """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.
@@ -296,7 +306,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _log.warning("%s: %s; its crops stay out of the validation", recording.path, exc)
+            _warn_once(recording.path, f"{exc}; its crops stay out of the validation")
             return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
         return {"clips": pcm, "indices": index}
 

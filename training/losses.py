@@ -30,8 +30,8 @@ def contrastive(
 
     The negatives of row i are rows i - 1, i - 2, ... of `z2`, wrapping round: the batch shifted, as the singer identity
     release does it. `decoupled` leaves the positive out of the denominator (arXiv 2110.06848). With `singers`, int
-    [batch], rows of the same singer are no negatives (arXiv 2407.08647), and a row that has none left does not count.
-    Raises ValueError where no row has a negative.
+    [batch], rows of the same singer are no negatives (arXiv 2407.08647), and a row that has none left does not count. A
+    batch of one singer has nothing to say: 0, with gradients of 0.
     """
     _check_pair(z1, z2)
     with _full_precision(z1):
@@ -43,7 +43,7 @@ def contrastive(
         is_negative &= singers[:, None] != singers[None, :]
     counts = is_negative.any(dim=1)
     if not counts.any():
-        raise ValueError("no row of the batch has a negative: it holds one pair, or one singer only")
+        return 0 * similarity.sum()
     in_denominator = is_negative if decoupled else is_negative | (shift == 0)
     denominator = similarity.masked_fill(~in_denominator, -math.inf)[counts].logsumexp(dim=1)
     return (denominator - similarity.diagonal()[counts]).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +13,10 @@ import numpy as np
 import soundfile
 from tqdm import tqdm
 
-from singerembed.errors import TrackError
+from singerembed.errors import OutputError, TrackError
 from training.augment import PitchShifter, draw_ratio
 from training.command import command
-from training.config import DataConfig, TrainConfig
+from training.config import SHORTEST_CROP_SECONDS, DataConfig, TrainConfig
 from training.data import read_crop, variant_path
 from training.recordings import Recording, build_index
 
@@ -37,7 +38,10 @@ def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
     What is there already is kept: the same command goes on after a crash. Train with --set data.pitch_variants=OUT.
     """
     section = DataConfig(
-        source=str(Path(data).absolute()), pitch_variants=str(Path(out).absolute()), validation_fraction=0
+        source=str(Path(data).absolute()),
+        pitch_variants=str(Path(out).absolute()),
+        validation_fraction=0,
+        crop_seconds=SHORTEST_CROP_SECONDS,  # whatever a training may use
     )
     config = TrainConfig(method="", data=section)
     tasks = [(each, number) for each in build_index(config) for number in range(count)]
@@ -54,7 +58,10 @@ def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
 
 
 def make_variant(recording: Recording, number: int, config: TrainConfig, shifter: PitchShifter, seed: int) -> bool:
-    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed and name."""
+    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed and name.
+
+    Raises OutputError.
+    """
     target = variant_path(config.data, recording, number)
     if target.exists():
         return True
@@ -72,12 +79,18 @@ def make_variant(recording: Recording, number: int, config: TrainConfig, shifter
     shifted = shifter.shift(pcm, sample_rate, ratio, range_ratio, int(rng.integers(2**31)), timeout_seconds=timeout)
     if shifted is pcm:
         return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}")
-    with soundfile.SoundFile(temporary, "w", sample_rate, 1, "PCM_16", format="FLAC") as file:
+    encoded = io.BytesIO()  # of a full disk libsndfile says "System error"
+    # 24 bits: a quiet recording keeps its detail, and the level by which silence is told.
+    with soundfile.SoundFile(encoded, "w", sample_rate, 1, "PCM_24", format="FLAC") as file:
         for block in _blocks(shifted / max(1.0, float(np.abs(shifted).max()))):
             file.write(block)
-    temporary.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}")
+        temporary.write_bytes(encoded.getbuffer())
+        temporary.replace(target)
+    except OSError as exc:
+        raise OutputError(f"{target} cannot be written: {exc.strerror}. The same command then goes on") from exc
     return True
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -97,10 +98,16 @@ def _find(source: str, config: TrainConfig) -> list[Recording]:
 
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
-    """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own."""
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
-            yield Recording(str(path), path.relative_to(folder).parts[0])
+    """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own.
+
+    Links are followed, but for those to a folder that they lie in.
+    """
+    for root, folders, names in os.walk(folder, followlinks=True):
+        above = {each.resolve() for each in (Path(root), *Path(root).parents)}
+        folders[:] = [name for name in folders if Path(root, name).resolve() not in above]
+        for path in (Path(root, name) for name in names):
+            if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+                yield Recording(str(path), path.relative_to(folder).parts[0])
 
 
 def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[Recording]:

@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from singerembed.errors import CheckpointError, OutputError, UsageError
 from singerembed.storage import absolute
@@ -72,10 +73,13 @@ def train(config: TrainConfig, out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise OutputError(f"{out} cannot be made a folder: {exc.strerror}. Give another --out") from exc
+    _remove_half_checkpoints(out)
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it; a CPU is not affected
+    # TF32 is for the network's convolutions, where torch has it by default. In products of matrices it would round the
+    # mel spectrogram, which is to equal the engine's, and the losses' similarities.
+    torch.set_float32_matmul_precision("highest")
     lightning.seed_everything(config.seed, verbose=False)
     recordings = _recordings(config, out / INDEX, going_on=last.exists())
     try:
@@ -96,8 +100,15 @@ def train(config: TrainConfig, out: Path) -> None:
     trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
+@rank_zero_only
+def _remove_half_checkpoints(out: Path) -> None:
+    """Remove what a kill in the middle of writing leaves of a checkpoint."""
+    for leftover in out.glob(".*.ckpt.*.tmp"):
+        leftover.unlink()
+
+
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step. A step on a CPU spends a third of its time on new pages else."""
+    """Have glibc keep what is freed for the next step. A step on a CPU spends half of its time on new pages else."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -111,7 +122,12 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
     on_cuda = torch.cuda.is_available() and settings.accelerator in {"auto", "gpu", "cuda"}
     precision = ("bf16-mixed" if on_cuda else "32-true") if settings.precision == "auto" else settings.precision
     best = ModelCheckpoint(
-        dirpath=out, filename=Path(BEST).stem, monitor="validation/eer", mode="min", enable_version_counter=False
+        dirpath=out,
+        filename=Path(BEST).stem,
+        monitor="validation/eer",
+        mode="min",
+        save_on_train_epoch_end=False,  # but after each validation, so that last.ckpt, which comes then, knows of it
+        enable_version_counter=False,
     )
     callbacks: list[Callback] = [
         CollapseWatch(),
@@ -134,7 +150,7 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         use_distributed_sampler=False,  # PairSampler deals the batches out
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],
-        logger=TensorBoardLogger(out, name="", version="tensorboard"),
+        logger=TensorBoardLogger(out, name="tensorboard", version=""),  # a version would show in the progress bar
     )
 
 

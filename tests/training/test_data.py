@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from training_config import small_config
 
 from singerembed.errors import CatalogError, SingerEmbedError, UsageError
 from training import evaluate, pitch_variants, train
+from training.augment import PitchShifter, Samples
 from training.config import TrainConfig
 from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop, read_crop
 from training.recordings import TRAIN, VALIDATION, Recording, build_index, is_index_of, read_index, write_index
@@ -90,6 +94,20 @@ def test_short_and_broken_recordings_are_left_out_and_counted(
     recordings = build_index(small_config(tmp_path, data={"validation_fraction": 0}))
     assert [Path(each.path).name for each in recordings] == ["good.wav"]
     assert "1 recordings that cannot be opened, 1 shorter than 0.5 s; 1 of 3" in capsys.readouterr().out
+
+
+def test_links_to_singers_are_followed_and_those_in_circles_are_not(tmp_path: Path) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    write(home / "c" / "0.wav", tone(1))
+    for name in ("Ann/deep/1.wav", "Bob/2.wav"):
+        write(elsewhere / name, tone(1))
+    for link, target in {"home/a": "Ann", "home/b": "Bob", "elsewhere/Ann/b": "Bob", "elsewhere/Bob/a": "Ann"}.items():
+        (tmp_path / link).symlink_to(elsewhere / target)
+    (home / "c" / "self").symlink_to(home)
+    found = build_index(small_config(home, data={"validation_fraction": 0}))
+    expected = {"a/b/2.wav": "a", "a/deep/1.wav": "a", "b/2.wav": "b", "b/a/deep/1.wav": "b", "c/0.wav": "c"}
+    assert {str(Path(each.path).relative_to(home)): each.singer for each in found} == expected
+    assert [each.path for each in found] == sorted(each.path for each in found)
 
 
 def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
@@ -268,6 +286,9 @@ def test_a_recording_that_is_gone_or_silent_gives_way(
         item = dataset[PairKey(0, 0, broken)]
         assert item["groups"] not in {0, 1}
         assert reason in caplog.text
+        caplog.clear()
+        dataset[PairKey(1, 0, broken)]
+        assert not caplog.records  # once is enough
     shutil.rmtree(home)
     with pytest.raises(SingerEmbedError, match="50 recordings drawn one after the other"):
         dataset[PairKey(0, 0, 0)]
@@ -323,6 +344,12 @@ def test_an_epoch_without_a_batch_is_an_error(corpus: Path) -> None:
         pairs(small_config(corpus, data={"batch_size": 9}))
 
 
+def test_an_epoch_of_one_recording_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.wav", tone(1))
+    with pytest.raises(UsageError, match="one recording to train on"):
+        pairs(small_config(tmp_path, data={"validation_fraction": 0, "pairs_per_recording": 3}))
+
+
 # --- variants and validation ----------------------------------------------------------------------------------------
 
 
@@ -346,6 +373,34 @@ def test_pitch_variants_are_made_once_and_used(corpus: Path, tmp_path: Path) -> 
         path.unlink()
     with pytest.raises(UsageError, match="holds no variants"):
         pairs(small_config(corpus, data=data))
+
+
+def test_pitch_variants_of_short_recordings_and_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "in" / "short.wav", tone(0.5))
+    arguments = [str(tmp_path / "in"), str(tmp_path / "out"), "--count", "1"]
+
+    def full_disk(_path: Path, _content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full_disk)
+        result = CliRunner().invoke(pitch_variants.main, arguments)
+    assert result.exit_code == 1
+    assert re.search(r"^Error: .*short\.wav\.0\.flac cannot be written: No space left on device", result.output, re.M)
+    assert "1 variants" in CliRunner().invoke(pitch_variants.main, arguments).output
+
+
+def test_the_pitch_variant_of_a_quiet_recording_loses_nothing(tmp_path: Path) -> None:
+    class Inverter(PitchShifter):
+        def shift(self, pcm: Samples, *_: Any, **__: Any) -> Samples:
+            return -pcm
+
+    quiet = 2e-3 * tone(1)
+    soundfile.write(tmp_path / "a.wav", quiet, RATE, "FLOAT")
+    config = small_config(tmp_path, data={"pitch_variants": str(tmp_path / "out")})
+    recording = Recording(str(tmp_path / "a.wav"), "a", 1.0)
+    assert pitch_variants.make_variant(recording, 0, config, Inverter(), seed=0)
+    np.testing.assert_allclose(soundfile.read(tmp_path / "out" / "a.wav.0.flac")[0], -quiet, atol=2**-23)
 
 
 def test_validation_crops_are_the_encoders_length_and_always_the_same(corpus: Path) -> None:

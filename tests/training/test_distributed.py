@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +20,12 @@ from training_config import small_config
 from training.config import TrainConfig
 from training.data import PairBatch
 from training.methods import METHODS, build_method
+from training.metrics import METRICS
 
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "training" / "configs"
 BATCH, SAMPLES = 3, 8_192
-# The last layer of the encoder and one in its middle.
+# The projection's layer, and one in the middle of the encoder.
 WATCHED = ("projection.net.1.weight", "encoder.net.2.features.4.0.block.0.0.weight")
 
 
@@ -83,3 +90,72 @@ def test_two_processes_give_the_loss_and_gradients_of_one(name: str, tmp_path: P
             scale = float(expected[gradient].abs().max())
             difference = (result[gradient] - expected[gradient]).abs().max()
             assert float(difference) <= tolerances.DISTRIBUTED_RELATIVE * scale
+
+
+# --- whole runs -----------------------------------------------------------------------------------------------------
+
+# `python -m training.train` whose batch norm always uses its running statistics, for the reason above. It is killed as
+# soon as the checkpoint of the step KILL_AT is there.
+PROGRAM = """
+import os, signal
+import torch
+from training import train
+from training.callbacks import WholeCheckpoints
+
+class DyingCheckpoints(WholeCheckpoints):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if checkpoint["global_step"] == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def forward(norm, x):
+    return torch.nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+torch.nn.BatchNorm2d.forward = forward
+train.WholeCheckpoints = DyingCheckpoints
+train.main()
+"""
+
+
+def run(corpus: Path, out: Path, devices: int, kill_at: int = 0) -> dict[str, Any]:
+    """Run two epochs of two steps of four pairs, shared by `devices` processes; return last.ckpt."""
+    settings = (
+        f"model.initialise={ROOT / 'training' / 'recipes' / 'free_voices.pt'}",  # running statistics that fit
+        f"data.batch_size={4 // devices}", "data.workers=0", "data.pairs=recording", "data.pairs_per_recording=1",
+        "data.validation_fraction=0.3", "augment.pitch_probability=0",
+        f"trainer.devices={devices}", "trainer.accelerator=cpu", "trainer.deterministic=true", "trainer.max_epochs=2",
+        "trainer.validate_every_epochs=1", "trainer.checkpoint_every_steps=3",
+    )  # fmt: skip
+    configs = [CONFIGS / "contrastive.yaml", CONFIGS / "small.yaml"]
+    options = [word for path in configs for word in ("--config", str(path))]
+    options += [word for setting in settings for word in ("--set", setting)]
+    out.parent.mkdir(exist_ok=True)
+    (out.parent / "program.py").write_text(PROGRAM)
+    finished = subprocess.run(
+        # As a module, as `python -m training.train` is: Lightning starts the second process by the first one's command.
+        [sys.executable, "-m", "program", "--data", str(corpus), "--out", str(out), *options],
+        cwd=out.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KILL_AT": str(kill_at), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert finished.returncode == (-signal.SIGKILL if kill_at else 0), finished.stderr.decode()
+    content: dict[str, Any] = torch.load(out / "last.ckpt", weights_only=True)
+    return content
+
+
+def test_a_run_of_two_processes_that_is_killed_and_goes_on_gives_what_one_gives(corpus: Path, tmp_path: Path) -> None:
+    one, out = run(corpus, tmp_path / "1" / "run", devices=1), tmp_path / "2" / "run"
+    assert run(corpus, out, devices=2, kill_at=3)["global_step"] == 3
+    two = run(corpus, out, devices=2)
+    assert (two["devices"], two["global_step"]) == (2, 4)
+    for name in ("loss", *(f"validation/{each}" for each in METRICS)):
+        expected = pytest.approx(one["training"]["metrics"][name], rel=tolerances.DISTRIBUTED_RELATIVE)
+        assert two["training"]["metrics"][name] == expected, name
+    # Adam's mean gradients; the weights it makes of those near 0 may go either way.
+    means, expected_means = (
+        [state["exp_avg"] for state in content["optimizer_states"][0]["state"].values()] for content in (two, one)
+    )
+    for mean, expected_mean in zip(means, expected_means, strict=True):
+        difference = float((mean - expected_mean).abs().max())
+        assert difference <= tolerances.DISTRIBUTED_RELATIVE * float(expected_mean.abs().max())
+    steps = [torch.load(out.parents[1] / each / "run" / "best.ckpt", weights_only=True)["global_step"] for each in "12"]
+    assert steps[0] == steps[1]

@@ -119,8 +119,13 @@ def test_rows_without_negatives_do_not_count() -> None:
     singers = torch.tensor([0, 0, 0, 1])
     full = contrastive(singers=singers)(z1[:4], z2[:4])
     assert math.isfinite(float(full))
-    with pytest.raises(ValueError, match="no row of the batch has a negative"):
-        contrastive(singers=torch.zeros(4))(z1[:4], z2[:4])
+
+
+def test_a_batch_of_one_singer_teaches_nothing() -> None:
+    z1, z2 = (z[:4].requires_grad_() for z in projections("raw"))
+    loss = contrastive(singers=torch.zeros(4))(z1, z2)
+    assert float(loss.detach()) == 0
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (z1, z2)))
 
 
 @pytest.mark.parametrize("name", sorted(LOSSES))

@@ -15,12 +15,13 @@ from training_config import small_config
 from singerembed.errors import UsageError
 from training import losses
 from training.callbacks import COLLAPSED_SPREAD, CollapseWatch
+from training.config import SHORTEST_CROP_SECONDS
 from training.data import PairBatch, PairDataset, PairKey
 from training.methods import METHODS, build_method
 from training.methods.base import learning_rate_factor
 from training.methods.byol import Byol, ByolOptions, moving_average_rate, update_moving_average
 from training.methods.contrastive import Contrastive
-from training.recordings import build_index
+from training.recordings import TRAIN, build_index
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,14 @@ def test_a_few_steps_lower_the_loss_and_every_weight_takes_part(name: str, corpu
     without = [key for key, each in method.named_parameters() if each.requires_grad and each.grad is None]
     assert not without
     assert all(torch.isfinite(each).all() for each in method.parameters())
+
+
+def test_the_shortest_crops_that_are_allowed_can_be_trained_on(corpus: Path) -> None:
+    config = small_config(corpus, data={"crop_seconds": SHORTEST_CROP_SECONDS})
+    dataset = PairDataset([each for each in build_index(config) if each.split == TRAIN], config)
+    clips = torch.from_numpy(np.stack([dataset[PairKey(0, 0, group)]["clips"] for group in range(2)]))
+    terms, _ = build_method(config, steps_per_epoch=1).pair_terms({"clips": clips, "groups": torch.arange(2)})
+    assert torch.isfinite(terms["contrastive"])
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -107,6 +116,7 @@ def test_gamma_is_what_unit_vectors_can_reach(corpus: Path) -> None:
         ("augment.noise_amplitude=[0.05, 0.001]", "augment.noise_amplitude.*smaller"),
         ("augment.gain_db=[0, -6]", "augment.gain_db.*smaller"),
         ("seed=4294967296", "seed"),
+        ("data.crop_seconds=0.02", r"data\.crop_seconds.*0\.1"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_a_line(override: str, message: str) -> None:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import IO, Any
@@ -17,14 +16,17 @@ import pytest
 import tolerances
 import torch
 from click.testing import CliRunner
+from torch.utils.data import DataLoader, Dataset
 from training_config import small_config
 
 from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import build_engine
-from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, UsageError
+from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, TrackError, UsageError
 from training import evaluate, export, train
 from training.callbacks import LastCheckpoint, WholeCheckpoints
+from training.command import command
 from training.config import load_config
+from training.data import PairData
 from training.synthetic import make_corpus
 
 ROOT = Path(__file__).parents[2]
@@ -35,56 +37,85 @@ GOLDEN = ROOT / "tests" / "golden"
 # --- kill and resume ------------------------------------------------------------------------------------------------
 
 
-def start(corpus: Path, out: Path, method: str) -> subprocess.Popen[bytes]:
-    """Start a run of two epochs of four steps in a process of its own, with a checkpoint at every third step."""
+# `python -m training.train` that dies at once when the checkpoint of step KILL_AT is there, as a kill would have it.
+KILLED = """
+import os, signal
+from training import train
+from training.callbacks import WholeCheckpoints
+
+class DyingCheckpoints(WholeCheckpoints):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        super().save_checkpoint(checkpoint, path, storage_options)
+        if checkpoint["global_step"] == int(os.environ["KILL_AT"]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+train.WholeCheckpoints = DyingCheckpoints
+train.main()
+"""
+
+
+def run(corpus: Path, out: Path, method: str, workers: int, kill_at: int | None = None) -> None:
+    """Run two epochs of four steps in a process of its own, with a checkpoint at every third step."""
     settings = (
-        "data.crop_seconds=0.5", "data.batch_size=3", "data.workers=0", "data.validation_fraction=0",
+        "data.crop_seconds=0.5", "data.batch_size=3", f"data.workers={workers}", "data.validation_fraction=0",
         "data.pairs_per_recording=1",
         "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu",
         "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2",
     )  # fmt: skip
     configs = [argument for name in (method, "small") for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
-    command = [sys.executable, "-m", "training.train", *configs, "--data", str(corpus), "--out", str(out)]
-    return subprocess.Popen(
+    program = ["-m", "training.train"] if kill_at is None else ["-c", KILLED]
+    command = [sys.executable, *program, *configs, "--data", str(corpus), "--out", str(out)]
+    finished = subprocess.run(
         [*command, *(argument for setting in settings for argument in ("--set", setting))],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "KILL_AT": str(kill_at)},
     )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[bytes]) -> None:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors.decode()
+    assert finished.returncode == (0 if kill_at is None else -signal.SIGKILL), finished.stderr.decode()
 
 
 def step_of(checkpoint: Path) -> int:
     return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
-def kill_after_step(process: subprocess.Popen[bytes], last: Path, step: int) -> None:
-    deadline = time.monotonic() + 100
-    while not last.exists() or step_of(last) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-# In the middle of an epoch, and at its end; Praat, an equaliser, dropout and a moving average take part.
-@pytest.mark.parametrize(("method", "step"), [("contrastive", 3), ("byol", 4)])
+# In the middle of an epoch, with a worker that reads ahead, and at an epoch's end; Praat, an equaliser, dropout and a
+# moving average take part.
+@pytest.mark.parametrize(("method", "workers", "step"), [("contrastive", 1, 3), ("byol", 0, 4)])
 def test_kill_and_resume_gives_the_weights_of_an_undisturbed_run(
-    method: str, step: int, corpus: Path, tmp_path: Path
+    method: str, workers: int, step: int, corpus: Path, tmp_path: Path
 ) -> None:
     undisturbed, out = tmp_path / "undisturbed" / "run", tmp_path / "run"  # the folder's name is the weights'
-    finish(start(corpus, undisturbed, method))
-    kill_after_step(start(corpus, out, method), out / "last.ckpt", step)
-    assert step <= step_of(out / "last.ckpt") < 8
-    finish(start(corpus, out, method))
+    run(corpus, undisturbed, method, workers)
+    run(corpus, out, method, workers, kill_at=step)
+    assert step_of(out / "last.ckpt") == step
+    run(corpus, out, method, workers)
     ours, expected = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (out, undisturbed))
     assert ours["global_step"] == expected["global_step"] == 8
     assert ours["lr_schedulers"] == expected["lr_schedulers"]
     assert_equal(ours["state_dict"], expected["state_dict"])
-    assert_equal(ours["optimizer_states"], expected["optimizer_states"])
+    (our_optimiser,), (expected_optimiser,) = ours["optimizer_states"], expected["optimizer_states"]
+    assert our_optimiser["param_groups"] == expected_optimiser["param_groups"]
+    assert_equal(our_optimiser["state"], expected_optimiser["state"])
+
+
+def test_a_run_killed_in_validation_validates_when_it_goes_on_and_knows_its_best(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, data = tmp_path / "run", {"batch_size": 4, "validation_crops": 2}
+
+    def go_on(epochs: int, *error_rates: float) -> None:
+        """Train up to `epochs`, two steps each; validation finds `error_rates`, then the run is killed in it."""
+        found = list(error_rates)
+        monkeypatch.setattr(PairData, "validation_metrics", lambda *_: {"eer": found.pop(0)})
+        train.train(small_config(corpus, data=data, trainer={"max_epochs": epochs, "validate_every_epochs": 1}), out)
+        assert not found
+
+    with pytest.raises(IndexError):
+        go_on(2, 0.3)
+    assert step_of(out / "best.ckpt") == 2
+    go_on(2, 0.1)
+    assert step_of(out / "best.ckpt") == 4
+    go_on(3, 0.2)
+    assert (step_of(out / "best.ckpt"), step_of(out / "last.ckpt")) == (4, 6)
 
 
 def assert_equal(ours: Any, theirs: Any) -> None:
@@ -122,8 +153,9 @@ def test_weights_that_hold_nan_end_the_run_and_are_not_kept() -> None:
     callback.on_train_batch_end(trainer, network, None, None, 3)
     assert kept == [Path("last.ckpt")]
     network.bias.data[1] = torch.nan
-    with pytest.raises(SingerEmbedError, match=r"diverged: at step 4, 1 of .* \(first: bias\)"):
-        callback.on_train_batch_end(trainer, network, None, None, 3)
+    for batch in (3, 7):  # and before the validation of the epoch's last step
+        with pytest.raises(SingerEmbedError, match=r"diverged: at step 4, 1 of .* \(first: bias\)"):
+            callback.on_train_batch_end(trainer, network, None, None, batch)
     assert kept == [Path("last.ckpt")]
 
 
@@ -142,6 +174,8 @@ def test_what_cannot_be_run_is_said_in_a_line(corpus: Path, tmp_path: Path) -> N
 def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a BYOL run of one epoch with validation, normalised by the official code's batch-wide maximum."""
     out = tmp_path_factory.mktemp("short") / "run"
+    out.mkdir()
+    (out / ".last.ckpt.7-0123abcd.tmp").write_bytes(b"what a kill left")
     sections: dict[str, dict[str, Any]] = {
         "model": {"normalise": "batch"},
         "data": {"validation_crops": 2, "workers": 1},
@@ -152,7 +186,7 @@ def short_run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
-    assert {"last.ckpt", "best.ckpt", "recordings.parquet", "tensorboard"} <= {
+    assert {"last.ckpt", "best.ckpt", "recordings.parquet", "tensorboard"} == {
         path.name for path in short_run.iterdir()
     }
     facts = export.training_facts(short_run / "best.ckpt")
@@ -165,6 +199,38 @@ def test_a_run_leaves_checkpoints_metrics_and_events(short_run: Path) -> None:
     assert {
         "loss", "spread", "validation/eer", "pairs_per_second", "data_wait", "lr-Adam/online", "lr-Adam/predictor",
     } <= set(events.Tags()["scalars"])  # fmt: skip
+
+
+def test_products_of_matrices_are_not_rounded_and_convolutions_may_be(short_run: Path) -> None:
+    del short_run
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_the_progress_bar_shows_no_version(tmp_path: Path) -> None:
+    trainer = train.build_trainer(small_config(tmp_path), tmp_path)
+    bar: Any = trainer.progress_bar_callback
+    assert bar.get_metrics(trainer, None) == {}
+    assert trainer.log_dir is not None
+    assert Path(trainer.log_dir) == tmp_path / "tensorboard"
+
+
+class _BrokenData(Dataset[int]):
+    def __getitem__(self, index: int) -> int:
+        try:
+            raise TrackError("not_found", f"file {index} not found")
+        except TrackError as exc:
+            raise UsageError("Is the data: still there?") from exc
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_is_one_line(workers: int) -> None:
+    @command
+    def read() -> None:
+        list(DataLoader(_BrokenData(), sampler=[0], num_workers=workers))
+
+    result = CliRunner().invoke(read)
+    assert (result.output, result.exit_code) == ("Error: Is the data: still there?\n", UsageError.exit_code)
 
 
 def test_hyper_parameters_are_plain_and_the_readers_layout(short_run: Path) -> None:

@@ -156,7 +156,7 @@ class Method(lightning.LightningModule):
         embeddings, indices = cast(tuple[Tensor, Tensor], gathered)
         data: PairData = self.trainer.datamodule  # type: ignore[attr-defined]
         metrics = data.validation_metrics(embeddings.flatten(0, -2).cpu().numpy(), indices.flatten().cpu().numpy())
-        self.log_dict({f"validation/{name}": value for name, value in metrics.items()}, rank_zero_only=True)
+        self.log_dict({f"validation/{name}": value for name, value in metrics.items()}, sync_dist=True)
         self._validated.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
