@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from singerembed.errors import UsageError
 from singerembed.spec import ModelSpec
@@ -91,6 +91,12 @@ class OptimiserConfig(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     cosine_epochs: Annotated[float, Field(ge=0)] = 0.0  # the rate reaches 0 at this epoch; 0: it stays
+
+    @model_validator(mode="after")
+    def _warm_before_cold(self) -> OptimiserConfig:
+        if 0 < self.cosine_epochs <= self.warmup_epochs:
+            raise ValueError("warmup_epochs is to be less than cosine_epochs, which counts from the start")
+        return self
 
 
 class TrainerConfig(Section):

@@ -122,7 +122,7 @@ def run(corpus: Path, out: Path, devices: int, kill_at: int = 0) -> dict[str, An
     settings = (
         f"model.initialise={ROOT / 'training' / 'recipes' / 'free_voices.pt'}",  # running statistics that fit
         f"data.batch_size={4 // devices}", "data.workers=0", "data.pairs=recording", "data.pairs_per_recording=1",
-        "data.validation_fraction=0.3", "augment.pitch_probability=0",
+        "data.validation_fraction=0.3", "data.crop_seconds=0.5", "augment.pitch_probability=0", "trainer.threads=1",
         f"trainer.devices={devices}", "trainer.accelerator=cpu", "trainer.deterministic=true", "trainer.max_epochs=2",
         "trainer.validate_every_epochs=1", "trainer.checkpoint_every_steps=3",
     )  # fmt: skip

@@ -58,7 +58,7 @@ def run(corpus: Path, out: Path, method: str, workers: int, kill_at: int | None 
     """Run two epochs of four steps in a process of its own, with a checkpoint at every third step."""
     settings = (
         "data.crop_seconds=0.5", "data.batch_size=3", f"data.workers={workers}", "data.validation_fraction=0",
-        "data.pairs_per_recording=1",
+        "data.pairs_per_recording=1", "trainer.threads=1",
         "trainer.checkpoint_every_steps=3", "trainer.deterministic=true", "trainer.accelerator=cpu",
         "trainer.max_epochs=2", "model.stochastic_depth=0.2", "model.dropout=0.2", "optimiser.cosine_epochs=2",
     )  # fmt: skip
