@@ -19,7 +19,7 @@ from singerembed.audio import open_recording
 from singerembed.catalog import Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
 from singerembed.limits import TimeLimit
-from singerembed.storage import publishing
+from singerembed.storage import exists, publishing
 from training.config import DataConfig, TrainConfig
 
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
@@ -89,6 +89,8 @@ def read_index(path: Path) -> list[Recording]:
 
 
 def _find(source: str, config: TrainConfig) -> list[Recording]:
+    if not exists(source):
+        raise CatalogError(f"{source}: there is no such folder or catalogue")
     if not Path(source).is_dir():
         return list(_in_catalogue(source, Columns(path=config.data.path_column), config.data.singer_column))
     found = sorted(_in_folder(Path(source)), key=lambda each: each.path)

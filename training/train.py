@@ -95,8 +95,10 @@ def train(config: TrainConfig, out: Path) -> None:
     if not data.can_validate:
         trainer.limit_val_batches = 0
     method = build_method(config, data.steps_per_epoch)
-    # The sampler starts at the checkpoint's step, which Lightning cannot know.
+    # The sampler starts at the checkpoint's step, which Lightning cannot know; the run's folder holds its recordings.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning's own
     trainer.fit(method, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
