@@ -19,16 +19,16 @@ import torch
 from benchmarks.material import crops, machine, make_library, sgemm
 from benchmarks.measure import Rate, compare
 from benchmarks.rivals import OfficialPipeline, encoder_rivals, mel_rivals
-from singerembed.audio import open_recording
-from singerembed.checkpoint import load_checkpoint
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.recording import open_recording
 from singerembed.engine.build import export_onnx
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
+from singerembed.engine.machine import available_cores
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
-from singerembed.limits import TimeLimit
-from singerembed.mel import MelExtractor, available_isas
-from singerembed.pipeline import run
-from singerembed.units import available_cores
+from singerembed.jobs.run import run
+from singerembed.model.checkpoint import load_checkpoint
+from singerembed.model.mel import MelExtractor, available_isas
 
 ENCODER_FLOP = 2 * 0.3456e9  # a crop: 0.3456 G multiply-adds, counted by layer
 _JOB_TURNS = 6  # over the library: a run of some seconds, as a night is long against the start

@@ -13,7 +13,7 @@ import numpy as np
 
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
-from singerembed.mel import Pcm
+from singerembed.model.mel import Pcm
 
 SAMPLES = 4_410  # of each recording: one crop, padded
 
@@ -62,7 +62,8 @@ def _open_recording(_location: str, *_rest: Any, **_options: Any) -> Iterator[_R
 
 def install() -> None:
     """Put both in the places of the real ones, in this process."""
-    from singerembed import embedding, units
+    from singerembed.jobs import track as embedding
+    from singerembed.jobs import units
 
     units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
     embedding.open_recording = _open_recording  # type: ignore[attr-defined, assignment]
@@ -73,7 +74,7 @@ def start_ray(*, fake: bool, workers: int | None = None) -> Any:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray's 15 would tell beside other work
     import ray
 
-    from singerembed.units import available_cores
+    from singerembed.engine.machine import available_cores
 
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
     ray.init(

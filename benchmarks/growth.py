@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from singerembed import pipeline, units
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
 from singerembed.errors import InterruptedRun
-from singerembed.mel import Pcm
-from singerembed.options import RunOptions
+from singerembed.jobs import run as pipeline
+from singerembed.jobs import units
+from singerembed.jobs.options import RunOptions
+from singerembed.model.mel import Pcm
 
 
 class InstantEngine:

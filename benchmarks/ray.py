@@ -14,11 +14,11 @@ from typing import Any
 
 from benchmarks.fakes import start_ray
 from benchmarks.material import machine, make_library
-from singerembed.catalog import Track
-from singerembed.options import RunOptions
-from singerembed.parquet import Counts, TrackRows
-from singerembed.pipeline import run
-from singerembed.spec import ModelSpec
+from singerembed.catalog.read import Track
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import run
+from singerembed.model.spec import ModelSpec
+from singerembed.output.schema import Counts, TrackRows
 
 _SMALL_UNITS = 1_500
 

@@ -10,9 +10,9 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from singerembed.checkpoint import Checkpoint
 from singerembed.engine.torch import load_encoder
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import Checkpoint
+from singerembed.model.spec import ModelSpec
 
 Floats = NDArray[np.float32]
 
@@ -103,7 +103,7 @@ def _torchaudio(spec: ModelSpec, crop: Floats) -> Callable[[], int]:
 
 
 def _torch_stft(spec: ModelSpec, crop: Floats) -> Callable[[], int]:
-    from singerembed.mel import mel_basis
+    from singerembed.model.mel import mel_basis
 
     tensor, window = torch.from_numpy(crop), torch.hann_window(spec.n_fft)
     basis = torch.from_numpy(mel_basis(spec))
@@ -137,7 +137,7 @@ def _scipy(spec: ModelSpec, crop: Floats) -> Callable[[], int]:
     import scipy.fft
     import scipy.sparse
 
-    from singerembed.mel import mel_basis
+    from singerembed.model.mel import mel_basis
 
     basis = scipy.sparse.csr_matrix(mel_basis(spec))
     window = np.hanning(spec.n_fft + 1)[:-1].astype(np.float32)

@@ -22,13 +22,13 @@ import pyarrow as pa
 
 from benchmarks import fakes
 from benchmarks.material import machine
-from singerembed.catalog import Catalog, Track
-from singerembed.dataset import part_path
-from singerembed.options import RunOptions
-from singerembed.parquet import Counts, TrackRows, output_schema
-from singerembed.parts import PartStore
-from singerembed.pipeline import run
-from singerembed.spec import ModelSpec
+from singerembed.catalog.read import Catalog, Track
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import run
+from singerembed.model.spec import ModelSpec
+from singerembed.output.finished import part_path
+from singerembed.output.parts import PartStore
+from singerembed.output.schema import Counts, TrackRows, output_schema
 
 _PART_COUNTS = (1_000, 10_000, 100_000)
 

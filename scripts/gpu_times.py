@@ -32,8 +32,8 @@ from singerembed.engine.cuda_driver import CudaDevice, load_driver
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.load import load_engine
 from singerembed.errors import SingerEmbedError
-from singerembed.mel import DEVICE_CROP, DEVICE_LEVEL, cuda_mel
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, cuda_mel
+from singerembed.model.spec import ModelSpec
 
 SPEC = ModelSpec(name="timing", method="untrained")
 BATCH = 64

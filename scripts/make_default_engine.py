@@ -7,12 +7,12 @@ arithmetic is FP32 all the same.
 from dataclasses import replace
 from pathlib import Path
 
-from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import TOLERANCES, build_engine, compare, verification_crops
 from singerembed.engine.load import bundled_engine_path, open_engine
 from singerembed.engine.precision import store_halved
 from singerembed.engine.torch import TorchEngine
 from singerembed.errors import EngineError
+from singerembed.model.checkpoint import load_checkpoint
 
 CHECKPOINT = Path(__file__).parent.parent / "training" / "recipes" / "free_voices.pt"
 

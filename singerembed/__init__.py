@@ -11,23 +11,23 @@ from typing import TYPE_CHECKING, Any
 __path__ = extend_path(__path__, __name__)
 
 if TYPE_CHECKING:
-    from singerembed.embedder import Embedder, load_engine
     from singerembed.engine.build import BuildOptions, build_engine
-    from singerembed.options import RunOptions
-    from singerembed.pipeline import RunSummary, run
-    from singerembed.spec import ModelSpec
+    from singerembed.engine.embedder import Embedder, load_engine
+    from singerembed.jobs.options import RunOptions
+    from singerembed.jobs.run import RunSummary, run
+    from singerembed.model.spec import ModelSpec
 
 __all__ = ["BuildOptions", "Embedder", "ModelSpec", "RunOptions", "RunSummary", "build_engine", "load_engine", "run"]
 
 _HOMES = {
     "BuildOptions": "singerembed.engine.build",
-    "Embedder": "singerembed.embedder",
-    "ModelSpec": "singerembed.spec",
-    "RunOptions": "singerembed.options",
-    "RunSummary": "singerembed.pipeline",
+    "Embedder": "singerembed.engine.embedder",
+    "ModelSpec": "singerembed.model.spec",
+    "RunOptions": "singerembed.jobs.options",
+    "RunSummary": "singerembed.jobs.run",
     "build_engine": "singerembed.engine.build",
-    "load_engine": "singerembed.embedder",
-    "run": "singerembed.pipeline",
+    "load_engine": "singerembed.engine.embedder",
+    "run": "singerembed.jobs.run",
 }
 
 

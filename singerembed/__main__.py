@@ -1,5 +1,5 @@
 """`python -m singerembed`."""
 
-from singerembed.cli import main
+from singerembed.cli.main import main
 
 main()

@@ -51,6 +51,11 @@ def scrubbed(text: str) -> str:
     return re.sub(r"[A-Za-z][A-Za-z0-9+.-]+://[^\s'\"<>)]+", lambda uri: redacted(uri[0]), text)
 
 
+def printable(text: str) -> str:
+    """`text` with bytes that are not UTF-8 written as escapes, fit for Parquet and terminals."""
+    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def open_input(path: str) -> BinaryIO:
     """Open `path` for reading bytes. Raises OSError as `open` does."""
     if is_remote(path):

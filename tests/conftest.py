@@ -16,10 +16,10 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from singerembed.mel import available_isas
-from singerembed.options import RunOptions
-from singerembed.pipeline import RunSummary, run
-from singerembed.spec import ModelSpec
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import RunSummary, run
+from singerembed.model.mel import available_isas
+from singerembed.model.spec import ModelSpec
 
 RATE = 44_100
 GOLDEN = Path(__file__).parent / "golden"

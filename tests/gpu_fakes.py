@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from singerembed import _csrc
 from singerembed.engine.device import OutOfDeviceMemory
-from singerembed.mel import emulated_mel
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import emulated_mel
+from singerembed.model.spec import ModelSpec
 
 FREED = 0x5A  # fills memory that was given back, so that late readers find nonsense
 

@@ -19,9 +19,9 @@ import soundfile
 
 from singerembed import storage
 from singerembed.errors import InterruptedRun, OutputError
-from singerembed.lock import take_lock
-from singerembed.options import RunOptions
-from singerembed.pipeline import run
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import run
+from singerembed.output.lock import take_lock
 
 SECRET = "wJalrXUtnFEMI"
 
@@ -107,7 +107,7 @@ def test_a_run_on_s3_goes_on_after_a_stop(s3: Any, tmp_path: Path) -> None:
 def test_two_runs_on_one_remote_output(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path)
     catalog, output = str(tmp_path / "catalog.csv"), "s3://music/three/o.parquet"
-    monkeypatch.setattr("singerembed.lock._RENEW_SECONDS", 0.05)
+    monkeypatch.setattr("singerembed.output.lock._RENEW_SECONDS", 0.05)
     give_back = take_lock(f"{output}.parts", output)
     before = json.loads(s3.cat("music/three/o.parquet.parts/lock"))["time"]
     with pytest.raises(OutputError, match=r"another run is writing .* last seen"):

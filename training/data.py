@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from singerembed.audio import open_recording
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.recording import open_recording
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
-from singerembed.limits import TimeLimit
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
 from training.metrics import METRICS, CropLabels, verification_metrics

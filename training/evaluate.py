@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from scipy.fft import dct
 from tqdm import tqdm
 
-from singerembed.checkpoint import load_checkpoint
 from singerembed.errors import UsageError
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import load_checkpoint
+from singerembed.model.spec import ModelSpec
 from singerembed.storage import absolute
 from training.augment import Samples
 from training.command import command

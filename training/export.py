@@ -12,10 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from singerembed.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
 from singerembed.errors import CheckpointError, OutputError, UsageError
-from singerembed.mel import mel_basis
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
+from singerembed.model.mel import mel_basis
+from singerembed.model.spec import ModelSpec
 from training import files
 from training.command import command
 
@@ -83,7 +83,7 @@ def training_facts(source: Path) -> dict[str, Any]:
 
 
 def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, half: bool = False) -> None:
-    """Write the project's layout, which `singerembed.checkpoint` reads. Raises OutputError.
+    """Write the project's layout, which `singerembed.model.checkpoint` reads. Raises OutputError.
 
     `half` rounds the tensors of two and more dimensions to FP16; batch norm's statistics may lie beyond its range.
     """

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torchvision.models import EfficientNet_B0_Weights, efficientnet_b0
 
 from singerembed.errors import CheckpointError
-from singerembed.mel import mel_basis
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import mel_basis
+from singerembed.model.spec import ModelSpec
 
 PROJECTION_DIM = 128
 PREDICTOR_WIDTH = 1024
@@ -27,7 +27,7 @@ _FIRST_MAXIMUM = 9.2
 
 
 class MelSpectrogram(nn.Module):
-    """Mel power spectrograms of waveforms of any length: the torch twin of `singerembed.mel`, from the same spec."""
+    """Mel power spectrograms of waveforms of any length in torch, from the same spec as `singerembed.model.mel`."""
 
     window: Tensor
     basis: Tensor

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from singerembed.audio import open_recording
-from singerembed.catalog import Catalog, Columns
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.recording import open_recording
+from singerembed.catalog.read import Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
-from singerembed.limits import TimeLimit
 from singerembed.storage import exists, publishing
 from training.config import DataConfig, TrainConfig
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.mel import Pcm
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import Pcm
+from singerembed.model.spec import ModelSpec
 
 
 @dataclass(frozen=True)

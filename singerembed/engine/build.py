@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.checkpoint import Checkpoint, load_checkpoint
 from singerembed.engine.base import Engine
 from singerembed.engine.file import EngineFile
 from singerembed.engine.load import open_engine
@@ -23,7 +22,8 @@ from singerembed.engine.precision import to_fp16
 from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices, usable_library
 from singerembed.engine.tensorrt_build import PlanOptions, build_plan, facts_entry
 from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint
+from singerembed.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from singerembed.engine.torch import EncoderNet

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from singerembed import _csrc
 from singerembed.engine.device import Capture, DeviceBuffer, DeviceMel, OutOfDeviceMemory, PinnedBuffer
 from singerembed.errors import EngineError, MissingDependencyError
-from singerembed.mel import cuda_mel
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import cuda_mel
+from singerembed.model.spec import ModelSpec
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream, nor it for this
 

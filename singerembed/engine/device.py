@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.spec import ModelSpec
+from singerembed.model.spec import ModelSpec
 
 
 class OutOfDeviceMemory(Exception):

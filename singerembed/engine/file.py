@@ -15,7 +15,7 @@ from typing import Any
 
 from singerembed import storage
 from singerembed.errors import EngineError, OutputError
-from singerembed.spec import ModelSpec
+from singerembed.model.spec import ModelSpec
 
 # As in PNG: a byte that is not ASCII, and line ends that a transfer in text mode would change.
 MAGIC = b"\x89SGR\r\n\x1a\n"

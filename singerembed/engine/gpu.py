@@ -19,8 +19,8 @@ from singerembed.engine.device import Device, Network
 from singerembed.engine.gpu_worker import Worker
 from singerembed.engine.ring import Request, Ring
 from singerembed.errors import EngineError
-from singerembed.mel import DEFAULT_SILENCE_DBFS, LOUD, Pcm
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, LOUD, Pcm
+from singerembed.model.spec import ModelSpec
 
 _CALLERS_A_BATCH = 4  # what a caller is asked to bring at a time: a batch is gathered from several
 

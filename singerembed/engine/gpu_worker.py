@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from singerembed.engine.device import Capture, Device, DeviceBuffer, DeviceMel, Network, OutOfDeviceMemory, PinnedBuffer
 from singerembed.engine.ring import POLL_SECONDS, Ring, Slot
 from singerembed.errors import EngineError
-from singerembed.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD
+from singerembed.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 

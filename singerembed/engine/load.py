@@ -7,7 +7,7 @@ from importlib import resources
 from singerembed.engine.base import Engine
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.errors import EngineError
-from singerembed.mel import DEFAULT_SILENCE_DBFS
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
 
 def bundled_engine_path() -> str:

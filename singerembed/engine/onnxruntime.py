@@ -13,7 +13,7 @@ import onnxruntime
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
 from singerembed.errors import EngineError
-from singerembed.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
 
 INPUT_NAME = "log_mel"
 OUTPUT_NAME = "embedding"

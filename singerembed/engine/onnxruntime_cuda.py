@@ -14,8 +14,8 @@ from singerembed.engine.file import EngineFile
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, SingerEmbedError
-from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
+from singerembed.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from singerembed.engine.device import DeviceBuffer, PinnedBuffer
 from singerembed.errors import EngineError, SingerEmbedError
-from singerembed.mel import Pcm
+from singerembed.model.mel import Pcm
 
 POLL_SECONDS = 0.001  # a batch of 64 takes longer than this on any device
 

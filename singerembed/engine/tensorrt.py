@@ -13,7 +13,7 @@ from singerembed.engine.file import EngineFile
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
-from singerembed.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
 
 _AMPERE = (8, 0)  # compute capability
 _FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds

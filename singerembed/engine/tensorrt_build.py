@@ -14,7 +14,7 @@ from singerembed import storage
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.engine.tensorrt import TENSORRT_RTX, Library, PlanFacts, create, load_library, make_log
 from singerembed.errors import EngineError, UsageError
-from singerembed.spec import ModelSpec
+from singerembed.model.spec import ModelSpec
 
 # RTX 30, 40 and 50. A plan is compiled further for the GPU where it is first run.
 RTX_COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")

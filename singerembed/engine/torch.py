@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torchvision.models import efficientnet_b0
 
-from singerembed.checkpoint import Checkpoint
 from singerembed.engine.base import EmbeddedCrops
-from singerembed.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import Checkpoint
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
+from singerembed.model.spec import ModelSpec
 
 
 class EncoderNet(nn.Module):

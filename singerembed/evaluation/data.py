@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 from pyarrow.dataset import dataset
 
 from singerembed import storage
-from singerembed.catalog import Catalog, Columns, printable
-from singerembed.dataset import is_partitioned, read_schema
+from singerembed.catalog.read import Catalog, Columns
 from singerembed.errors import UsageError
-from singerembed.parquet import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
+from singerembed.output.finished import is_partitioned, read_schema
+from singerembed.output.schema import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
+from singerembed.storage import printable
 
 AUDIO_SUFFIXES = {
     ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",

@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.audio import open_recording
-from singerembed.crops import CropPlan, read_crops
+from singerembed.audio.crops import CropPlan, read_crops
+from singerembed.audio.limits import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit
+from singerembed.audio.recording import open_recording
 from singerembed.errors import TrackError, UsageError
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Model, ModelFacts
 from singerembed.evaluation.data import Recording, StoredEmbeddings
 from singerembed.evaluation.metrics import Ints
-from singerembed.limits import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit
-from singerembed.mel import DEFAULT_SILENCE_DBFS
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
 CROP_SECONDS = 4.0  # as the paper evaluates
 MAX_FAILURES_KEPT = 5

@@ -14,7 +14,7 @@ from singerembed.evaluation.embed import EmbeddedTable
 from singerembed.evaluation.metrics import ErrorCurve, Floats, Interval, Ints
 from singerembed.evaluation.pairs import Pairs
 from singerembed.evaluation.probe import Identification
-from singerembed.mel import DEFAULT_SILENCE_DBFS
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
 DEFAULT_PAIRS = 20_000  # as many as the official pair files hold
 

@@ -9,7 +9,7 @@ import pytest
 
 from singerembed.engine.cuda_driver import CudaDevice, device_count
 from singerembed.errors import SingerEmbedError
-from singerembed.mel import require_cuda_kernels
+from singerembed.model.mel import require_cuda_kernels
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from singerembed.engine.build import BuildOptions, build_engine
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.load import load_engine
 from singerembed.engine.tensorrt_build import PlanOptions
-from singerembed.mel import LOUD, SILENT
+from singerembed.model.mel import LOUD, SILENT
 
 PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
 KINDS = [

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from tolerances import LEVEL, LOG_MEL_CUDA, MEL_CUDA, MEL_OFFICIAL, RMS_CUDA
 
 from singerembed.engine.cuda_driver import CudaDevice
-from singerembed.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD, MelExtractor, Pcm, cuda_mel
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD, MelExtractor, Pcm, cuda_mel
+from singerembed.model.spec import ModelSpec
 
 pytest_plugins = ["gpu_device"]  # no conftest.py here: it would take the place of tests/conftest.py in imports
 

@@ -19,11 +19,12 @@ import duckdb
 import numpy as np
 import soundfile
 
-from singerembed import pipeline, units
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
-from singerembed.mel import LOUD, SILENT, Pcm
-from singerembed.options import RunOptions
+from singerembed.jobs import run as pipeline
+from singerembed.jobs import units
+from singerembed.jobs.options import RunOptions
+from singerembed.model.mel import LOUD, SILENT, Pcm
 
 DEFECTS = ("not_found", "no_audio", "decode_failed", "unreadable", "bad_row", "invalid_samples", "truncated")
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from singerembed.errors import CheckpointError
-from singerembed.mel import MelExtractor
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import MelExtractor
+from singerembed.model.spec import ModelSpec
 from training import model
 from training.model import Encoder, Image, LogScale, MelSpectrogram, Predictor, Projection
 

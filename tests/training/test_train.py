@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from torch.utils.data import DataLoader, Dataset
 from training_config import small_config
 
-from singerembed.checkpoint import load_checkpoint
 from singerembed.engine.build import build_engine
 from singerembed.errors import CheckpointError, OutputError, SingerEmbedError, TrackError, UsageError
+from singerembed.model.checkpoint import load_checkpoint
 from training import evaluate, export, train
 from training.callbacks import LastCheckpoint, WholeCheckpoints
 from training.command import command

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 
-from singerembed.checkpoint import load_checkpoint
 from singerembed.errors import UsageError
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import load_checkpoint
+from singerembed.model.spec import ModelSpec
 from training.config import Section, TrainConfig
 from training.data import CropBatch, PairBatch, PairData
 from training.metrics import spread

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.checkpoint import Checkpoint, encoder_template, load_checkpoint
 from singerembed.engine.base import Engine
 from singerembed.engine.load import load_engine
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts, require
-from singerembed.mel import MelExtractor
-from singerembed.spec import ModelSpec
+from singerembed.model.checkpoint import Checkpoint, encoder_template, load_checkpoint
+from singerembed.model.mel import MelExtractor
+from singerembed.model.spec import ModelSpec
 
 POSTER = "5.0 M / 44.1 kHz / 1000"
 UNTRAINED_SEED = 0

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from singerembed.checkpoint import OFFICIAL_METHODS
 from singerembed.engine.file import MAGIC, is_engine
 from singerembed.errors import UsageError
 from singerembed.evaluation.baselines.base import Model
+from singerembed.model.checkpoint import OFFICIAL_METHODS
 
 SHIPPED = "shipped"
 _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")

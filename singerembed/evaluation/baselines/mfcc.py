@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts
-from singerembed.mel import MelExtractor
-from singerembed.spec import ModelSpec
+from singerembed.model.mel import MelExtractor
+from singerembed.model.spec import ModelSpec
 
 N_COEFFICIENTS = 20
 _OFFSET = 1e-10

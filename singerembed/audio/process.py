@@ -1,0 +1,115 @@
+"""Decoding in a process of its own, so that a decoder that crashes or hangs costs one track: the near side."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import numpy as np
+
+from singerembed.audio.limits import TimeLimit
+from singerembed.errors import TrackError
+from singerembed.model.mel import Pcm
+
+
+class _DecodeProcess:
+    """One decoder process, kept for the next track; killed when it hangs, replaced when it dies."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            # -P: a source tree in the working folder is not the package.
+            [sys.executable, "-P", "-m", "singerembed.audio.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,  # a Ctrl-C in the terminal is for the run to handle
+        )
+        atexit.register(self.kill)
+
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        atexit.unregister(self.kill)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe:
+                pipe.close()
+
+    def call(self, request: dict[str, Any], limit: TimeLimit) -> tuple[dict[str, Any], bytes]:
+        """Send one request; return the reply's JSON head and its binary body. Raises TrackError."""
+        try:
+            assert self._process.stdin
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            head_size, body_size = struct.unpack("<II", self._receive(8, limit))
+            head = json.loads(self._receive(head_size, limit))
+            body = self._receive(body_size, limit)
+        except (BrokenPipeError, EOFError) as exc:
+            status = self._process.wait()
+            self.kill()
+            cause = f"signal {-status}" if status < 0 else f"status {status}"
+            raise TrackError("decoder_crashed", f"the decoder died of it ({cause})") from exc
+        except TrackError:
+            self.kill()
+            raise
+        if "error" in head:
+            raise TrackError(head["code"], head["error"])
+        return head, body
+
+    def _receive(self, size: int, limit: TimeLimit) -> bytes:
+        assert self._process.stdout
+        received = bytearray()
+        while len(received) < size:
+            ready, _, _ = select.select([self._process.stdout], [], [], limit.remaining())
+            if ready:
+                chunk = os.read(self._process.stdout.fileno(), size - len(received))
+                if not chunk:
+                    raise EOFError
+                received += chunk
+        return bytes(received)
+
+
+_decode_processes = threading.local()
+
+
+def _decode_process() -> _DecodeProcess:
+    """This thread's decoder process, started when first needed."""
+    process: _DecodeProcess | None = getattr(_decode_processes, "process", None)
+    if process is None or not process.alive():
+        process = _decode_processes.process = _DecodeProcess()
+    return process
+
+
+class ProcessReader:
+    """A decoder in this thread's process: "av" is FFmpeg through PyAV, "soundfile" falls back to it."""
+
+    def __init__(self, path: str, decoder: str, limit: TimeLimit) -> None:
+        self._process = _decode_process()
+        self._limit = limit
+        head, _ = self._process.call({"op": "open", "path": path, "decoder": decoder}, limit)
+        self.sample_rate = int(head["sample_rate"])
+        self.n_samples = int(head["n_samples"])
+
+    def read(self, n: int) -> Pcm:
+        _, body = self._process.call({"op": "read", "n": n}, self._limit)
+        return np.frombuffer(body, np.float32)
+
+    def seek(self, sample: int) -> None:
+        self._process.call({"op": "seek", "sample": sample}, self._limit)
+
+    def check_complete(self) -> None:
+        self._process.call({"op": "check_complete"}, self._limit)
+
+    def close(self) -> None:
+        if self._process.alive():
+            with contextlib.suppress(TrackError):
+                self._process.call({"op": "close"}, TimeLimit(10.0))

@@ -1,0 +1,304 @@
+"""The command `run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from singerembed import storage
+from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+
+if TYPE_CHECKING:
+    from singerembed.jobs.log import RunLog
+    from singerembed.jobs.run import RunSummary
+
+EXIT_WITH_ERROR_ROWS = 3
+
+
+def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
+    if value == "all":
+        return None
+    devices = [part.strip() for part in value.split(",")]
+    if not all(map(str.isdecimal, devices)) or len(set(devices)) != len(devices):
+        raise click.BadParameter("give 'all' or numbers of CUDA devices, as in 0,1")
+    return tuple(map(int, devices))
+
+
+def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is None or value in {"local", "auto"} or re.fullmatch(r"(ray://)?[^/:]+:\d+|(ray://)?\[.+\]:\d+", value):
+        return value
+    raise click.BadParameter(
+        f"{value!r} is no address: give auto, HOST:PORT, ray://HOST:PORT, or nothing, as the last word"
+    )
+
+
+def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = dict(value.partition("=")[::2] for value in values)
+    if not all(pairs) or not all(pairs.values()):
+        raise click.BadParameter("write OLD=NEW")
+    return pairs
+
+
+@click.command()
+@click.argument("catalog")
+@click.argument("output")
+@click.option("--engine", metavar="FILE", help="Engine file made by build-engine.  [default: the bundled one]")
+@click.option(
+    "--crops",
+    default="all",
+    metavar="all|N",
+    callback=count_or_all,
+    show_default=True,
+    help="All consecutive 4 s crops of a track, or N of them, evenly spaced and read by seeking.",
+)
+@click.option(
+    "--hop",
+    type=click.FloatRange(min=0.01),
+    metavar="SECONDS",
+    help="From the start of one crop to the next.  [default: 4]",
+)
+@click.option(
+    "--pool",
+    type=click.Choice(["none", "mean"]),
+    default="none",
+    show_default=True,
+    help="One row a crop, or one a track: the mean.",
+)
+@click.option(
+    "--embedding-dtype",
+    type=click.Choice(["float32", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Type of the stored numbers.",
+)
+@click.option(
+    "--silence-dbfs",
+    type=click.FloatRange(max=0),
+    default=-60.0,
+    show_default=True,
+    help="Crops whose peak is not above this are not embedded.",
+)
+@click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
+@click.option("--id-column", default="track_id", show_default=True, help="The catalogue's column of track names.")
+@click.option(
+    "--rename",
+    multiple=True,
+    metavar="OLD=NEW",
+    callback=_pairs,
+    help="Store the catalogue's column OLD as NEW; may be repeated.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that decode and embed; with --ray, of each worker process.  [default: the cores; up to 8 with --ray]",
+)
+@click.option(
+    "--devices",
+    default="all",
+    metavar="all|0,1",
+    callback=_devices,
+    show_default=True,
+    help="GPUs to run on, a process each, for an engine that runs on them.",
+)
+@click.option(
+    "--ray",
+    is_flag=False,
+    flag_value="local",
+    metavar="[ADDRESS]",
+    callback=_address,
+    help="Run on a Ray cluster: auto, HOST:PORT or ray://HOST:PORT; without an address, on one started here. Behind "
+    "OUTPUT, or as --ray=ADDRESS.",
+)
+@click.option("--partitioned", is_flag=True, help="Write OUTPUT as a folder of Parquet files, one a unit.")
+@click.option(
+    "--unit-minutes",
+    type=click.FloatRange(min=0, min_open=True),
+    default=240.0,
+    show_default=True,
+    metavar="M",
+    help="Minutes of audio that are published together; a crash costs no more. Rows without an end count as 4.",
+)
+@click.option(
+    "--track-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds of decoding after which a track is given up.",
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="How often a file system's passing trouble is waited out, for each recording.",
+)
+@click.option("--retry-errors", is_flag=True, help="Embed again what has error rows in a finished output.")
+@click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
+@click.option("--log-json", metavar="FILE", help="Append a log to FILE: a JSON object a line, a report as the last.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@verbosity_options
+def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
+    """Embed every recording of CATALOG into OUTPUT, a Parquet file or, with --partitioned, a folder of them.
+
+    CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
+    "end" (seconds); its other columns are passed through. Relative paths count from the catalogue's folder. A run that
+    was stopped goes on when the same command is given again.
+
+    Exit codes: 0 all well, 3 finished with error rows, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
+
+    \b
+    singerembed run library.csv library.parquet --engine byol.engine
+    singerembed run s3://music/all.parquet s3://music/embedded --partitioned --ray auto
+    """
+    from singerembed.catalog.read import Columns
+    from singerembed.cli.progress import ProgressBar
+    from singerembed.jobs.options import RunOptions
+    from singerembed.jobs.run import run as run_pipeline
+
+    options = RunOptions(
+        crops=values["crops"],
+        hop_seconds=values["hop"],
+        pool=values["pool"],
+        embedding_dtype=values["embedding_dtype"],
+        silence_dbfs=values["silence_dbfs"],
+        columns=Columns(values["path_column"], values["id_column"], values["rename"]),
+        unit_minutes=values["unit_minutes"],
+        track_timeout_seconds=values["track_timeout"],
+        workers=values["workers"],
+        devices=values["devices"],
+        ray=values["ray"],
+        partitioned=values["partitioned"],
+        retries=values["retries"],
+        restart=values["restart"],
+        retry_errors=values["retry_errors"],
+    )
+    if options.restart:
+        _say_what_restarting_costs(output.rstrip("/"), partitioned=options.partitioned)
+    quiet = verbosity(click.get_current_context()) < 0
+    with (
+        _quiet_libraries(),
+        _stop_signals() as stop,
+        ProgressBar(note, quiet=quiet) as progress,
+        _log(values["log_json"]) as logs,
+    ):
+        summary = run_pipeline(
+            catalog, output, engine=values["engine"], options=options, listeners=[progress, *logs], stop=stop
+        )
+    if as_json:
+        click.echo(json.dumps(_summary_fields(summary)))
+    files = f"{summary.output}/*.parquet" if options.partitioned else summary.output
+    _say_summary(summary, progress.first_error, files)
+    if summary.counts.errors:
+        click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
+
+
+@contextmanager
+def _log(path: str | None) -> Iterator[list[RunLog]]:
+    """The log at `path`, if one is wanted; however the block ends, the log says so."""
+    if path is None:
+        yield []
+        return
+    from singerembed.jobs.log import RunLog
+
+    with closing(RunLog(path)) as log:
+        try:
+            yield [log]
+        except BaseException as exc:
+            log.finished(storage.scrubbed(str(exc)) or type(exc).__name__)
+            raise
+        log.finished("finished")
+
+
+def _say_what_restarting_costs(output: str, *, partitioned: bool) -> None:
+    from singerembed.output.parts import count_parts
+
+    finished = f"; {output} is replaced when the run is through" if storage.exists(output) and not partitioned else ""
+    where = output if partitioned else f"{output}.parts"
+    note("restart", f"{count_parts(output):,} finished units in {where} are thrown away{finished}")
+
+
+def _summary_fields(summary: RunSummary) -> dict[str, Any]:
+    return {
+        "output": summary.output,
+        **summary.counts.to_dict(),
+        "embedded_tracks": summary.embedded.tracks,
+        "embedded_crops": summary.embedded.crops,
+        "seconds": round(summary.seconds, 3),
+        "already_done": summary.already_done,
+    }
+
+
+def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
+    counts = summary.counts
+    n_errors = counts.errors.total()
+    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
+    if summary.already_done:
+        note(
+            "done",
+            f"{summary.output} was finished before, by the same command: {what}. --restart does it again",
+        )
+    else:
+        rate = summary.embedded.crops / summary.seconds
+        real_time = summary.embedded.audio_seconds / summary.seconds
+        note(
+            "wrote",
+            f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)",
+        )
+    if n_errors:
+        example = f"      first: {first_error}" if first_error else ""
+        note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
+        note(
+            "",
+            f"see them:  duckdb -c \"select path, error_code, error from '{files}' where status = 'error'\"",
+        )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Within the block, what C libraries print on their own to file descriptor 2 is dropped; Python's stderr stays."""
+    if verbosity(click.get_current_context()) > 0:
+        yield
+        return
+    sys.stderr.flush()
+    own, before = os.dup(2), sys.stderr
+    if before is sys.__stderr__:
+        sys.stderr = os.fdopen(os.dup(own), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    os.close(null)
+    try:
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        if before is sys.__stderr__:
+            sys.stderr.close()
+            sys.stderr = before
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block, SIGINT and SIGTERM are noted for the run to stop on; a second one ends the process at once."""
+    received: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if received:
+            os._exit(128 + number)
+        received.append(number)
+        click.echo("\nstopping after the tracks in hand; press again to stop now", err=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,104 @@
+"""Says what this machine can do, and what to install for what it cannot."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from singerembed.errors import EngineError
+from singerembed.model.mel import available_isas, require_cuda_kernels
+
+
+def available_cores() -> int:
+    """Cores this process may use, by its affinity and its control group's limit."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such limit
+        return cores
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    subject: str
+    ok: bool
+    text: str
+
+
+def examine() -> list[Finding]:
+    """Look at this machine: processor, codecs, back ends and optional packages."""
+    return [
+        Finding(
+            "singerembed", True, f"{version('singerembed')}, Python {platform.python_version()}, {platform.platform()}"
+        ),
+        Finding(
+            "processor", True, f"{available_cores()} cores for this process; mel kernels: {', '.join(available_isas())}"
+        ),
+        _soundfile(),
+        _package("PyAV", "av", "m4a, aac and whatever else FFmpeg reads", "av"),
+        _package("ONNX Runtime", "onnxruntime", "CPU back end", "onnxruntime"),
+        _cuda(),
+        _cuda_kernels(),
+        _optional("TensorRT", "tensorrt", "GPU back end", "gpu"),
+        _optional("TensorRT for RTX", "tensorrt_rtx", "GPU back end for RTX cards", "rtx"),
+        _optional("pycuda", "pycuda", "GPU memory and streams", "gpu"),
+        _optional("torch", "torch", "build-engine", "build"),
+        _optional("torchvision", "torchvision", "build-engine", "build"),
+        _optional("onnx", "onnx", "build-engine", "build"),
+        _optional("huggingface_hub", "huggingface_hub", "fetching official weights", "build"),
+        _optional("fsspec", "fsspec", "s3://, gs://, https:// and more", "remote"),
+    ]
+
+
+def _cuda_kernels() -> Finding:
+    try:
+        require_cuda_kernels()
+    except EngineError as exc:
+        return Finding("CUDA kernels", False, str(exc))
+    return Finding("CUDA kernels", True, "compiled in")
+
+
+def _soundfile() -> Finding:
+    import soundfile
+
+    formats = ", ".join(sorted(soundfile.available_formats()))
+    return Finding("soundfile", True, f"libsndfile {soundfile.__libsndfile_version__}: {formats}")
+
+
+def _package(subject: str, package: str, purpose: str, distribution: str) -> Finding:
+    try:
+        importlib.import_module(package)
+        return Finding(subject, True, f"{version(distribution)}: {purpose}")
+    except (ImportError, PackageNotFoundError) as exc:
+        return Finding(subject, False, f"{purpose} is missing ({exc}); install singerembed again")
+
+
+def _optional(subject: str, package: str, purpose: str, extra: str) -> Finding:
+    try:
+        if importlib.util.find_spec(package) is not None:
+            return Finding(subject, True, f"{version(package)}: {purpose}")
+    except (ImportError, PackageNotFoundError, ValueError):
+        pass
+    return Finding(subject, False, f"not installed ({purpose}): pip install 'singerembed[{extra}]'")
+
+
+def _cuda() -> Finding:
+    import ctypes
+    import ctypes.util
+
+    name = ctypes.util.find_library("cuda") or "libcuda.so.1"
+    try:
+        driver = ctypes.CDLL(name)
+    except OSError:
+        return Finding("CUDA driver", False, "none found: engines run on the CPU")
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+        return Finding("CUDA driver", False, "found, but it sees no device")
+    return Finding("CUDA driver", True, f"{count.value} device(s)")

@@ -1,0 +1,94 @@
+"""The structured log of a run: one JSON object a line, and a report for the next morning as the last one."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import time
+from collections import defaultdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from singerembed.catalog.read import Track
+from singerembed.errors import OutputError
+from singerembed.model.spec import ModelSpec
+from singerembed.output.schema import Counts, TrackRows
+from singerembed.storage import printable, redacted
+
+_SLOWEST = 10
+_EXAMPLES = 3  # of each error code
+_HOUR = 3600.0
+
+
+class RunLog:
+    """A `Listener` that writes to a file as things happen, so that a run can be followed, or read after its death."""
+
+    def __init__(self, path: str) -> None:
+        """Append to `path`. Raises OutputError."""
+        try:
+            self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open for the run)
+        except OSError as exc:
+            raise OutputError(f"cannot write the log {path}: {exc.strerror or exc}") from exc
+        self._started = time.monotonic()
+        self._counts = Counts()
+        self._crops_by_hour: defaultdict[int, int] = defaultdict(int)
+        self._slowest: list[tuple[float, int, str]] = []
+        self._examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+
+    def _write(self, event: str, **fields: Any) -> None:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        self._file.write(json.dumps(line) + "\n")
+
+    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
+        """Log what runs."""
+        self._write("started", engine=description, weights=spec.weights_sha256, tracks=total_tracks)
+
+    def resumed(self, units: int) -> None:
+        """Log that an earlier run's units are used."""
+        self._write("resumed", units=units)
+
+    def skipped(self, tracks: int) -> None:
+        """Nothing: the units of an earlier run are in that run's log."""
+
+    def embedded(self, track: Track, rows: TrackRows) -> None:
+        """Log one track."""
+        counts = Counts()
+        counts.add(rows)
+        self._counts.merge(counts)
+        self._crops_by_hour[int((time.monotonic() - self._started) // _HOUR)] += counts.crops
+        path = printable(redacted(track.path))
+        entry = (rows.seconds, track.row, path)
+        (heapq.heappush if len(self._slowest) < _SLOWEST else heapq.heappushpop)(self._slowest, entry)
+        fields: dict[str, Any] = {"row": track.row, "track_id": printable(track.track_id), "path": path}
+        if counts.errors:
+            message = str(rows.error) if rows.error else ""
+            fields |= {"error_code": next(iter(counts.errors)), "error": printable(message)}
+            examples = self._examples[fields["error_code"]]
+            if len(examples) < _EXAMPLES:
+                examples.append(dict(fields))
+        self._write("track", **fields, crops=counts.crops, silent=counts.silent, seconds=round(rows.seconds, 4))
+
+    def published(self, unit: int, counts: Counts) -> None:
+        """Log one unit."""
+        self._write("unit", unit=unit, tracks=counts.tracks, crops=counts.crops, errors=dict(counts.errors))
+
+    def finished(self, outcome: str) -> None:
+        """Log the report: what this run embedded, how fast, what was slow and what went wrong, with examples."""
+        seconds = time.monotonic() - self._started
+        self._write(
+            "finished",
+            outcome=outcome,
+            seconds=round(seconds, 3),
+            embedded=self._counts.to_dict(),
+            silent_share=round(self._counts.silent / max(1, self._counts.crops), 4),
+            crops_by_hour=[self._crops_by_hour[hour] for hour in range(int(seconds // _HOUR) + 1)],
+            slowest=[
+                {"seconds": round(s, 3), "row": row, "path": path} for s, row, path in sorted(self._slowest)[::-1]
+            ],
+            errors=dict(self._examples),
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()

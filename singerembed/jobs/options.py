@@ -1,0 +1,47 @@
+"""What a run may be told."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from singerembed.audio.limits import DEFAULT_TRACK_TIMEOUT_SECONDS
+from singerembed.catalog.read import DEFAULT_UNIT_MINUTES, Columns
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS
+
+_INDECISIVE = {
+    "track_timeout_seconds",
+    "retries",
+    "workers",
+    "devices",
+    "ray",
+    "partitioned",
+    "restart",
+    "retry_errors",
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run may be told. All but the last eight decide the rows, and have to stay the same when a run goes on."""
+
+    crops: int | None = None  # None: all consecutive crops; otherwise this many of them a track, evenly spaced
+    hop_seconds: float | None = None  # None: the crop's length
+    pool: str = "none"  # "mean": one row a track, the mean of its crops' embeddings
+    embedding_dtype: str = "float32"
+    silence_dbfs: float = DEFAULT_SILENCE_DBFS
+    columns: Columns = field(default_factory=Columns)
+    unit_minutes: float = DEFAULT_UNIT_MINUTES  # of audio
+    track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS
+    retries: int = 2  # how often a file system's passing trouble is waited out, for each recording
+    workers: int | None = None  # threads a process; None: the cores it may use
+    devices: tuple[int, ...] | None = None  # CUDA devices, for an engine that runs on them; None: all
+    ray: str | None = None  # Ray cluster to run on: "local", "auto", host:port or ray://host:port; None: this machine
+    partitioned: bool = False  # the output is a folder of part files
+    restart: bool = False
+    retry_errors: bool = False
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the rows, as JSON types."""
+        fields = asdict(self)
+        return {name: fields[name] for name in fields if name not in _INDECISIVE}

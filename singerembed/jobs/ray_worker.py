@@ -1,0 +1,111 @@
+"""What a worker process on a Ray cluster does: it embeds units that it is handed, and publishes their parts."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import zlib
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyarrow as pa
+
+from singerembed.catalog.read import Track, Unit
+from singerembed.engine.file import EngineFile
+from singerembed.errors import ClusterError
+from singerembed.jobs.crash_journal import CrashJournal
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.units import EngineThreads, Task, publish_units
+from singerembed.model.spec import ModelSpec
+from singerembed.output.finished import FinishedOutput
+from singerembed.output.parts import PartStore
+from singerembed.output.schema import Counts, TrackRows
+
+
+@dataclass(frozen=True)
+class ClusterJob:
+    """What every worker of a run is told once."""
+
+    output: str
+    retrying: bool  # `output` is finished, and units with errors are embedded again
+    identity: dict[str, Any]  # of the run, as its folder of parts has it
+    options: RunOptions
+    engine_file: EngineFile
+    schema: pa.Schema  # of the parts
+
+
+class ClusterWorker:
+    """One engine, its threads, and the publishing of parts. Several threads may hand it units."""
+
+    def __init__(self, job: ClusterJob, cores: int) -> None:
+        """Start the engine. Raises ClusterError where this machine does not see the output, and EngineError."""
+        partitioned = job.options.partitioned
+        self._job = job
+        self._parts = PartStore(job.output, partitioned=partitioned and not job.retrying)
+        if self._parts.identity() != job.identity:
+            raise ClusterError(
+                f"{self._parts.folder} is not there, or is another. The output (and local recordings) must lie on a "
+                "file system that all nodes share, or on object storage"
+            )
+        self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.retrying else None
+        options = replace(job.options, workers=None)  # they decided how many cores this process has
+        self._threads = EngineThreads(
+            job.engine_file, options, lambda threads: CrashJournal(None, threads), device=0, cores=cores
+        )
+        self._feeding = threading.Lock()
+
+    @property
+    def started(self) -> tuple[ModelSpec, str]:
+        """What runs here."""
+        return self._threads.spec, self._threads.description
+
+    def embed(
+        self, unit: Unit, positions: Sequence[int], *, careful: bool, alone: bool
+    ) -> tuple[Counts, Counts, bytes]:
+        """Embed `positions` of `unit` and publish it; returns what they come to, what the unit does, and `unpack`'s."""
+        told = _Told()
+        with closing(self._tasks(unit, positions)) as tasks:
+            results = self._threads.embed(tasks, _never, isolated=careful, one_by_one=alone)
+            embedded = publish_units(results, self._parts, self._job.schema, [told], self._previous)
+        return embedded, told.counts, zlib.compress(pickle.dumps(told.rows), 1)
+
+    def attempt(self, unit: Unit, position: int) -> None:
+        """Embed one track, carefully, and forget it."""
+        for _ in self._threads.embed([Task(unit, position)], _never, isolated=True):
+            pass
+
+    def _tasks(self, unit: Unit, positions: Sequence[int]) -> Generator[Task, None, None]:
+        # The threads take the tasks of one unit after those of the other, so that the first is done early.
+        with self._feeding:
+            for position in positions:
+                yield Task(unit, position)
+
+
+def unpack(rows: bytes) -> list[TrackRows]:
+    """The tracks' rows as `embed` returns them: without embeddings and levels."""
+    return list(pickle.loads(zlib.decompress(rows)))
+
+
+def _never() -> int:
+    return 0  # the run's own process ends its workers
+
+
+class _Told:
+    """A `Listener` of one unit, that keeps what its tracks came to."""
+
+    def __init__(self) -> None:
+        self.rows: list[TrackRows] = []
+        self.counts = Counts()
+
+    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None: ...
+    def resumed(self, units: int) -> None: ...
+    def skipped(self, tracks: int) -> None: ...
+
+    def embedded(self, track: Track, rows: TrackRows) -> None:
+        none = rows.peak[:0].copy()
+        self.rows.append(replace(rows, embedding=rows.embedding[:0].copy(), peak=none, rms=none))
+
+    def published(self, unit: int, counts: Counts) -> None:
+        self.counts = counts

@@ -1,0 +1,137 @@
+"""Embeds one track: its recording is decoded and cut, its crops go through the engine, and rows come out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.audio.crops import CropBlock, CropPlan, read_crops
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.recording import open_recording
+from singerembed.catalog.read import Track
+from singerembed.engine.base import EmbeddedCrops, Engine
+from singerembed.errors import SingerEmbedError, TrackError
+from singerembed.jobs.options import RunOptions
+from singerembed.model import mel
+from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
+
+_STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR}
+
+
+class Stopped(Exception):
+    """A signal asked to stop."""
+
+
+def embed_track(
+    track: Track, engine: Engine, options: RunOptions, *, isolated: bool = False, stop: Callable[[], int] = lambda: 0
+) -> TrackRows:
+    """Embed one track; whatever is wrong with it becomes `TrackRows.error`.
+
+    `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
+    of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
+    """
+    started = time.monotonic()
+    gathered = _Gathered(engine, options)
+    error: TrackError | None = None
+    try:
+        if track.problem:
+            raise track.problem
+        for block in _timed_blocks(track, engine, options, isolated=isolated):
+            if stop():
+                raise Stopped
+            gathered.add(block)
+    except TrackError as exc:
+        error = exc
+    except (SingerEmbedError, Stopped):
+        raise
+    except Exception as exc:  # one track must not stop a run, whatever a library raises on it
+        error = TrackError("internal", f"{type(exc).__name__}: {exc}")
+    return gathered.rows(error, time.monotonic() - started)
+
+
+def _timed_blocks(track: Track, engine: Engine, options: RunOptions, *, isolated: bool) -> Iterator[CropBlock]:
+    """The track's crops; the time limit counts what decoding takes, and not what is done with a block."""
+    limit = TimeLimit(options.track_timeout_seconds)
+    with ExitStack() as stack:
+        with limit.counting():
+            recording = open_recording(
+                track.location, engine.spec.sample_rate, limit, isolated=isolated, retries=options.retries
+            )
+            reader = stack.enter_context(recording)
+        blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)
+        while True:
+            with limit.counting():
+                block = next(blocks, None)
+            if block is None:
+                break
+            yield block
+        if track.end is None and options.crops is None:
+            reader.check_complete()
+
+
+def _crop_plan(track: Track, engine: Engine, options: RunOptions) -> CropPlan:
+    spec = engine.spec
+    hop = spec.crop_samples if options.hop_seconds is None else max(1, round(options.hop_seconds * spec.sample_rate))
+    stop = None if track.end is None else round(track.end * spec.sample_rate)
+    return CropPlan(spec.crop_samples, hop, options.crops, round(track.start * spec.sample_rate), stop)
+
+
+class _Gathered:
+    """The crops of one track, as they come out of the engine."""
+
+    def __init__(self, engine: Engine, options: RunOptions) -> None:
+        self._engine, self._options = engine, options
+        self._index: list[int] = []
+        self._start: list[NDArray[np.int64]] = []
+        self._stop: list[NDArray[np.int64]] = []
+        self._embedded: list[EmbeddedCrops] = []
+
+    def add(self, block: CropBlock) -> None:
+        self._embedded.append(self._engine.embed(block.pcm))
+        self._index += block.index
+        self._start.append(block.start)
+        self._stop.append(block.stop)
+
+    def rows(self, error: TrackError | None, seconds: float) -> TrackRows:
+        spec = self._engine.spec
+        state = _concatenate([e.state for e in self._embedded], np.uint8)
+        rows = TrackRows(
+            crop=np.array(self._index, np.int32),
+            start=_concatenate(self._start, np.int64) / spec.sample_rate,
+            end=_concatenate(self._stop, np.int64) / spec.sample_rate,
+            status=[_STATUS[int(s)] for s in state],
+            peak=_concatenate([e.peak for e in self._embedded], np.float32),
+            rms=_concatenate([e.rms for e in self._embedded], np.float32),
+            embedding=np.concatenate(
+                [np.empty((0, spec.embedding_dim), np.float32), *(e.embedding for e in self._embedded)]
+            ),
+            error=error,
+            seconds=seconds,
+        )
+        return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
+
+
+def _concatenate(arrays: list[Any], dtype: Any) -> Any:
+    return np.concatenate([np.empty(0, dtype), *arrays])
+
+
+def _pooled(rows: TrackRows) -> TrackRows:
+    """One row for the whole track: the mean embedding of its loud crops, over the time from the first to the last."""
+    valid = ~np.isnan(rows.peak)
+    status = OK if len(rows.embedding) else SILENT if valid.any() else ERROR
+    return TrackRows(
+        crop=np.zeros(1, np.int32),
+        start=rows.start[:1],
+        end=rows.end[-1:],
+        status=[status],
+        peak=rows.peak[valid].max(keepdims=True) if valid.any() else np.full(1, np.nan, np.float32),
+        rms=np.sqrt((rows.rms[valid] ** 2).mean(keepdims=True)) if valid.any() else np.full(1, np.nan, np.float32),
+        embedding=rows.embedding.mean(axis=0, keepdims=True) if len(rows.embedding) else rows.embedding,
+        error=rows.error,
+        seconds=rows.seconds,
+    )

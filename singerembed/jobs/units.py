@@ -1,0 +1,208 @@
+"""Embeds units: their tracks on threads of one process, their rows in order, their parts published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, groupby
+from typing import NamedTuple, Protocol
+
+import pyarrow as pa
+
+from singerembed.catalog.read import Catalog, Track, Unit
+from singerembed.engine.file import EngineFile, read_engine_file
+from singerembed.engine.load import open_engine
+from singerembed.engine.machine import available_cores
+from singerembed.jobs.crash_journal import CrashJournal
+from singerembed.jobs.options import RunOptions
+from singerembed.jobs.ordered_map import ordered_map
+from singerembed.jobs.track import Stopped, embed_track
+from singerembed.model.spec import ModelSpec
+from singerembed.output.finished import FinishedOutput
+from singerembed.output.parts import PartStore
+from singerembed.output.schema import RESERVED_COLUMNS, Counts, TrackRows, output_schema
+
+# Rows that are embedded but wait for an earlier track, because the output keeps the catalogue's order: 80 MB.
+_MAX_WAITING_ROWS = 20_000
+_TASKS_A_WORKER = 4
+_CALLERS_A_CORE = 2  # where callers wait for a device, others decode meanwhile
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process has to embed, as plain data that can be sent to another one."""
+
+    catalog: str
+    output: str
+    engine: str
+    options: RunOptions
+    partitioned: bool = False  # see PartStore
+    device: int = 0  # CUDA device, where the engine is for one
+    shard: int = 0  # of the units: those whose index is this, modulo `shards`
+    shards: int = 1
+
+
+class Listener(Protocol):
+    """Is told what a run does, from one thread."""
+
+    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
+        """The engine is loaded; `description` says what runs where. There are about `total_tracks` tracks to come."""
+
+    def resumed(self, units: int) -> None:
+        """An earlier run had finished `units` units."""
+
+    def skipped(self, tracks: int) -> None:
+        """A unit of `tracks` tracks was finished before."""
+
+    def embedded(self, track: Track, rows: TrackRows) -> None:
+        """A track is embedded, and its rows wait for their unit's other tracks."""
+
+    def published(self, unit: int, counts: Counts) -> None:
+        """A unit's part is on the disk."""
+
+
+class Task(NamedTuple):
+    """One track to embed, and the unit it belongs to."""
+
+    unit: Unit
+    position: int  # of the track in its unit
+
+    @property
+    def track(self) -> Track:
+        return self.unit.tracks[self.position]
+
+
+class EngineThreads:
+    """One engine, and the threads that decode for it. To be closed."""
+
+    def __init__(
+        self,
+        engine_file: EngineFile,
+        options: RunOptions,
+        journal: Callable[[int], CrashJournal],
+        *,
+        device: int,
+        cores: int,
+    ) -> None:
+        """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
+        self._options = options
+        with ExitStack() as stack:
+            opened = open_engine(engine_file, options.silence_dbfs, device)
+            self._engine = stack.enter_context(closing(opened))
+            self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
+            self._journal = stack.enter_context(closing(journal(self._threads)))
+            self._pool = stack.enter_context(ThreadPoolExecutor(self._threads, thread_name_prefix="embed"))
+            stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+            self._stack = stack.pop_all()
+        self.spec = self._engine.spec
+        self.description = f"{self._engine.description}, {self._threads} workers"
+
+    def embed(
+        self, tasks: Iterable[Task], stop: Callable[[], int], *, isolated: bool = False, one_by_one: bool = False
+    ) -> Iterator[tuple[Task, TrackRows]]:
+        """Embed `tasks` and yield their rows in order; several callers share the threads.
+
+        `isolated`: decode all of them in processes beside this one. `one_by_one`: never two at a time.
+        """
+
+        def embed(task: Task) -> TrackRows:
+            row = task.track.row
+            with self._journal.decoding(row):
+                apart = isolated or row in self._journal.suspects
+                return embed_track(task.track, self._engine, self._options, isolated=apart, stop=stop)
+
+        return ordered_map(
+            self._pool,
+            embed,
+            tasks,
+            max_running=1 if one_by_one else _TASKS_A_WORKER * self._threads,
+            weight=lambda rows: rows.n_rows,
+            max_waiting=_MAX_WAITING_ROWS,
+        )
+
+    def close(self) -> None:
+        """End the threads and free the device."""
+        self._stack.close()
+
+
+def publish_units(
+    results: Iterable[tuple[Task, TrackRows]],
+    parts: PartStore,
+    schema: pa.Schema,
+    listeners: Sequence[Listener],
+    previous: FinishedOutput | None = None,
+) -> Counts:
+    """Publish the units that `results` make up, in order; returns what they come to.
+
+    Tracks of a unit that are not among `results` keep the rows that they have in `previous`.
+    """
+    embedded = Counts()
+    for _, of_unit in groupby(results, key=lambda result: result[0].unit.index):
+        first = next(of_unit)
+        unit = first[0].unit
+        kept = previous.rows_by_track(unit.index, len(unit.tracks)) if previous else []
+        with parts.writing(unit.index, schema) as part:
+            position = 0
+            for task, rows in chain([first], of_unit):
+                embedded.add(rows)
+                for listener in listeners:
+                    listener.embedded(task.track, rows)
+                for old in kept[position : task.position]:
+                    part.keep(old)
+                part.add(task.track, rows, unit.extra.slice(task.position, 1))
+                position = task.position + 1
+            for old in kept[position:]:
+                part.keep(old)
+        for listener in listeners:
+            listener.published(unit.index, part.counts)
+    return embedded
+
+
+class UnitRunner:
+    """Embeds the units of one run, or one shard of them, in this process."""
+
+    def __init__(self, job: Job, parts: PartStore, listeners: Sequence[Listener], stop: Callable[[], int]) -> None:
+        self._job, self._parts, self._listeners, self._stop = job, parts, listeners, stop
+        self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
+        self._engine_file = read_engine_file(job.engine)
+        spec = self._engine_file.spec
+        self.schema = output_schema(self._catalog.extra_schema(), spec.embedding_dim, job.options.embedding_dtype)
+
+    def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:
+        """Embed and publish what is open, see `open_units`. Returns what was embedded."""
+        options, shards = self._job.options, self._job.shards
+        journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
+        cores = max(1, available_cores() // shards)
+        threads = EngineThreads(self._engine_file, options, journal, device=self._job.device, cores=cores)
+        with closing(threads):
+            for listener in self._listeners:
+                listener.started(threads.spec, threads.description, total_tracks)
+            tasks = (Task(unit, i) for unit, positions in self.open_units(previous) for i in positions)
+            try:
+                results = threads.embed(tasks, self._stop)
+                return publish_units(results, self._parts, self.schema, self._listeners, previous)
+            except Stopped as exc:
+                raise self._parts.interrupted(self._stop()) from exc
+
+    def open_units(self, previous: FinishedOutput | None = None) -> Iterator[tuple[Unit, Sequence[int]]]:
+        """The units that are not done yet, and which of their tracks to embed: all, or those with errors in `previous`.
+
+        Raises Stopped.
+        """
+        for unit in self._catalog.units(self._job.options.unit_minutes):
+            if self._stop():
+                raise Stopped
+            if unit.index % self._job.shards != self._job.shard:
+                continue
+            if unit.index in self._parts.done:
+                for listener in self._listeners:
+                    listener.skipped(len(unit.tracks))
+                continue
+            positions: Sequence[int] = range(len(unit.tracks))
+            if previous:
+                positions = previous.tracks_with_errors(unit.index, len(unit.tracks))
+            if positions:
+                yield unit, positions

@@ -1,0 +1,127 @@
+"""The one Python door to the mel extension."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from singerembed import _csrc
+except ImportError as exc:
+    raise ImportError(
+        f"singerembed's compiled part is missing in {__file__}. In its source folder, Python finds the sources before "
+        "the installed package: install it with pip install -e . or work in another folder"
+    ) from exc
+from singerembed.errors import EngineError
+from singerembed.model.spec import ModelSpec
+
+LOUD, SILENT, INVALID = _csrc.LOUD, _csrc.SILENT, _csrc.INVALID
+
+DEFAULT_SILENCE_DBFS = -60.0
+
+Pcm = NDArray[np.int16] | NDArray[np.float32]
+
+# The records of csrc/mel_device.h: what the device says of a crop, and what it is told of one.
+DEVICE_LEVEL = np.dtype([("peak", "<f4"), ("rms", "<f4"), ("scale", "<f4"), ("state", "<i4")])
+DEVICE_CROP = np.dtype([("pcm", "<u8"), ("scale", "<f4"), ("is_int16", "<i4")])
+
+
+@dataclass(frozen=True)
+class MelBatch:
+    """What the front end says of a batch of n crops."""
+
+    mel: NDArray[np.float32]  # [loud crops, n_mels, n_frames], in the order of the loud crops
+    peak: NDArray[np.float32]  # [n], full scale is 1; NaN in an invalid crop
+    rms: NDArray[np.float32]  # [n]
+    state: NDArray[np.uint8]  # [n] of LOUD, SILENT (peak not above the threshold), INVALID (NaN or infinity)
+
+
+class MelExtractor:
+    """Compute log-mel spectrograms of crops on the CPU, as csrc/mel.h defines them. Threads may share one."""
+
+    def __init__(self, spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, isa: str = "") -> None:
+        """Prepare the tables for `spec`.
+
+        `silence_dbfs`: crops whose peak is not above it are silent. `isa`: one of `available_isas()`, or empty for the
+        widest this processor runs. Raises ValueError for a spec the kernels were not compiled for.
+        """
+        self._plan = _csrc.MelPlan(_options(spec, silence_dbfs), isa=isa)
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._plan.isa
+
+    @property
+    def basis(self) -> NDArray[np.float32]:
+        """The mel basis, [n_mels, n_fft / 2 + 1], in 1/Hz."""
+        return self._plan.mel_basis
+
+    def log_mel(self, crops: Pcm) -> MelBatch:
+        """Normalised log-mel spectrograms of `crops`, int16 or float32, shape [n, crop_samples], C-contiguous."""
+        return MelBatch(*self._plan.run(crops))
+
+    def power(self, crops: Pcm) -> MelBatch:
+        """Mel power spectrograms before the logarithm, otherwise as `log_mel`."""
+        return MelBatch(*self._plan.run(crops, power=True))
+
+
+def _options(spec: ModelSpec, silence_dbfs: float) -> _csrc.MelOptions:
+    if (spec.n_fft, spec.hop_samples) != (_csrc.FFT_SIZE, _csrc.HOP_SAMPLES):
+        raise ValueError(
+            f"the mel extension computes {_csrc.FFT_SIZE}-sample frames {_csrc.HOP_SAMPLES} apart; "
+            f"this model has {spec.n_fft} and {spec.hop_samples}"
+        )
+    return _csrc.MelOptions(
+        crop_samples=spec.crop_samples,
+        n_mels=spec.n_mels,
+        mel_sample_rate=spec.mel_sample_rate,
+        mel_fmin=spec.mel_fmin,
+        mel_fmax=spec.mel_fmax,
+        log_offset=spec.log_offset,
+        log_divisor=spec.log_divisor,
+        silence_peak=10 ** (silence_dbfs / 20),
+    )
+
+
+def require_cuda_kernels() -> None:
+    """Raise EngineError where the CUDA kernels were not compiled."""
+    if not _csrc.HAS_CUDA:
+        raise EngineError(
+            "this singerembed was built without its CUDA kernels. Put nvcc (a CUDA toolkit) on the PATH and install it "
+            "again with: pip install . -C cmake.define.SINGEREMBED_CUDA=ON"
+        )
+
+
+def cuda_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> _csrc.DeviceMel:
+    """The CUDA kernels for `spec`, in the CUDA context that is current.
+
+    Raises EngineError where they were not compiled.
+    """
+    require_cuda_kernels()
+    return _csrc.make_cuda_mel(_options(spec, silence_dbfs))
+
+
+def emulated_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, order: int = 0) -> _csrc.EmulatedMel:
+    """The same kernels run thread by thread on the host, with host addresses: for tests.
+
+    `order` of the threads between barriers: 0 as numbered, 1 backwards, else the seed of a shuffle.
+    """
+    return _csrc.EmulatedMel(_options(spec, silence_dbfs), order=order)
+
+
+def available_isas() -> list[str]:
+    """Instruction sets the extension can use on this processor, narrowest first."""
+    return _csrc.available_isas()
+
+
+def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
+    """The mel basis of `spec`, [n_mels, n_fft / 2 + 1], in 1/Hz: triangles on Slaney's mel scale, of equal area."""
+    return MelExtractor(spec).basis
+
+
+def mix_down(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Mean over channels: float32 [frames, channels] to float32 [frames]."""
+    return _csrc.mix_down(pcm)

@@ -1,0 +1,259 @@
+"""A finished output as a reader sees it: one Parquet file, or a folder of part files with an index beside them.
+
+A partitioned output is a folder that readers take for one table. `out/unit-000123.parquet` are its rows.
+`out/_common_metadata` is a Parquet file without rows that marks the output as finished: it has the schema, the run's
+identity and the total counts. `out/_index` is a Parquet file with a row for each part. Their names have no suffix and
+begin with an underscore, so that `out/*.parquet` and readers of folders skip them. A single file carries the same three
+things in its own metadata.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from contextlib import ExitStack
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from singerembed import storage
+from singerembed.errors import OutputError, UsageError
+from singerembed.output.schema import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY, Counts
+
+_UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
+_METADATA, _INDEX = "_common_metadata", "_index"
+_INDEX_BATCH = 8192
+_INDEX_SCHEMA = pa.schema(
+    [
+        ("rows", pa.int64()),
+        ("tracks", pa.int64()),
+        ("crops", pa.int64()),
+        ("silent", pa.int64()),
+        ("error_tracks", pa.int64()),
+        ("errors", pa.string()),  # JSON, error rows by code; null: none
+        ("audio_seconds", pa.float64()),
+    ]
+)
+
+
+class UnitIndex:
+    """The units of one output, in order."""
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        self._table = _INDEX_SCHEMA.empty_table() if table is None else table.select(_INDEX_SCHEMA.names)
+        self._new: list[dict[str, Any]] = []
+        self._batches: list[pa.RecordBatch] = []
+
+    def add(self, rows: int, counts: Counts) -> None:
+        """Append one unit."""
+        errors = json.dumps(counts.errors) if counts.errors else None
+        self._new.append({"rows": rows, **counts.to_dict(), "errors": errors})
+        if len(self._new) >= _INDEX_BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._new:
+            self._batches.append(pa.RecordBatch.from_pylist(self._new, _INDEX_SCHEMA))
+            self._new = []
+
+    @property
+    def table(self) -> pa.Table:
+        """All units, a row each."""
+        self._flush()
+        if self._batches:
+            self._table = pa.concat_tables([self._table, pa.Table.from_batches(self._batches)]).combine_chunks()
+            self._batches = []
+        return self._table
+
+    def counts(self, unit: int) -> Counts:
+        """What one unit comes to."""
+        return _counts(self.table.slice(unit, 1).to_pylist()[0])
+
+    def encode(self) -> bytes:
+        """The index as text, for a file's metadata."""
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, _INDEX_SCHEMA, options=pa.ipc.IpcWriteOptions(compression="zstd")) as writer:
+            writer.write_table(self.table)
+        return base64.b64encode(sink.getvalue())
+
+    @classmethod
+    def decode(cls, encoded: bytes) -> UnitIndex:
+        """Rebuild an index from `encode`."""
+        return cls(pa.ipc.open_stream(base64.b64decode(encoded)).read_all())
+
+
+def _counts(row: dict[str, Any]) -> Counts:
+    del row["rows"]
+    return Counts(**{**row, "errors": Counter(json.loads(row["errors"] or "{}"))})
+
+
+# --- partitioned outputs -------------------------------------------------------------------------------------------
+
+
+def part_path(folder: str, unit: int) -> str:
+    """Where the part of unit `unit` lies."""
+    return f"{folder}/unit-{unit:06d}.parquet"
+
+
+def units_in(folder: str) -> set[int]:
+    """The units whose parts lie in `folder`."""
+    matches = map(_UNIT_NAME.fullmatch, storage.names_in(folder))
+    return {int(match[1]) for match in matches if match}
+
+
+def is_partitioned(output: str) -> bool:
+    """Say whether `output` is the folder of a finished partitioned output."""
+    return storage.exists(f"{output}/{_METADATA}")
+
+
+def write_index(output: str, schema: pa.Schema, metadata: dict[str, Any], index: UnitIndex, total: Counts) -> None:
+    """Write what makes the parts in `output` a finished one."""
+    names = pa.array([part_path("", unit)[1:] for unit in range(len(index.table))], pa.string())
+    with storage.publishing(f"{output}/{_INDEX}") as temporary:
+        pq.write_table(index.table.add_column(0, "file", names), temporary, compression="zstd")
+    facts = {METADATA_KEY: json.dumps(metadata), COUNTS_KEY: json.dumps(total.to_dict())}
+    with storage.publishing(f"{output}/{_METADATA}") as temporary:
+        pq.write_metadata(schema.with_metadata(facts), temporary)
+
+
+def read_schema(output: str) -> pa.Schema:
+    """The schema of a finished partitioned output, and in its metadata what was run. Raises OSError, ArrowException."""
+    with storage.open_input(f"{output}/{_METADATA}") as file:
+        return pq.read_schema(file)
+
+
+def read_index(output: str) -> UnitIndex:
+    """What the units of a finished partitioned output come to."""
+    with storage.open_input(f"{output}/{_INDEX}") as file:
+        return UnitIndex(pq.read_table(file))
+
+
+def remove(output: str) -> None:
+    """Remove a partitioned output, finished or not, and nothing else of what may lie in its folder."""
+    storage.remove(f"{output}/{_METADATA}")
+    for name in storage.names_in(output):
+        if name == _INDEX or _UNIT_NAME.fullmatch(name):
+            storage.remove(f"{output}/{name}")
+    remove_temporaries(output)
+
+
+def remove_temporaries(folder: str) -> None:
+    """Remove what killed processes were writing."""
+    for name in storage.names_in(folder):
+        if name.startswith(".") and name.endswith(".tmp"):
+            storage.remove(f"{folder}/{name}")
+
+
+# --- finished outputs ----------------------------------------------------------------------------------------------
+
+
+def counts_of(metadata: Any) -> Counts:
+    """The counts that a part file or an output carries in its metadata."""
+    return Counts.from_dict(json.loads(metadata.metadata[COUNTS_KEY]))
+
+
+class FinishedOutput:
+    """A finished output, read unit by unit. `exists` says whether there is one."""
+
+    def __init__(self, output: str, *, partitioned: bool = False) -> None:
+        """Raises OutputError for a file that singerembed has not written, UsageError for one of the other form."""
+        self._output, self._partitioned = output, partitioned
+        self.exists = is_partitioned(output) if partitioned else storage.exists(output)
+        self.metadata: dict[str, Any] = {}
+        self.counts = Counts()
+        self._files = ExitStack()
+        _check_form(output, partitioned=partitioned)
+        if not self.exists:
+            return
+        try:
+            if partitioned:
+                found = read_schema(output).metadata or {}
+            else:
+                self._parquet = pq.ParquetFile(self._files.enter_context(storage.open_input(output)))
+                found = self._parquet.metadata.metadata or {}
+        except (pa.ArrowException, OSError) as exc:
+            raise OutputError(
+                f"{output} exists and is not a Parquet file ({exc}). Give another name, or remove it"
+            ) from exc
+        if METADATA_KEY not in found:
+            self._files.close()
+            raise OutputError(f"{output} exists and was not written by singerembed. Give another name, or remove it")
+        self.metadata = json.loads(found[METADATA_KEY])
+        self.counts = Counts.from_dict(json.loads(found[COUNTS_KEY]))
+        self._index = read_index(output) if partitioned else UnitIndex.decode(found[UNITS_KEY])
+        self._unit_ends = list(accumulate(self._index.table["rows"].to_pylist()))
+        groups = range(0 if partitioned else self._parquet.num_row_groups)
+        self._group_ends = list(accumulate(self._parquet.metadata.row_group(i).num_rows for i in groups))
+
+    @property
+    def n_units(self) -> int:
+        return len(self._unit_ends)
+
+    def unit_counts(self, unit: int) -> Counts:
+        """What unit `unit` comes to."""
+        return self._index.counts(unit)
+
+    def rows(self, unit: int, columns: list[str] | None = None) -> pa.Table:
+        """The rows of unit `unit`; other row groups than its own are not read."""
+        if self._partitioned:
+            with storage.open_input(part_path(self._output, unit)) as file:
+                return pq.ParquetFile(file).read(columns=columns)
+        start, end = self._unit_ends[unit - 1] if unit else 0, self._unit_ends[unit]
+        first, last = bisect_right(self._group_ends, start), bisect_left(self._group_ends, end)
+        if start == end:
+            return self._parquet.schema_arrow.empty_table()
+        table = self._parquet.read_row_groups(list(range(first, last + 1)), columns=columns)
+        return table.slice(start - (self._group_ends[first - 1] if first else 0), end - start)
+
+    def tracks_with_errors(self, unit: int, n_tracks: int) -> list[int]:
+        """Which of the unit's `n_tracks` tracks have a row whose status is error."""
+        if not self.unit_counts(unit).errors:
+            return []
+        rows = self.rows(unit, ["track_id", "path", "crop", "status"])
+        bounds = _track_bounds(rows)
+        if len(bounds) - 1 != n_tracks:
+            return list(range(n_tracks))
+        failed = rows["status"].to_numpy() == ERROR
+        return [i for i in range(n_tracks) if failed[bounds[i] : bounds[i + 1]].any()]
+
+    def rows_by_track(self, unit: int, n_tracks: int) -> list[pa.Table]:
+        """The unit's rows, a table a track; empty where `tracks_with_errors` names them all."""
+        rows = self.rows(unit)
+        bounds = _track_bounds(rows)
+        if len(bounds) - 1 != n_tracks:
+            return []
+        return [rows.slice(a, b - a) for a, b in pairwise(bounds)]
+
+    def close(self) -> None:
+        """Close the file."""
+        self._files.close()
+
+
+def _check_form(output: str, *, partitioned: bool) -> None:
+    """Raise unless `output` is, or may become, what it is wanted to be: a folder or a file."""
+    if partitioned and not storage.is_remote(output) and Path(output).is_file():
+        raise UsageError(f"{output} is a file, and --partitioned writes a folder. Give another name, or leave that out")
+    if not partitioned and is_partitioned(output):
+        raise UsageError(f"{output} is a partitioned output: say --partitioned too, or give another name")
+
+
+def _track_bounds(rows: pa.Table) -> list[int]:
+    """Where one track's rows end and the next one's begin.
+
+    Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same recording
+    twice in a row, and only the second failed, the two look like one: then there are fewer bounds than tracks.
+    """
+    names = list(zip(rows["track_id"].to_pylist(), rows["path"].to_pylist(), strict=True))
+    crops = rows["crop"].to_pylist()
+    bounds = [0]
+    for i in range(1, len(names)):
+        ended = crops[i - 1] is None or (crops[i] is not None and crops[i] <= crops[i - 1])
+        if ended or names[i] != names[i - 1]:
+            bounds.append(i)
+    return [*bounds, len(names)]

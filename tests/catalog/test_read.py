@@ -1,0 +1,221 @@
+"""Reading catalogues, and cutting them into units."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from singerembed.catalog.read import Catalog, Columns, Track
+from singerembed.errors import CatalogError, UsageError
+from singerembed.output.schema import RESERVED_COLUMNS
+from singerembed.storage import printable
+
+cells = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\r\n"), max_size=12)
+multiline_cells = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\r"), max_size=12)
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def tracks(catalog: Catalog, minutes: float = 60.0) -> list[Track]:
+    return [track for unit in catalog.units(minutes) for track in unit.tracks]
+
+
+def extra(catalog: Catalog) -> list[dict[str, object]]:
+    return [row for unit in catalog.units() for row in unit.extra.to_pylist()]
+
+
+def test_the_columns_that_mean_something(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", "track_id,path,start,end,artist\nx,a.wav,1.5,,Ann\n,b.wav,,30,Bob\n")
+    one, two = tracks(Catalog(path))
+    assert (one.track_id, one.path, one.start, one.end) == ("x", "a.wav", 1.5, None)
+    assert (two.track_id, two.path, two.start, two.end) == ("b.wav", "b.wav", 0.0, 30.0)
+    assert extra(Catalog(path)) == [{"artist": "Ann"}, {"artist": "Bob"}]
+
+
+def test_paths_resolve_against_the_catalogues_folder(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", "path\nsub/a.wav\n/abs/b.wav\ns3://bucket/c.wav\n")
+    assert [track.location for track in tracks(Catalog(path))] == [
+        str(tmp_path / "sub/a.wav"), "/abs/b.wav", "s3://bucket/c.wav",
+    ]  # fmt: skip
+
+
+def test_bom_crlf_quoted_newlines_and_other_scripts(tmp_path: Path) -> None:
+    content = 'path,note\r\n"a,b.wav","two\r\nlines ""quoted"""\r\nПесня.wav,歌\r\n'
+    path = write(tmp_path / "c.csv", content.encode("utf-8-sig"))
+    catalog = Catalog(path)
+    assert [track.path for track in tracks(catalog)] == ["a,b.wav", "Песня.wav"]
+    assert [row["note"] for row in extra(catalog)] == ['two\r\nlines "quoted"', "歌"]
+    assert catalog.fingerprint().rows == 2
+
+
+def test_names_that_are_not_utf8_still_name_their_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", b"path\ncaf\xe9.wav\n")
+    (track,) = tracks(Catalog(path))
+    assert os.fsencode(track.location).endswith(b"caf\xe9.wav")
+    assert printable(track.path) == "caf\\xe9.wav"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(st.tuples(cells.filter(bool), multiline_cells, cells), max_size=20),
+    newline=st.sampled_from(["\n", "\r\n"]),
+)
+def test_csv_and_tsv_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str, str]], newline: str
+) -> None:
+    folder = tmp_path_factory.mktemp("csv")
+    for suffix, delimiter in ((".csv", ","), (".tsv", "\t")):
+        path = folder / f"c{suffix}"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter=delimiter, lineterminator=newline)
+            writer.writerows([("path", "a", "b"), *rows])
+        catalog = Catalog(str(path))
+        assert [(t.path, e["a"], e["b"]) for t, e in zip(tracks(catalog), extra(catalog), strict=True)] == rows
+        assert all(track.problem is None for track in tracks(catalog))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({"path": cells.filter(bool)}, optional={"a": cells, "n": st.integers()}), max_size=20
+    )
+)
+def test_json_lines_round_trip(tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, object]]) -> None:
+    path = tmp_path_factory.mktemp("json") / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) or json.dumps({"path": "x"}), encoding="utf-8")
+    catalog = Catalog(str(path))
+    for row, found in zip(rows, extra(catalog), strict=False):
+        assert found.get("a") == row.get("a")
+        assert found.get("n") == (str(row["n"]) if "n" in row else None)
+    assert catalog.fingerprint().rows == max(1, len(rows))
+
+
+def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
+    table = pa.table({
+        "path": ["a.wav", "b.wav"], "start": [0.5, None], "year": pa.array([1999, None], pa.int16()),
+        "when": pa.array([1, 2], pa.timestamp("ns")), "tags": [["x"], []],
+    })  # fmt: skip
+    path = str(tmp_path / "c.parquet")
+    pq.write_table(table, path)
+    catalog = Catalog(path)
+    assert [track.start for track in tracks(catalog)] == [0.5, 0.0]
+    (unit,) = catalog.units()
+    assert unit.extra.equals(table.select(["year", "when", "tags"]))
+    assert catalog.fingerprint().rows == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ("a.wav,x,", "start 'x' is not a number"),
+        ("a.wav,-1,", "start '-1'"),
+        ("a.wav,nan,", "start 'nan'"),
+        ("a.wav,3,2", "end 2 s is not after start 3 s"),
+        ("a.wav,1", "2 fields, but the header names 3"),
+        ("a.wav,1,2,3", "4 fields"),
+        (",1,2", "empty"),
+    ],
+)
+def test_bad_rows_become_problems_of_their_own(tmp_path: Path, row: str, reason: str) -> None:
+    path = write(tmp_path / "c.csv", f"path,start,end\ngood.wav,,\n{row}\nalso.wav,,\n")
+    one, bad, three = tracks(Catalog(path))
+    assert one.problem is None
+    assert three.problem is None
+    assert bad.problem is not None
+    assert bad.problem.code == "bad_row"
+    assert reason in str(bad.problem)
+    assert "row 2" in str(bad.problem)
+
+
+def test_bad_json_lines_become_problems(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.jsonl", '{"path": "a.wav"}\n{oops\n[1]\n\n{"path": "b.wav"}\n')
+    found = tracks(Catalog(path))
+    assert [track.problem is None for track in found] == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("c.csv", "id,file\nx,y\n", 'has no column "path"; it has: id, file. Name it with --path-column'),
+        ("c.csv", "", "is empty"),
+        ("c.csv", "path,a,a\nx,1,2\n", "'a' more than once"),
+        ("c.csv", "path,status\nx,1\n", "--rename status=catalog_status"),
+        ("c.xlsx", "PK", "must end in .csv, .tsv, .jsonl or .parquet"),
+        ("c.parquet", "not parquet", "cannot read the catalogue"),
+    ],
+)
+def test_catalogues_that_cannot_be_used(tmp_path: Path, name: str, content: str, message: str) -> None:
+    with pytest.raises(CatalogError, match=message.replace("(", r"\(")):
+        Catalog(write(tmp_path / name, content), reserved=RESERVED_COLUMNS)
+
+
+def test_a_missing_catalogue_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="No such file"):
+        Catalog(str(tmp_path / "none.csv"))
+
+
+def test_an_open_quote_is_said_with_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", 'path\na.wav\n"b.wav\n' + "x\n" * 100_000)
+    with pytest.raises(CatalogError, match="quote left open"):
+        tracks(Catalog(path))
+
+
+def test_columns_can_be_named_and_renamed(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", "id,file,status\n7,a.wav,fine\n")
+    columns = Columns("file", "id", {"status": "label_status"})
+    catalog = Catalog(path, columns, RESERVED_COLUMNS)
+    (track,) = tracks(catalog)
+    assert (track.track_id, track.path) == ("7", "a.wav")
+    assert extra(catalog) == [{"label_status": "fine"}]
+    with pytest.raises(CatalogError, match="--id-column"):
+        Catalog(path, Columns("file", "nope"))
+    with pytest.raises(CatalogError, match="--rename"):
+        Catalog(path, Columns("file", "id", {"nope": "x"}))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ends=st.lists(st.one_of(st.none(), st.integers(1, 3000)), max_size=3000 // 20),
+    minutes=st.floats(0.1, 50),
+    repeat=st.integers(1, 20),
+)
+def test_units_are_a_partition_and_always_the_same(
+    tmp_path_factory: pytest.TempPathFactory, ends: list[int | None], minutes: float, repeat: int
+) -> None:
+    ends = ends * repeat
+    path = tmp_path_factory.mktemp("units") / "c.csv"
+    path.write_text("path,end,n\n" + "".join(f"{i}.wav,{e or ''},{i}\n" for i, e in enumerate(ends)), encoding="utf-8")
+    catalog = Catalog(str(path))
+    units = list(catalog.units(minutes))
+    assert [unit.index for unit in units] == list(range(len(units)))
+    assert [track.path for unit in units for track in unit.tracks] == [f"{i}.wav" for i in range(len(ends))]
+    assert [n for unit in units for n in unit.extra["n"].to_pylist()] == [str(i) for i in range(len(ends))]
+    assert [[t.row for t in unit.tracks] for unit in units] == [
+        [t.row for t in unit.tracks] for unit in catalog.units(minutes)
+    ]
+    for unit in units[:-1]:
+        gathered = sum(track.minutes for track in unit.tracks)
+        assert gathered >= minutes or len(unit.tracks) == 1024
+        assert gathered - unit.tracks[-1].minutes < minutes
+
+
+def test_an_empty_catalogue_has_no_units(tmp_path: Path) -> None:
+    catalog = Catalog(write(tmp_path / "c.csv", "path,artist\n"))
+    assert list(catalog.units()) == []
+    assert catalog.extra_schema().names == ["artist"]
+    assert catalog.fingerprint().rows == 0
+
+
+def test_usage_errors_are_not_catalog_errors() -> None:
+    assert not issubclass(UsageError, CatalogError)

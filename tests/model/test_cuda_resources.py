@@ -1,0 +1,36 @@
+"""The CUDA kernels as the compiler made them: nothing spills, and a block's shared memory needs no special request."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+from cuda_resources import ARCHITECTURES, compile_report, parse
+
+REPORT = """\
+ptxas info    : Compiling entry function '_ZN11singerembed44_GLOBAL__N__a6ec61b5_11_mel_cuda_cu_6be1596b10mel_kernelENS_6MelJobE' for 'sm_90'
+ptxas info    : Function properties for _ZN11singerembed
+    16 bytes stack frame, 12 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers, 16 bytes cumulative stack size, 34304 bytes smem
+"""  # noqa: E501
+
+
+def test_a_report_is_read() -> None:
+    assert parse(REPORT) == [
+        {"kernel": "mel", "compute_capability": "9.0", "registers": 128, "spill_bytes": 20, "shared_bytes": 34304}
+    ]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on the PATH (pip has it: nvidia-cuda-nvcc)")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_nothing_spills(architecture: str) -> None:
+    kernels = parse(compile_report(architecture))
+    assert {kernel["kernel"].split()[0] for kernel in kernels} == {"level", "mel", "normalise"}
+    assert len(kernels) == 5
+    for kernel in kernels:
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= 48 * 1024, kernel
