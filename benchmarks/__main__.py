@@ -212,7 +212,6 @@ def _start_up(catalog: Path, engine: str, folder: Path) -> float:
 
 def growth(folder: Path, quick: bool) -> dict[str, Any]:
     """Throughput and memory from few tracks to many, and the start of a run over ten million rows."""
-    script = Path(__file__).parent / "growth.py"
     counts = GROWTH_TRACKS[:3] if quick else GROWTH_TRACKS
     print(
         "\n## Growth: short recordings, an engine that answers at once\n\n"
@@ -221,7 +220,7 @@ def growth(folder: Path, quick: bool) -> dict[str, Any]:
     found = []
     for n in counts:
         result = subprocess.run(
-            [sys.executable, str(script), str(n)],
+            [sys.executable, "-m", "benchmarks.growth", str(n)],
             capture_output=True,
             text=True,
             check=True,
@@ -232,7 +231,7 @@ def growth(folder: Path, quick: bool) -> dict[str, Any]:
         print(f"| {n:,} | {figures['tracks_per_second']:,.0f} | {figures['peak_mb']:.0f} |")
     rows = 1_000_000 if quick else 10_000_000
     result = subprocess.run(
-        [sys.executable, str(script), str(rows), "--start-only"],
+        [sys.executable, "-m", "benchmarks.growth", str(rows), "--start-only"],
         capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(folder)},
     )  # fmt: skip
     first = json.loads(result.stdout)

@@ -6,32 +6,36 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
-from singerembed.model.mel import Pcm
+from singerembed.model.mel import INVALID, LOUD, SILENT, Pcm
 
 SAMPLES = 4_410  # of each recording: one crop, padded
 
 
 class InstantEngine:
-    """Answers at once, so that what is measured is everything else."""
+    """Measures levels and returns zeros at once, so that everything else of a run can be measured."""
 
     description = "instant"
     batch = 4
     waits = False
+    first_crop: ClassVar[float] = 0.0  # time.perf_counter() at the first call
 
     def __init__(self, file: EngineFile, _silence_dbfs: float, _device: int) -> None:
         self.spec = file.spec
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
-        n = len(crops)
-        ones = np.ones(n, np.float32)
-        return EmbeddedCrops(np.zeros((n, self.spec.embedding_dim), np.float32), ones, ones, np.zeros(n, np.uint8))
+        InstantEngine.first_crop = InstantEngine.first_crop or time.perf_counter()
+        peak = np.abs(crops.astype(np.float32)).max(axis=1)
+        state = np.where(np.isnan(peak), INVALID, np.where(peak > 0, LOUD, SILENT)).astype(np.uint8)
+        embedding = np.zeros((int((state == LOUD).sum()), self.spec.embedding_dim), np.float32)
+        return EmbeddedCrops(embedding, peak, peak, state)
 
     def close(self) -> None: ...
 
@@ -60,13 +64,19 @@ def _open_recording(_location: str, *_rest: Any, **_options: Any) -> Iterator[_R
     yield _Recording()
 
 
-def install() -> None:
-    """Put both in the places of the real ones, in this process."""
-    from singerembed.jobs import track as embedding
+def install_engine() -> None:
+    """Replace the engine of runs in this process."""
     from singerembed.jobs import units
 
     units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
-    embedding.open_recording = _open_recording  # type: ignore[attr-defined, assignment]
+
+
+def install() -> None:
+    """Replace the engine and the decoder of runs in this process."""
+    from singerembed.jobs import track
+
+    install_engine()
+    track.open_recording = _open_recording  # type: ignore[attr-defined, assignment]
 
 
 def start_ray(*, fake: bool, workers: int | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""One point of the growth curve: python benchmarks/growth.py TRACKS [--start-only]. Prints JSON."""
+"""One point of the growth curve: python -m benchmarks.growth TRACKS [--start-only]. Prints JSON."""
 
 from __future__ import annotations
 
@@ -12,33 +12,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from singerembed.engine.base import EmbeddedCrops
-from singerembed.engine.file import EngineFile
+from benchmarks.fakes import InstantEngine, install_engine
 from singerembed.errors import InterruptedRun
 from singerembed.jobs import run as pipeline
-from singerembed.jobs import units
 from singerembed.jobs.options import RunOptions
-from singerembed.model.mel import Pcm
-
-
-class InstantEngine:
-    """Answers at once, so that what is measured is everything else."""
-
-    description = "instant"
-    batch = 4
-    waits = False
-    first_crop: float = 0.0
-
-    def __init__(self, file: EngineFile, _silence_dbfs: float, _device: int) -> None:
-        self.spec = file.spec
-
-    def embed(self, crops: Pcm) -> EmbeddedCrops:
-        InstantEngine.first_crop = InstantEngine.first_crop or time.perf_counter()
-        n = len(crops)
-        ones = np.ones(n, np.float32)
-        return EmbeddedCrops(np.zeros((n, self.spec.embedding_dim), np.float32), ones, ones, np.zeros(n, np.uint8))
-
-    def close(self) -> None: ...
 
 
 def main() -> None:
@@ -47,7 +24,7 @@ def main() -> None:
     parser.add_argument("tracks", type=int)
     parser.add_argument("--start-only", action="store_true", help="Stop after the first crop.")
     arguments = parser.parse_args()
-    units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
+    install_engine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         soundfile.write(folder / "a.wav", np.full(4_410, 0.1, np.float32), 44_100)
