@@ -1,4 +1,4 @@
-"""Says where crops lie in a recording, and reads them."""
+"""Plan where the crops of a recording lie, and read them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, so that a decoder that crashes or hangs costs one track: the near side."""
+"""Decode in a separate process, so that a decoder that crashes or hangs costs one track: the client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from singerembed.model.mel import Pcm
 
 
 class _DecodeProcess:
-    """One decoder process, kept for the next track; killed when it hangs, replaced when it dies."""
+    """One decoder process, reused for the next track; killed when it hangs, replaced when it dies."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class _DecodeProcess:
             status = self._process.wait()
             self.kill()
             cause = f"signal {-status}" if status < 0 else f"status {status}"
-            raise TrackError("decoder_crashed", f"the decoder died of it ({cause})") from exc
+            raise TrackError("decoder_crashed", f"the decoder crashed on it ({cause})") from exc
         except TrackError:
             self.kill()
             raise

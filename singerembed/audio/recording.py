@@ -1,8 +1,8 @@
-"""Opens recordings, decodes, mixes down to mono and resamples; the seam between soundfile and PyAV.
+"""Open a recording as mono PCM: choose the decoder, mix down, resample.
 
-soundfile decodes what it can, in this process. What it cannot open goes to PyAV in a process of its own
-(decode_worker), because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track
-only. A recording under suspicion, because the process died while it was decoded, goes there whatever it is.
+soundfile decodes what it can, in this process. What it cannot open goes to PyAV in a decoder process (process.py),
+because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track only. A
+recording that was being decoded when an earlier run died is decoded there whatever its format.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The decoder process: `python -m singerembed.audio.worker`, driven by isolation.py over its standard streams.
+"""Decode in a separate process: the server, `python -m singerembed.audio.worker`, driven by process.py.
 
-One JSON request a line comes in; a reply is two little-endian uint32 sizes, a JSON head and a binary body (float32
-mono samples). It may crash or be killed at any time.
+Requests are JSON, one a line, on standard input. A reply on standard output is two little-endian uint32 sizes, a JSON
+head and a binary body (float32 mono samples). The process may crash or be killed at any time.
 """
 
 from __future__ import annotations
@@ -87,14 +87,14 @@ class _AvReader:
 
 def _open(path: str, decoder: str) -> PcmReader:
     if decoder == "soundfile":
-        # The other side watches the clock, and resamples: no rate is wanted here, so samples come as float32.
+        # The client limits the time and resamples. Rate 0 never matches, so samples come as float32.
         with contextlib.suppress(soundfile.LibsndfileError):
             return SoundFileReader(path, 0, TimeLimit(math.inf))
     return _AvReader(path)
 
 
 class _Server:
-    """Answers requests about one open recording at a time."""
+    """Serves requests about one open recording at a time."""
 
     def __init__(self) -> None:
         self._reader: PcmReader | None = None

@@ -1,4 +1,4 @@
-"""The output's schema, its rows as Arrow tables, and the writing of part files."""
+"""The schema of an output, its rows as Arrow tables, and the writer of part files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class TrackRows:
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
     error: TrackError | None = None
-    seconds: float = 0.0  # that embedding it took
+    seconds: float = 0.0  # spent on decoding and embedding it
 
     @property
     def n_rows(self) -> int:
@@ -61,7 +61,7 @@ class TrackRows:
 
 @dataclass
 class Counts:
-    """What a set of rows comes to."""
+    """Totals over a set of rows."""
 
     tracks: int = 0
     crops: int = 0
@@ -84,7 +84,7 @@ class Counts:
             self.errors[INVALID_SAMPLES] += bad_crops
 
     def add_kept(self, rows: pa.Table) -> None:
-        """Count one track by the rows that an earlier run has written of it; none of them an error."""
+        """Count one track by the rows that an earlier run wrote for it; none of them an error."""
         is_silent = rows["status"].to_numpy() == SILENT
         self.tracks += 1
         self.crops += rows.num_rows
@@ -151,7 +151,7 @@ class PartWriter:
             self._flush()
 
     def keep(self, rows: pa.Table) -> None:
-        """Append the rows that an earlier run has written of one track."""
+        """Append the rows that an earlier run wrote for one track."""
         self._flush()
         self.counts.add_kept(rows)
         self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
@@ -163,7 +163,7 @@ class PartWriter:
         self._writer.close()
 
     def abort(self) -> None:
-        """Give the file up."""
+        """Close the file without finishing it."""
         self._writer.close()
 
     def _flush(self) -> None:
