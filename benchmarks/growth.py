@@ -14,8 +14,8 @@ import soundfile
 
 from benchmarks.fakes import InstantEngine, install_engine
 from singerembed.errors import InterruptedRun
-from singerembed.jobs import run as pipeline
 from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import run
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
         started = time.perf_counter()
         figures: dict[str, float] = {"tracks": arguments.tracks}
         try:
-            pipeline.run(
+            run(
                 str(folder / "catalog.csv"), str(folder / "out.parquet"), options=RunOptions(unit_minutes=4000),
                 stop=lambda: 15 if arguments.start_only and InstantEngine.first_crop else 0,
             )  # fmt: skip

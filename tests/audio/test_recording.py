@@ -17,8 +17,8 @@ import soundfile
 import tolerances
 from numpy.typing import NDArray
 
-from singerembed.audio import process as isolation
 from singerembed.audio.limits import TimeLimit
+from singerembed.audio.process import _decode_process
 from singerembed.audio.recording import open_recording
 from singerembed.errors import TrackError
 
@@ -218,7 +218,7 @@ def test_a_decoder_that_dies_costs_its_track_only(tmp_path: Path, voice: Voice) 
     path = write_m4a(tmp_path / "a.m4a", voice(5))
     with open_recording(path, RATE, TimeLimit(60)) as reader:
         reader.read(1000)
-        process = isolation._decode_process()
+        process = _decode_process()
         process._process.send_signal(signal.SIGSEGV)
         process._process.wait()
         with pytest.raises(TrackError, match="signal 11") as caught:
@@ -232,7 +232,7 @@ def test_a_decoder_that_hangs_is_killed(tmp_path: Path, voice: Voice) -> None:
     limit = TimeLimit(0.5)
     with open_recording(path, RATE, limit) as reader, limit.counting():
         reader.read(1000)
-        process = isolation._decode_process()
+        process = _decode_process()
         process._process.send_signal(signal.SIGSTOP)
         with pytest.raises(TrackError, match=r"longer than 0.5 s") as caught:
             reader.read(1000)
@@ -257,10 +257,12 @@ def test_the_decoder_process_ends_with_its_parent(tmp_path: Path, voice: Voice) 
     path = write_m4a(tmp_path / "a.m4a", voice(2))
     code = (
         "import os, sys\n"
-        "from singerembed import audio, isolation\n"
-        f"with audio.open_recording({path!r}, 44100, audio.TimeLimit(60)) as reader:\n"
+        "from singerembed.audio.limits import TimeLimit\n"
+        "from singerembed.audio.process import _decode_process\n"
+        "from singerembed.audio.recording import open_recording\n"
+        f"with open_recording({path!r}, 44100, TimeLimit(60)) as reader:\n"
         "    reader.read(10)\n"
-        "    print(isolation._decode_process()._process.pid, flush=True)\n"
+        "    print(_decode_process()._process.pid, flush=True)\n"
         "    os.kill(os.getpid(), 9)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -231,7 +231,7 @@ def test_a_surprise_is_one_line_too(catalog: Path, tmp_path: Path, monkeypatch: 
     def surprise(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr("singerembed.pipeline.run", surprise)
+    monkeypatch.setattr("singerembed.jobs.run.run", surprise)
     result = invoke("run", str(catalog), str(tmp_path / "o.parquet"))
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1

@@ -20,8 +20,8 @@ import duckdb
 import numpy as np
 import soundfile
 
-from singerembed.jobs import run as pipeline
 from singerembed.jobs.options import RunOptions
+from singerembed.jobs.run import run
 
 sys.path.append(str(Path(__file__).parents[2]))
 from benchmarks.fakes import install_engine
@@ -61,7 +61,7 @@ def main() -> None:
         started = time.monotonic()
         output = folder / "out.parquet"
         options = RunOptions(unit_minutes=4000)
-        summary = pipeline.run(str(folder / "catalog.csv"), str(output), options=options)
+        summary = run(str(folder / "catalog.csv"), str(output), options=options)
         seconds = time.monotonic() - started
         del wanted["good"]
         assert summary.counts.tracks == arguments.rows
