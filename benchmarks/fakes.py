@@ -42,7 +42,7 @@ class InstantEngine:
 
 class _Recording:
     sample_rate = 44_100
-    n_samples = SAMPLES
+    notes: ClassVar[list[str]] = []
 
     def __init__(self) -> None:
         self._position = 0
@@ -54,6 +54,9 @@ class _Recording:
 
     def seek(self, sample: int) -> None:
         self._position = min(sample, SAMPLES)
+
+    def length(self) -> int:
+        return SAMPLES
 
     def check_complete(self) -> None: ...
     def close(self) -> None: ...

@@ -97,6 +97,10 @@ class MelPlan {
 std::vector<const char*> available_isas();  // narrowest first
 
 // Mean over interleaved channels: out[i] = (in[i * channels] + ...) / channels, summed in float as NumPy does.
-void mix_down(const float* interleaved, std::size_t frames, int channels, float* mono);
+//
+// Where the channels cancel, `mono` is the loudest channel instead, decided anew for each stretch of `segment` frames:
+// the mean's energy is below 1 % of what it would be if only the second loudest channel sounded. Returns how many
+// segments that were.
+std::size_t mix_down(const float* interleaved, std::size_t frames, int channels, std::size_t segment, float* mono);
 
 }  // namespace singerembed

@@ -67,6 +67,8 @@ class RunLog:
             examples = self._examples[fields["error_code"]]
             if len(examples) < _EXAMPLES:
                 examples.append(dict(fields))
+        if rows.note:
+            fields["audio_note"] = printable(rows.note)
         self._write("track", **fields, crops=counts.crops, silent=counts.silent, seconds=round(rows.seconds, 4))
 
     def published(self, unit: int, counts: Counts) -> None:

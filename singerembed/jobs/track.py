@@ -41,7 +41,7 @@ def embed_track(
     try:
         if track.problem:
             raise track.problem
-        for block in _timed_blocks(track, engine, options, isolated=isolated):
+        for block in _timed_blocks(track, engine, options, embedded.notes, isolated=isolated):
             if stop():
                 raise Stopped
             embedded.add(block)
@@ -54,8 +54,13 @@ def embed_track(
     return embedded.rows(error, time.monotonic() - started)
 
 
-def _timed_blocks(track: Track, engine: Engine, options: RunOptions, *, isolated: bool) -> Iterator[CropBlock]:
-    """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block."""
+def _timed_blocks(
+    track: Track, engine: Engine, options: RunOptions, notes: list[str], *, isolated: bool
+) -> Iterator[CropBlock]:
+    """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block.
+
+    What the reader notes of the recording is added to `notes`.
+    """
     limit = TimeLimit(options.track_timeout_seconds)
     with ExitStack() as stack:
         with limit.counting():
@@ -63,6 +68,7 @@ def _timed_blocks(track: Track, engine: Engine, options: RunOptions, *, isolated
                 track.location, engine.spec.sample_rate, limit, isolated=isolated, retries=options.retries
             )
             reader = stack.enter_context(recording)
+        stack.callback(lambda: notes.extend(reader.notes))
         blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)
         while True:
             with limit.counting():
@@ -85,6 +91,7 @@ class _EmbeddedTrack:
     """Collects the embedded crops of one track."""
 
     def __init__(self, engine: Engine, options: RunOptions) -> None:
+        self.notes: list[str] = []
         self._engine, self._options = engine, options
         self._index: list[int] = []
         self._start: list[NDArray[np.int64]] = []
@@ -111,6 +118,7 @@ class _EmbeddedTrack:
                 [np.empty((0, spec.embedding_dim), np.float32), *(e.embedding for e in self._embedded)]
             ),
             error=error,
+            note="; ".join(self.notes),
             seconds=seconds,
         )
         return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
@@ -133,5 +141,6 @@ def _pooled(rows: TrackRows) -> TrackRows:
         rms=np.sqrt((rows.rms[valid] ** 2).mean(keepdims=True)) if valid.any() else np.full(1, np.nan, np.float32),
         embedding=rows.embedding.mean(axis=0, keepdims=True) if len(rows.embedding) else rows.embedding,
         error=rows.error,
+        note=rows.note,
         seconds=rows.seconds,
     )

@@ -122,6 +122,10 @@ def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
     return MelExtractor(spec).basis
 
 
-def mix_down(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Mean over channels: float32 [frames, channels] to float32 [frames]."""
-    return _csrc.mix_down(pcm)
+def mix_down(pcm: NDArray[np.float32], segment: int) -> tuple[NDArray[np.float32], int]:
+    """Mean over channels, or the loudest one where they cancel: float32 [frames, channels] to float32 [frames].
+
+    Decided for each stretch of `segment` frames: the mean's energy is below 1 % of that of the second loudest channel's
+    share of it. Returns the signal, and the number of segments in which the channels cancel.
+    """
+    return _csrc.mix_down(pcm, segment)

@@ -34,6 +34,7 @@ _LEADING = [
     pa.field("status", pa.string(), nullable=False),
     pa.field("error_code", pa.string()),
     pa.field("error", pa.string()),
+    pa.field("audio_note", pa.string()),
     pa.field("peak_dbfs", pa.float32()),
     pa.field("rms_dbfs", pa.float32()),
 ]
@@ -52,6 +53,7 @@ class TrackRows:
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
     error: TrackError | None = None
+    note: str = ""  # what a person should know of the recording, although it was decoded; empty: nothing
     seconds: float = 0.0  # spent on decoding and embedding it
 
     @property
@@ -186,6 +188,7 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "status": pa.array(_flat([*rows.status, ERROR][: rows.n_rows] for _, rows in tracks), pa.string()),
         "error_code": pa.array(_flat(_error_cells(rows, code=True) for _, rows in tracks), pa.string()),
         "error": pa.array(_flat(_error_cells(rows, code=False) for _, rows in tracks), pa.string()),
+        "audio_note": pa.array([printable(rows.note) or None for _, rows in tracks], pa.string()).take(of_track),
         "peak_dbfs": _dbfs(tracks, "peak"),
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),
