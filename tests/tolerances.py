@@ -62,3 +62,10 @@ SAME_CROP_COSINE = 0.99999
 # Median distance of the sung pitch, measured with WORLD's own estimator, from the score's: half of what a trained ear
 # hears at its best (5 cents) would be too strict for frames at notes' ends; a semitone has 100.
 SUNG_CENTS = 10.0
+
+# --- decoding -------------------------------------------------------------------------------------------------------
+
+# Two decoders of one file: encoder delay and padding are trimmed by some, a frame at a join is lost by others.
+SHORTFALL_SECONDS = 0.06
+# Correlation of their samples: dither, other transforms, FFmpeg's noise in AAC's noise bands.
+DECODERS_AGREE = 0.98

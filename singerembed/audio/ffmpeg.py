@@ -26,6 +26,7 @@ _PREROLL_SECONDS = 0.5
 _COUNTED_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "asf", "matroska,webm", "flac", "wav", "aiff", "caf", "wv", "tta", "ape"}
 # Codecs whose frames all have one length: the place of a frame follows from a rounded time stamp.
 _CONSTANT_FRAMES = {"aac", "ac3", "eac3", "alac", "mp2", "mp3", "opus", "flac"}
+_MAX_SILENCE_SECONDS = 1.0  # for one damaged packet
 _NOTED_SECONDS = 0.1  # by which a header may be off without a word
 _MAX_DAMAGED_SHARE = 0.1  # of the packets; beyond it a recording is not decoded but guessed
 
@@ -33,8 +34,8 @@ _MAX_DAMAGED_SHARE = 0.1  # of the packets; beyond it a recording is not decoded
 class AvReader:
     """FFmpeg through PyAV: one open file, decoded frame by frame. A `PcmReader`.
 
-    A damaged packet is skipped, as the ffmpeg command does, and noted. Pieces of another rate or channel layout, as
-    chained streams have, are resampled to the rate of the first piece.
+    Silence stands for a damaged packet, so that what follows keeps its place, and the packet is noted. Pieces of
+    another rate or channel layout are resampled to the rate of the first piece.
     """
 
     def __init__(self, path: str, header_seconds: float | None = None, promised_seconds: float = 0.0) -> None:
@@ -71,13 +72,19 @@ class AvReader:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _frames(self) -> Iterator[Any]:
-        """Decode frames from where the container stands, over damaged packets."""
+        """Decode frames from where the container stands; silence of their length stands for damaged packets."""
+        last = None
         for packet in self._container.demux(self._stream):
             self._packets += 1
             try:
-                yield from packet.decode()
+                for frame in packet.decode():
+                    last = frame
+                    yield frame
             except av.error.InvalidDataError:
                 self._damaged += 1
+                if last is not None and packet.duration and packet.time_base:
+                    seconds = min(_MAX_SILENCE_SECONDS, float(packet.duration * packet.time_base))
+                    yield _silence(last, round(seconds * last.sample_rate))
 
     def _mono(self, frames: Iterator[Any], mixer: MonoMixer) -> Iterator[NDArray[np.float32]]:
         resampler, layout = None, None
@@ -121,7 +128,7 @@ class AvReader:
     def check_complete(self) -> None:
         """See `PcmReader.check_complete`."""
         if self._damaged:
-            self._note(f"{self._damaged} of {self._packets} packets could not be decoded and are left out")
+            self._note(f"{self._damaged} of {self._packets} packets could not be decoded; silence stands for them")
             if self._damaged > _MAX_DAMAGED_SHARE * self._packets:
                 raise TrackError("decode_failed", f"{self._damaged} of {self._packets} packets could not be decoded")
         seconds = self._position / self.sample_rate
@@ -239,7 +246,7 @@ class _Clock:
         self._base = first.time_base * first.sample_rate  # samples a unit
         self._zero = first.pts
         self._n_first, self._n = first.samples, second.samples
-        self._exact = self._base.denominator == 1 or (1 / self._base).denominator == 1
+        self._exact = (1 / self._base).denominator == 1  # a whole number of units a sample
         self._constant = codec in _CONSTANT_FRAMES
 
     @classmethod
@@ -250,7 +257,11 @@ class _Clock:
             first, second = next(frames, None), next(frames, None)
             if first is None or second is None or first.pts is None or first.time_base is None:
                 return None
-            clock = cls(first, second, start._stream.codec_context.name.split("_")[0].removesuffix("float"))
+            codec = start._stream.codec_context.name
+            clock = cls(first, second, codec.removesuffix("float"))
+        # The WAV demuxer guesses the place of blocks of ADPCM.
+        if codec.startswith("adpcm"):
+            return None
         return clock if clock._exact or clock._constant else None
 
     def time_stamp(self, sample: int) -> int:
@@ -267,6 +278,15 @@ class _Clock:
         number = round((place - self._n_first) / self._n)
         snapped = self._n_first + number * self._n
         return snapped if number >= 0 and abs(snapped - place) <= self._n / 4 else None
+
+
+def _silence(like: Any, n: int) -> Any:
+    """A frame of `n` samples of silence in the format of the frame `like`."""
+    frame = av.AudioFrame(like.format.name, like.layout.name, n)
+    for plane in frame.planes:
+        plane.update(bytes(plane.buffer_size))
+    frame.sample_rate = like.sample_rate
+    return frame
 
 
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:

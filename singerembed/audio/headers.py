@@ -23,8 +23,8 @@ _PROBES = (0.25, 0.5, 0.75)  # places in the file, between 0 and 1, where positi
 _PROBE_BYTES = 16_384
 _OGG_PAGE_BYTES = 65_307  # at most
 # A frame of an MP3 has at most 1441 bytes, and encoders differ by one frame in what they count.
-_MP3_SLACK_BYTES = 3_000
-_BYTES_PER_SAMPLE = {
+_MP3_SLACK_BYTES = 1_500
+SAMPLE_BYTES = {  # of the encodings whose length follows from the size of the file
     "PCM_S8": 1, "PCM_U8": 1, "PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8, "ULAW": 1, "ALAW": 1,
 }  # fmt: skip
 
@@ -34,6 +34,7 @@ class HeaderCheck:
     """What was found out about the length in a header."""
 
     believed: bool
+    is_chained: bool = False  # an Ogg file that seems to hold several streams one after another
     promised_seconds: float = 0.0  # by a header that other evidence contradicts; 0: it promises nothing
 
 
@@ -49,8 +50,9 @@ def check_header(path: str, kind: str, subtype: str, channels: int, frames: int)
         if kind == "FLAC":
             return HeaderCheck(_flac_agrees(file, size, frames))
         if kind == "OGG":
-            return HeaderCheck(_ogg_agrees(file, size))
-    sample_bytes = _BYTES_PER_SAMPLE.get(subtype)
+            agrees = _ogg_agrees(file, size)
+            return HeaderCheck(agrees, is_chained=not agrees)
+    sample_bytes = SAMPLE_BYTES.get(subtype)
     if sample_bytes is None or frames == 0:
         return HeaderCheck(False)
     return HeaderCheck(size - frames * channels * sample_bytes <= _OTHER_BYTES)
@@ -86,7 +88,7 @@ def _check_mp3(file: BinaryIO, size: int) -> HeaderCheck:
     seconds = frames * (1152 if is_mpeg1 else 576) / rate
     end = size - _tags_at_the_end(file, size)
     agrees = bool(flags & 2) and abs(start + match.start() + n_bytes - end) <= _MP3_SLACK_BYTES
-    return HeaderCheck(agrees, 0.0 if agrees else seconds)
+    return HeaderCheck(agrees, promised_seconds=0.0 if agrees else seconds)
 
 
 def _end_of_id3v2(file: BinaryIO) -> int:

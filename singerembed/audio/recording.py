@@ -15,6 +15,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +25,8 @@ import soxr
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.audio.headers import HeaderCheck, check_header
+from singerembed.audio.chained_ogg import FileSlice, stream_offsets
+from singerembed.audio.headers import SAMPLE_BYTES, HeaderCheck, check_header
 from singerembed.audio.limits import TimeLimit, check_format, check_length
 from singerembed.audio.mono import MonoMixer
 from singerembed.audio.process import ProcessReader
@@ -102,9 +104,10 @@ def open_source(
 ) -> PcmReader:
     """Open the local file `path` with the decoder that reads it to its end.
 
-    libsndfile, unless it cannot open the file or the length it would stop at is not borne out by the file (headers.py).
-    Then FFmpeg, if it opens the file and reads at least as far: `open_av` takes the seconds that the header says (0: it
-    does not say) and the seconds that are promised. Raises TrackError and OSError.
+    That is libsndfile where the file bears out the length that it finds (headers.py). A chained Ogg file is read stream
+    by stream. Everything else goes to FFmpeg, if it opens the file and reads at least as far: `open_av` takes the
+    seconds that the header says (0: it does not say; None: libsndfile cannot open it) and the seconds that are
+    promised. Raises TrackError and OSError.
     """
     try:
         source = SoundFileReader(path, wanted_rate, limit)
@@ -116,6 +119,8 @@ def open_source(
         if header.believed:
             stack.pop_all()
             return source
+        if header.is_chained and len(offsets := stream_offsets(path)) > 1:
+            return ChainedReader(path, offsets, limit)
         try:
             other = open_av(source.header_seconds, header.promised_seconds)
         except TrackError:  # FFmpeg does not know it
@@ -182,9 +187,10 @@ def _reason(exc: Exception) -> str:
 class SoundFileReader:
     """libsndfile, in this process. Seeks are exact to the sample."""
 
-    def __init__(self, path: str, wanted_rate: int, limit: TimeLimit) -> None:
+    def __init__(self, path: str, wanted_rate: int, limit: TimeLimit, within: FileSlice | None = None) -> None:
+        """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
         self._path = path
-        self._file = soundfile.SoundFile(path)
+        self._file = soundfile.SoundFile(within or path)
         self._limit = limit
         self._failure: TrackError | None = None
         self.sample_rate = self._file.samplerate
@@ -211,7 +217,7 @@ class SoundFileReader:
     @property
     def length_is_measured(self) -> bool:
         """Whether libsndfile found the length by the size of the file, and not by a header or a guess."""
-        return self._file.format not in {"MP3", "FLAC", "OGG"}
+        return self._file.format != "FLAC" and self._file.subtype in SAMPLE_BYTES
 
     def _restart(self, position: int) -> None:
         self._position = position  # of the file
@@ -295,6 +301,62 @@ class SoundFileReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+class ChainedReader:
+    """The streams of a chained Ogg file one after another, at the rate of the first."""
+
+    def __init__(self, path: str, offsets: list[int], limit: TimeLimit) -> None:
+        """`offsets`: where the streams begin. Raises TrackError where one cannot be opened."""
+        self._stack = contextlib.ExitStack()
+        self._streams: list[PcmReader] = []
+        self.sample_rate = 0
+        with contextlib.ExitStack() as stack:
+            for start, stop in pairwise([*offsets, None]):
+                try:
+                    part = stack.enter_context(FileSlice(path, start or 0, stop))
+                    source = SoundFileReader(path, 0, limit, part)
+                except soundfile.LibsndfileError as exc:
+                    raise TrackError("decode_failed", f"stream {len(self._streams) + 1}: {exc.error_string}") from exc
+                stack.callback(source.close)
+                self.sample_rate = self.sample_rate or source.sample_rate
+                same = source.sample_rate == self.sample_rate
+                self._streams.append(source if same else _ResamplingReader(source, self.sample_rate))
+            self._stack = stack.pop_all()
+        self._lengths = [stream.length() for stream in self._streams]
+        self._current = 0
+
+    @property
+    def notes(self) -> list[str]:
+        seconds = self.length() / self.sample_rate
+        chained = f"{len(self._streams)} streams one after another, {seconds:.1f} s in all"
+        return [chained, *dict.fromkeys(note for stream in self._streams for note in stream.notes)]
+
+    def read(self, n: int) -> Pcm:
+        parts = [self._streams[self._current].read(n)]
+        while (left := n - sum(map(len, parts))) and self._current + 1 < len(self._streams):
+            self._current += 1
+            self._streams[self._current].seek(0)
+            parts.append(self._streams[self._current].read(left))
+        joined: NDArray[np.float32] = np.concatenate(parts)
+        return joined
+
+    def seek(self, sample: int) -> None:
+        self._current = 0
+        while self._current + 1 < len(self._streams) and sample >= self._lengths[self._current]:
+            sample -= self._lengths[self._current]
+            self._current += 1
+        self._streams[self._current].seek(sample)
+
+    def length(self) -> int:
+        return sum(self._lengths)
+
+    def check_complete(self) -> None:
+        for stream in self._streams:
+            stream.check_complete()
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 # --- resampling -----------------------------------------------------------------------------------------------------
