@@ -26,10 +26,9 @@ class FieldComments(griffe.Extension):
     """Takes comments for docstrings where an attribute has none."""
 
     def on_attribute_instance(
-        self, *, node: ast.AST | griffe.ObjectNode, attr: griffe.Attribute, agent: Any, **_kwargs: Any
+        self, *, node: ast.AST | griffe.ObjectNode, attr: griffe.Attribute, **_context: Any
     ) -> None:
         """Give `attr` its comment, if it is an annotated field of a class."""
-        del agent
         if attr.docstring or not isinstance(node, ast.AnnAssign) or attr.parent is None or not attr.parent.is_class:
             return
         if isinstance(attr.filepath, list):  # of a namespace package, which holds no classes
