@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from singerembed.jobs.run import RunSummary, run
     from singerembed.model.spec import ModelSpec
 
+    __version__: str
+
 __all__ = ["BuildOptions", "Embedder", "ModelSpec", "RunOptions", "RunSummary", "build_engine", "load_engine", "run"]
 
 _HOMES = {
@@ -33,6 +35,10 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name's module when it is first used: `import singerembed` alone costs nothing."""
+    if name == "__version__":  # pyproject.toml has the number; importlib.metadata takes longer than all of this file
+        from importlib.metadata import version
+
+        return version("singerembed")
     if name not in _HOMES:
         raise AttributeError(f"module 'singerembed' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
