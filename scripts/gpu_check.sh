@@ -14,6 +14,6 @@ export SINGEREMBED_REQUIRE_GPU=1
 # From another folder, so that the package is the one just built and not the source tree.
 root=$PWD
 cd tests
-python -m pytest --rootdir="$root" -q gpu test_mel_cuda_emulated.py
+python -m pytest --rootdir="$root" -q gpu model/test_mel_cuda_emulated.py
 python "$root/scripts/cuda_resources.py" "$root/benchmarks/results/cuda_resources.json"
 python "$root/scripts/gpu_times.py" "$root/benchmarks/results"
