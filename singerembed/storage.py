@@ -14,22 +14,42 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
+from urllib.parse import quote, unquote_to_bytes
 
 from singerembed.errors import MissingDependencyError
 
 # A scheme has two letters or more, so that C:\ stays a path.
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
 
 
 def is_remote(path: str) -> bool:
-    """Say whether `path` is a URI for fsspec rather than a local path."""
-    return bool(_URI.match(path))
+    """Say whether `path` is a URI for fsspec rather than a local path or a `file:` URI."""
+    return bool(_URI.match(path)) and not _FILE_URI.match(path)
+
+
+def local_path(path: str) -> str:
+    """`path`, without the `file:` and the percent-encoding if it is a `file:` URI (RFC 8089)."""
+    match = _FILE_URI.match(path)
+    return path if match is None else os.fsdecode(unquote_to_bytes(path[match.end() :]))
+
+
+def portable(path: str) -> str:
+    """`path` as text that UTF-8 can hold: one with other bytes becomes a `file:` URI, which `local_path` turns back."""
+    if path.isascii():
+        return path
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return f"file:{quote(os.fsencode(path))}"
+    return path
 
 
 def resolve(base: str, path: str) -> str:
-    """Resolve `path` against the folder of the file `base`; URIs and absolute paths stay as they are."""
+    """Resolve `path` against the folder of the file `base`; URIs and absolute paths stay, `file:` URIs become paths."""
     if is_remote(path):
         return path
+    path = local_path(path)
     if is_remote(base):
         scheme, _, rest = base.partition("://")
         return f"{scheme}://{PurePosixPath(rest).parent / path}"
@@ -62,6 +82,17 @@ def open_input(path: str) -> BinaryIO:
         fs, name = _filesystem(path)
         return cast(BinaryIO, fs.open(name, "rb"))
     return Path(path).open("rb")
+
+
+def state_of(path: str) -> tuple[int | str, ...]:
+    """What changes when the file `path` is written to: size, time and inode, or the object's size and tag."""
+    if is_remote(path):
+        fs, name = _filesystem(path)
+        fs.invalidate_cache()
+        info = fs.info(name)
+        return int(info.get("size") or 0), str(info.get("ETag") or info.get("mtime") or "")
+    info = Path(path).stat()
+    return info.st_size, info.st_mtime_ns, info.st_ino
 
 
 def exists(path: str) -> bool:

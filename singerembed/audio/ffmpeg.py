@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import av
@@ -52,7 +53,7 @@ class AvReader:
         self._open()
 
     def _open(self) -> None:
-        self._container = av.open(self._path, metadata_errors="ignore")
+        self._container = _opened(self._path)
         stream: Any = self._container.streams.best("audio")
         if stream is None:
             self._container.close()
@@ -225,7 +226,7 @@ class AvReader:
             return True
         tolerance = (self._stream.time_base or Fraction(1)) ** -1 / 10  # a tenth of a second, in its unit
         expected: int | None = None
-        with contextlib.closing(av.open(self._path, metadata_errors="ignore")) as container:
+        with contextlib.closing(_opened(self._path)) as container:
             stream = container.streams.best("audio")
             for packet in container.demux(stream):
                 if packet.size == 0:
@@ -278,6 +279,20 @@ class _Clock:
         number = round((place - self._n_first) / self._n)
         snapped = self._n_first + number * self._n
         return snapped if number >= 0 and abs(snapped - place) <= self._n / 4 else None
+
+
+def _opened(path: str) -> Any:
+    """Open `path`; PyAV takes names that are UTF-8 only, and a file object for others."""
+    source: Any = path if _is_utf8(path) else Path(path).open("rb")  # noqa: SIM115  (closed with the container)
+    return av.open(source, metadata_errors="ignore")
+
+
+def _is_utf8(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _silence(like: Any, n: int) -> Any:

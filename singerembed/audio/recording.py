@@ -140,8 +140,8 @@ def _local_copy(location: str, retries: int) -> Iterator[str]:
             path = _patiently(lambda: stack.enter_context(storage.local_copy(location)), retries)
         except FileNotFoundError as exc:
             raise TrackError("not_found", "file not found") from exc
-        except MissingDependencyError:
-            raise
+        except MissingDependencyError as exc:  # other rows may need no package
+            raise TrackError("unreadable", str(exc)) from exc
         except Exception as exc:  # each fsspec file system has exceptions of its own
             raise TrackError("unreadable", _reason(exc)) from exc
         yield path
@@ -190,7 +190,7 @@ class SoundFileReader:
     def __init__(self, path: str, wanted_rate: int, limit: TimeLimit, within: FileSlice | None = None) -> None:
         """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
         self._path = path
-        self._file = soundfile.SoundFile(within or path)
+        self._file = soundfile.SoundFile(within or os.fsencode(path))  # bytes, as names need not be UTF-8
         self._limit = limit
         self._failure: TrackError | None = None
         self.sample_rate = self._file.samplerate

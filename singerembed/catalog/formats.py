@@ -1,20 +1,19 @@
-"""The formats of a catalogue: CSV, TSV, JSON Lines and Parquet, read in batches of rows."""
+"""Read the formats of a catalogue, CSV, TSV, JSON Lines and Parquet, in batches of rows."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from singerembed import storage
+from singerembed.catalog.layout import UTF8, Layout, TextOptions, find_layout
 from singerembed.errors import CatalogError, MissingDependencyError
 from singerembed.storage import printable
 
@@ -28,13 +27,20 @@ class Fingerprint:
 
     sha256: str
     rows: int  # exact for JSON Lines and Parquet; CSV and TSV count line ends outside quotes, so blank lines too
+    state: tuple[int | str, ...] = ()  # of the file when it was hashed, see storage.state_of
 
 
 class Rows(Protocol):
     """Reads one format: the names of its columns, and its rows in batches."""
 
+    layout: Layout
+
     @property
     def names(self) -> Sequence[str]: ...
+
+    def values(self) -> Iterator[RawRow]:
+        """The rows, without the work of making tables."""
+        ...
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]: ...
 
@@ -45,26 +51,29 @@ class RawRow:
     problem: str = ""
 
 
-def open_rows(path: str) -> Rows:
-    suffix = PurePosixPath(path).suffix.lower()
+def open_rows(path: str, path_column: str, options: TextOptions) -> Rows:
+    """Open the catalogue `path` by the format that its name says. Raises CatalogError."""
     try:
-        if suffix in {".csv", ".tsv", ".tab"}:
-            return DelimitedRows(path, "," if suffix == ".csv" else "\t")
-        if suffix in {".jsonl", ".ndjson"}:
-            return _JsonRows(path)
-        if suffix in {".parquet", ".pq"}:
-            return _ParquetRows(path)
-    except (OSError, pa.ArrowException) as exc:
+        layout = find_layout(path, path_column, options)
+        if layout.kind in {"csv", "tsv"}:
+            return DelimitedRows(path, layout)
+        if layout.kind == "jsonl":
+            return _JsonRows(path, layout)
+        if layout.kind == "parquet":
+            return _ParquetRows(path, layout)
+    except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
         if isinstance(exc, MissingDependencyError):
             raise
-        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-        raise CatalogError(f"cannot read the catalogue {storage.redacted(path)}: {reason}") from exc
-    raise CatalogError(f"{path}: the catalogue must end in .csv, .tsv, .jsonl or .parquet")
+        raise _cannot_read(path, exc) from exc
+    raise CatalogError(
+        f"{path}: the catalogue must end in .csv, .tsv, .jsonl or .parquet; the text formats may end in .gz or .zst too"
+    )
 
 
-def _open_text(path: str) -> io.TextIOWrapper:
-    # A name that is not UTF-8 still names its file (surrogateescape is what Python uses for paths).
-    return io.TextIOWrapper(storage.open_input(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _cannot_read(path: str, exc: Exception) -> CatalogError:
+    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    hint = ". Name its encoding with --encoding" if isinstance(exc, UnicodeError) else ""
+    return CatalogError(f"cannot read the catalogue {storage.redacted(path)}: {reason}{hint}")
 
 
 def _string_table(names: Sequence[str], rows: Sequence[Sequence[str | None]]) -> pa.Table:
@@ -74,63 +83,74 @@ def _string_table(names: Sequence[str], rows: Sequence[Sequence[str | None]]) ->
 
 
 class DelimitedRows:
-    """CSV as RFC 4180 has it, and TSV by the same rules; every value is text."""
+    """CSV as RFC 4180 has it, and other delimited text; every value is text."""
 
-    def __init__(self, path: str, delimiter: str) -> None:
-        self._path, self._delimiter = path, delimiter
-        with _open_text(path) as file:
-            header = next(self._reader(file), None)
+    def __init__(self, path: str, layout: Layout) -> None:
+        self._path, self.layout = path, layout
+        with layout.open_text(path) as file:
+            header = next(layout.reader(file), None)
         if not header:
             raise CatalogError(f"{path} is empty: the first line must name the columns")
         self.names = header
 
-    def _reader(self, file: io.TextIOWrapper) -> Any:
-        return csv.reader(file, delimiter=self._delimiter, strict=True)
-
-    def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
-        with _open_text(self._path) as file:
-            reader = self._reader(file)
+    def values(self) -> Iterator[RawRow]:
+        """See `Rows.values`. A row with a quote out of place has a problem; a quote left open raises CatalogError."""
+        with self.layout.open_text(self._path) as file:
+            reader = self.layout.reader(file)
             next(reader)
-            raw: list[RawRow] = []
-            values: list[list[str | None]] = []
             while True:
+                line = reader.line_num
                 try:
                     fields = next(reader, None)
                 except csv.Error as exc:
-                    raise CatalogError(
-                        f"{self._path} line {reader.line_num}: {exc}. Is a quote left open there?"
-                    ) from exc
-                if fields is not None and not fields:
-                    continue  # a blank line
-                if fields is not None:
-                    raw_row, padded = self._row(fields)
-                    raw.append(raw_row)
-                    values.append(padded)
-                if raw and (fields is None or len(raw) == BATCH_ROWS):
-                    yield raw, _string_table(self.names, values)
-                    raw, values = [], []
+                    if reader.line_num > line + 1:
+                        raise CatalogError(
+                            f"{self._path} line {line + 1}: {exc}. Is a quote left open there? If quotes are part of "
+                            "the text, say --quoting none"
+                        ) from exc
+                    yield RawRow({}, f"{exc}; if quotes are part of the text, say --quoting none")
+                    continue
+                except (OSError, EOFError, UnicodeError) as exc:
+                    raise _cannot_read(self._path, exc) from exc
                 if fields is None:
                     return
+                if fields:  # no blank line
+                    yield self._row(fields)
 
-    def _row(self, fields: list[str]) -> tuple[RawRow, list[str | None]]:
+    def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
+        for raw in _in_batches(self.values()):
+            yield raw, _string_table(self.names, [[row.values.get(name) for name in self.names] for row in raw])
+
+    def _row(self, fields: list[str]) -> RawRow:
         expected = len(self.names)
         problem = "" if len(fields) == expected else f"{len(fields)} fields, but the header names {expected}"
-        padded: list[str | None] = [*fields[:expected], *[None] * (expected - len(fields))]
-        return RawRow(dict(zip(self.names, padded, strict=True)), problem), padded
+        return RawRow(dict(zip(self.names, fields, strict=False)), problem)
+
+
+def _in_batches(rows: Iterator[RawRow]) -> Iterator[list[RawRow]]:
+    batch: list[RawRow] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH_ROWS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 class _JsonRows:
     """JSON Lines: an object a line. Values that are not text are passed through as their JSON text."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, layout: Layout) -> None:
+        self._path, self.layout = path, layout
         names: dict[str, None] = {}
-        for row in self._parse():
+        for row in self.values():
             names.update(dict.fromkeys(row.values))
         self.names = list(names)
 
-    def _parse(self) -> Iterator[RawRow]:
-        with _open_text(self._path) as file:
+    def values(self) -> Iterator[RawRow]:
+        """See `Rows.values`."""
+        with self.layout.open_text(self._path) as file:
             for line in file:
                 if not line.strip():
                     continue
@@ -142,13 +162,7 @@ class _JsonRows:
                 yield RawRow(values) if isinstance(values, dict) else RawRow({}, "not a JSON object")
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
-        raw: list[RawRow] = []
-        for row in self._parse():
-            raw.append(row)
-            if len(raw) == BATCH_ROWS:
-                yield raw, self._table(raw)
-                raw = []
-        if raw:
+        for raw in _in_batches(self.values()):
             yield raw, self._table(raw)
 
     def _table(self, raw: list[RawRow]) -> pa.Table:
@@ -162,6 +176,7 @@ class _JsonRows:
 _SIMPLE_KINDS = (
     pa.types.is_string,
     pa.types.is_large_string,
+    pa.types.is_string_view,
     pa.types.is_dictionary,
     pa.types.is_integer,
     pa.types.is_floating,
@@ -172,16 +187,21 @@ _SIMPLE_KINDS = (
 class _ParquetRows:
     """Parquet: other columns are passed through with their types."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, path: str, layout: Layout) -> None:
+        self._path, self.layout = path, layout
         with storage.open_input(path) as file:
             self.names = pq.ParquetFile(file).schema_arrow.names
+
+    def values(self) -> Iterator[RawRow]:
+        """See `Rows.values`."""
+        for raw, _ in self.batches():
+            yield from raw
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
         with storage.open_input(self._path) as file:
             parquet = pq.ParquetFile(file)
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-                table = pa.Table.from_batches([batch.replace_schema_metadata(None)])
+                table = _without_views(pa.Table.from_batches([batch.replace_schema_metadata(None)]))
                 yield [RawRow(values) for values in self._used(table).to_pylist()], table
 
     @staticmethod
@@ -190,29 +210,57 @@ class _ParquetRows:
         return table.select(simple)
 
 
+def _without_views(table: pa.Table) -> pa.Table:
+    """`table` with string views, which few readers and not all of Arrow's own functions know, as strings."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    schema = pa.schema([field.with_type(plain.get(field.type, field.type)) for field in table.schema])
+    return table if schema.equals(table.schema) else table.cast(schema)
+
+
 # --- fingerprint ----------------------------------------------------------------------------------------------------
 
 
-def fingerprint(path: str) -> Fingerprint:
-    digest = hashlib.sha256()
-    suffix = PurePosixPath(path).suffix.lower()
-    quote_open = False
-    lines, last = 0, b"\n"
+def fingerprint(path: str, layout: Layout) -> Fingerprint:
+    """Hash the file `path` and count its rows. Raises CatalogError."""
     try:
+        state = storage.state_of(path)
+        lines = _LineCounter(layout.quoted and layout.kind != "jsonl")
+        is_plain = not layout.compression and layout.encoding.startswith(UTF8)
+        digest = hashlib.sha256()
         with storage.open_input(path) as file:
             while block := file.read(_SCAN_BYTES):
                 digest.update(block)
-                last = block[-1:]
-                if suffix in {".jsonl", ".ndjson"} or (not quote_open and b'"' not in block):
-                    lines += block.count(b"\n")
-                    continue
-                for i, part in enumerate(block.split(b'"')):
-                    quote_open ^= i > 0
-                    lines += 0 if quote_open else part.count(b"\n")
-        lines += last != b"\n"
-        if suffix in {".parquet", ".pq"}:
+                if is_plain:
+                    lines.add(block)
+        if layout.kind == "parquet":
             with storage.open_input(path) as file:
-                return Fingerprint(digest.hexdigest(), pq.ParquetFile(file).metadata.num_rows)
-    except (OSError, pa.ArrowException) as exc:
-        raise CatalogError(f"cannot read the catalogue {storage.redacted(path)}: {exc}") from exc
-    return Fingerprint(digest.hexdigest(), lines if suffix in {".jsonl", ".ndjson"} else max(0, lines - 1))
+                return Fingerprint(digest.hexdigest(), int(pq.ParquetFile(file).metadata.num_rows), state)
+        if not is_plain:
+            with layout.open_text(path) as text:
+                while characters := text.read(_SCAN_BYTES):
+                    lines.add(characters.encode(errors="replace"))
+    except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
+        raise _cannot_read(path, exc) from exc
+    return Fingerprint(digest.hexdigest(), max(0, lines.total - (layout.kind != "jsonl")), state)
+
+
+class _LineCounter:
+    """Counts line ends outside quotes, and a last line without one."""
+
+    def __init__(self, quoted: bool) -> None:
+        self._quoted = quoted
+        self._quote_open = False
+        self._lines, self._last = 0, b"\n"
+
+    def add(self, block: bytes) -> None:
+        self._last = block[-1:]
+        if not self._quoted or (not self._quote_open and b'"' not in block):
+            self._lines += block.count(b"\n")
+            return
+        for i, part in enumerate(block.split(b'"')):
+            self._quote_open ^= i > 0
+            self._lines += 0 if self._quote_open else part.count(b"\n")
+
+    @property
+    def total(self) -> int:
+        return self._lines + (self._last != b"\n")

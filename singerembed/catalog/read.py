@@ -6,15 +6,19 @@ Nothing here holds the whole catalogue: a reader's memory is one batch of rows.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from singerembed import storage
 from singerembed.catalog.formats import BATCH_ROWS, Fingerprint, RawRow, fingerprint, open_rows
+from singerembed.catalog.layout import TextOptions
 from singerembed.errors import CatalogError, TrackError
+from singerembed.storage import printable
 
 DEFAULT_UNIT_MINUTES = 240.0
 ASSUMED_TRACK_MINUTES = 4.0  # of a row that does not say where it ends: a song
@@ -49,11 +53,65 @@ class Unit:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of the catalogue mean what."""
+    """How to read a catalogue: which columns mean what, and how its text is written."""
 
     path: str = "path"
     track_id: str = "track_id"
     rename: dict[str, str] = field(default_factory=dict)  # other columns: name in the catalogue -> name in the output
+    text: TextOptions = field(default_factory=TextOptions)  # of the formats that are text
+
+
+_FINISHED_ARE_SAFE = (
+    "Finished units are safe: put the file back as it was and run the same command again, or give another output"
+)
+_MAX_IDS = 20_000_000  # that are compared: 320 MB
+
+
+@dataclass(frozen=True)
+class CatalogCheck:
+    """What a whole catalogue was found to hold."""
+
+    odd_paths: int  # paths that are not UTF-8
+    doubled_ids: str  # names two rows of different recordings with one track id; empty: there are none
+
+    @property
+    def notes(self) -> list[str]:
+        """The same for people."""
+        odd = f"{self.odd_paths:,} paths are not UTF-8; their bytes are taken as they are"
+        return ([odd] if self.odd_paths else []) + ([self.doubled_ids] if self.doubled_ids else [])
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+class _SeenIds:
+    """Finds rows of different recordings that have one track id, by 64-bit hashes."""
+
+    def __init__(self) -> None:
+        self._ids, self._paths, self._rows = array("q"), array("q"), array("q")
+
+    def add(self, row: int, track_id: Any, path: Any) -> None:
+        if track_id not in {None, ""} and len(self._ids) < _MAX_IDS:
+            self._ids.append(hash(str(track_id)))
+            self._paths.append(hash(str(path)))
+            self._rows.append(row)
+
+    def doubled(self) -> str:
+        """Name the first two such rows; empty if there are none."""
+        ids, paths, rows = (np.frombuffer(values, np.int64) for values in (self._ids, self._paths, self._rows))
+        order = np.argsort(ids, kind="stable")
+        again = (ids[order[1:]] == ids[order[:-1]]) & (paths[order[1:]] != paths[order[:-1]])
+        if not again.any():
+            return ""
+        first = np.flatnonzero(again)[np.argmin(rows[order[1:][again]])]
+        pair = rows[order[first]], rows[order[first + 1]]
+        more = f" (and {int(again.sum()) - 1:,} more)" if again.sum() > 1 else ""
+        return f"rows {pair[0]:,} and {pair[1]:,}{more} are different recordings with one track id"
 
 
 class Catalog:
@@ -66,7 +124,7 @@ class Catalog:
         """
         self.path = path
         self._columns = columns or Columns()
-        self._rows = open_rows(path)
+        self._rows = open_rows(path, self._columns.path, self._columns.text)
         names = list(self._rows.names)
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -96,14 +154,65 @@ class Catalog:
                 )
 
     def fingerprint(self) -> Fingerprint:
-        """Hash the file and count its rows in one pass."""
-        return fingerprint(self.path)
+        """Hash the file and count its rows."""
+        return fingerprint(self.path, self._rows.layout)
 
-    def units(self, minutes: float = DEFAULT_UNIT_MINUTES) -> Iterator[Unit]:
+    @property
+    def remarks(self) -> list[str]:
+        """How the file is written, where its name does not say so."""
+        return self._rows.layout.remarks
+
+    def check(self) -> CatalogCheck:
+        """Read the whole catalogue once before it is used.
+
+        Raises CatalogError where a quote is left open, or where text other than a path is not in the encoding.
+        """
+        seen = _SeenIds()
+        odd_paths = 0
+        for row, raw in enumerate(self._rows.values(), start=1):
+            for name, value in raw.values.items():
+                if isinstance(value, str) and not value.isascii() and _has_surrogates(value):
+                    if name not in {self._columns.path, self._columns.track_id}:
+                        raise CatalogError(
+                            f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). Name the encoding '
+                            "of the file, as in --encoding cp1252"
+                        )
+                    odd_paths += name == self._columns.path
+            if self._columns.track_id in raw.values:
+                seen.add(row, raw.values[self._columns.track_id], raw.values.get(self._columns.path))
+        return CatalogCheck(odd_paths, seen.doubled())
+
+    def _check_unchanged(self, expected: Fingerprint) -> Fingerprint:
+        """Return `expected`, brought up to date, if the file still is what it was; raise CatalogError if not."""
+        try:
+            if storage.state_of(self.path) == expected.state:
+                return expected
+            now = self.fingerprint()
+        except (OSError, CatalogError) as exc:
+            raise CatalogError(f"{self.path} cannot be read any more ({exc}). {_FINISHED_ARE_SAFE}") from exc
+        if now.sha256 != expected.sha256:
+            raise CatalogError(
+                f"{self.path} was changed during the run: it had {expected.rows:,} rows, and has {now.rows:,}. "
+                f"{_FINISHED_ARE_SAFE}"
+            )
+        return now
+
+    def units(
+        self, minutes: float = DEFAULT_UNIT_MINUTES, unchanged_since: Fingerprint | None = None
+    ) -> Iterator[Unit]:
         """Cut the catalogue into units of about `minutes` of audio; the same catalogue always gives the same units.
 
-        Raises CatalogError where the file cannot be read on.
+        `unchanged_since`: before a unit is returned, and at the end, the file must still have this fingerprint. Raises
+        CatalogError if it is not, and where the file cannot be read on.
         """
+        expected = unchanged_since
+        for unit in self._units(minutes):
+            expected = expected and self._check_unchanged(expected)
+            yield unit
+        if expected:
+            self._check_unchanged(expected)
+
+    def _units(self, minutes: float) -> Iterator[Unit]:
         index, tracks, extras, gathered = 0, list[Track](), list[pa.Table](), 0.0
         for batch, extra in self._batches():
             first = 0

@@ -86,6 +86,17 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     show_default=True,
     help="Crops whose peak is not above this are not embedded.",
 )
+@click.option(
+    "--delimiter", metavar="CHAR", help="What separates the fields of a CSV.  [default: found by the first line]"
+)
+@click.option(
+    "--encoding", metavar="NAME", help="Encoding of a text catalogue.  [default: by its byte-order mark, or UTF-8]"
+)
+@click.option(
+    "--quoting",
+    type=click.Choice(["csv", "none"]),
+    help="Whether quotes surround fields or are part of them.  [default: csv; none for .tsv]",
+)
 @click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
 @click.option("--id-column", default="track_id", show_default=True, help="The catalogue's column of track names.")
 @click.option(
@@ -150,8 +161,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     """Embed every recording of CATALOG into OUTPUT, a Parquet file or, with --partitioned, a folder of them.
 
     CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
-    "end" (seconds); its other columns are passed through. Relative paths count from the catalogue's folder. A run that
-    was stopped goes on when the same command is given again.
+    "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst). Relative paths count
+    from the catalogue's folder. A run that was stopped goes on when the same command is given again.
 
     Exit codes: 0 all well, 3 finished with error rows, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
 
@@ -159,6 +170,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     singerembed run library.csv library.parquet --engine byol.engine
     singerembed run s3://music/all.parquet s3://music/embedded --partitioned --ray auto
     """
+    from singerembed.catalog.layout import TextOptions
     from singerembed.catalog.read import Columns
     from singerembed.cli.progress import ProgressBar
     from singerembed.jobs.options import RunOptions
@@ -170,7 +182,12 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         pool=values["pool"],
         embedding_dtype=values["embedding_dtype"],
         silence_dbfs=values["silence_dbfs"],
-        columns=Columns(values["path_column"], values["id_column"], values["rename"]),
+        columns=Columns(
+            values["path_column"],
+            values["id_column"],
+            values["rename"],
+            TextOptions(_delimiter(values["delimiter"]), values["encoding"], values["quoting"]),
+        ),
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
         workers=values["workers"],
@@ -191,7 +208,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         _log(values["log_json"]) as logs,
     ):
         summary = run_pipeline(
-            catalog, output, engine=values["engine"], options=options, listeners=[progress, *logs], stop=stop
+            catalog, output, engine=values["engine"], options=options, listeners=[progress, *logs], stop=stop, say=note
         )
     if as_json:
         click.echo(json.dumps(_summary_fields(summary)))
@@ -199,6 +216,10 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     _say_summary(summary, progress.first_error, files)
     if summary.counts.errors:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
+
+
+def _delimiter(text: str | None) -> str | None:
+    return "\t" if text in {"\\t", "tab"} else text
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from singerembed.catalog.read import Catalog, Columns
 from singerembed.errors import UsageError
 from singerembed.output.finished import is_partitioned, read_schema
 from singerembed.output.schema import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
-from singerembed.storage import printable
+from singerembed.storage import portable
 
 AUDIO_SUFFIXES = {
     ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",
@@ -131,7 +131,7 @@ def _read_catalog(path: str, singer_column: str, path_column: str) -> LabelledDa
             if track.problem or not singer:
                 bad, unlabelled = bad + bool(track.problem), unlabelled + (not track.problem)
                 continue
-            recordings.append(Recording(printable(track.path), track.location, singer, track.start, track.end, values))
+            recordings.append(Recording(portable(track.path), track.location, singer, track.start, track.end, values))
     if not recordings:
         raise UsageError(f'{path}: no row has both a path and a value in "{singer_column}"')
     notes = [f"{unlabelled} rows without a singer are left out"] if unlabelled else []

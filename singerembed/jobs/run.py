@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import Any
 
 from singerembed import storage
+from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
@@ -45,11 +46,13 @@ def run(
     options: RunOptions | None = None,
     listeners: Sequence[Listener] = (),
     stop: Callable[[], int] = lambda: 0,
+    say: Callable[[str, str], None] = lambda _what, _text: None,
 ) -> RunSummary:
     """Embed every track of the catalogue `catalog` into `output`, a Parquet file or a folder of them; go on where an
     earlier run ended.
 
     `engine` is an engine file (default: the bundled one). `stop` returns 0, or the number of a signal on which to stop.
+    `say` is called with what a person should know of the catalogue: a subject and a text.
     Raises CatalogError, EngineError, OutputError, ClusterError, or InterruptedRun after a stop.
     """
     options = options or RunOptions()
@@ -57,7 +60,8 @@ def run(
     if options.ray is not None:  # nodes have working folders of their own
         catalog, output = storage.absolute(catalog), storage.absolute(output)
     started = time.monotonic()
-    fingerprint = Catalog(catalog, options.columns, RESERVED_COLUMNS).fingerprint()
+    catalog, output = storage.local_path(catalog), storage.local_path(output)
+    fingerprint = _examine(catalog, options, say)
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)
     if options.ray is not None and options.devices is not None:
@@ -90,7 +94,7 @@ def run(
         units_before = len(parts.done)
         for listener in listeners if units_before else ():
             listener.resumed(units_before)
-        job = Job(catalog, output, engine, options, partitioned, devices[0])
+        job = Job(catalog, output, engine, options, partitioned, devices[0], unchanged_since=fingerprint)
         runner = UnitRunner(job, parts, listeners, stop)
         to_embed = retrying.counts.error_tracks if retrying else fingerprint.rows
         if options.ray is not None:
@@ -104,6 +108,18 @@ def run(
         metadata = {**identity, "spec": engine_file.spec.to_dict(), "verification": engine_file.verification}
         counts = parts.finish(runner.schema, metadata | {"engine_build": engine_file.build}, retrying)
     return RunSummary(output, counts, embedded, time.monotonic() - started, units_before)
+
+
+def _examine(path: str, options: RunOptions, say: Callable[[str, str], None]) -> Fingerprint:
+    """Read the whole catalogue once: hash it, and say what is odd about it. Raises CatalogError and UsageError."""
+    catalog = Catalog(path, options.columns, RESERVED_COLUMNS)
+    fingerprint = catalog.fingerprint()
+    check = catalog.check()
+    for text in catalog.remarks + check.notes:
+        say("catalog", f"{path}: {text}")
+    if check.doubled_ids and options.pool == "mean":
+        raise UsageError(f"{path}: {check.doubled_ids}; --pool mean needs one id for each recording. Mend the ids")
+    return fingerprint
 
 
 def _check_same(output: str, previous: FinishedOutput, identity: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import pyarrow as pa
 
+from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog, Track, Unit
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import open_engine
@@ -43,6 +44,7 @@ class Job:
     device: int = 0  # CUDA device, where the engine is for one
     shard: int = 0  # of the units: those whose index is this, modulo `shards`
     shards: int = 1
+    unchanged_since: Fingerprint | None = None  # of the catalogue, which must stay what it was
 
 
 class Listener(Protocol):
@@ -192,7 +194,8 @@ class UnitRunner:
 
         Raises Stopped.
         """
-        for unit in self._catalog.units(self._job.options.unit_minutes):
+        job = self._job
+        for unit in self._catalog.units(job.options.unit_minutes, job.unchanged_since):
             if self._stop():
                 raise Stopped
             if unit.index % self._job.shards != self._job.shard:

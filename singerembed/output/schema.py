@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from singerembed.catalog.read import Track
 from singerembed.errors import TrackError
-from singerembed.storage import printable
+from singerembed.storage import portable, printable
 
 METADATA_KEY = b"singerembed"
 COUNTS_KEY = b"singerembed.counts"
@@ -180,8 +180,8 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
     repeats = [rows.n_rows for _, rows in tracks]
     of_track = np.repeat(np.arange(len(tracks)), repeats)
     columns: dict[str, Any] = {
-        "track_id": pa.array([printable(track.track_id) for track, _ in tracks], pa.string()).take(of_track),
-        "path": pa.array([printable(track.path) for track, _ in tracks], pa.string()).take(of_track),
+        "track_id": pa.array([portable(track.track_id) for track, _ in tracks], pa.string()).take(of_track),
+        "path": pa.array([portable(track.path) for track, _ in tracks], pa.string()).take(of_track),
         "crop": _with_error_rows(tracks, "crop", pa.int32()),
         "start": _with_error_rows(tracks, "start", pa.float64()),
         "end": _with_error_rows(tracks, "end", pa.float64()),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from singerembed.catalog.layout import TextOptions
 from singerembed.catalog.read import Catalog, Columns, Track
 from singerembed.errors import CatalogError, UsageError
 from singerembed.output.schema import RESERVED_COLUMNS
@@ -20,6 +21,9 @@ from singerembed.storage import printable
 
 cells = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\r\n"), max_size=12)
 multiline_cells = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0\r"), max_size=12)
+
+
+QUOTED = Columns(text=TextOptions(quoting="csv"))
 
 
 def write(path: Path, content: str | bytes) -> str:
@@ -80,7 +84,7 @@ def test_csv_and_tsv_round_trip(
         with path.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, delimiter=delimiter, lineterminator=newline)
             writer.writerows([("path", "a", "b"), *rows])
-        catalog = Catalog(str(path))
+        catalog = Catalog(str(path), QUOTED)
         assert [(t.path, e["a"], e["b"]) for t, e in zip(tracks(catalog), extra(catalog), strict=True)] == rows
         assert all(track.problem is None for track in tracks(catalog))
 
