@@ -22,7 +22,7 @@ from singerembed.engine.precision import to_fp16
 from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices, usable_library
 from singerembed.engine.tensorrt_build import PlanOptions, build_plan, facts_entry
 from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
-from singerembed.model.checkpoint import Checkpoint, load_checkpoint
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint, parameter_count
 from singerembed.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def build_engine(
     if options.normalise is not None:
         checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, normalise=options.normalise))
     spec = replace(checkpoint.spec, precision=precision)
-    n_parameters = sum(t.numel() for name, t in checkpoint.state_dict.items() if not _is_statistic(name))
+    n_parameters = parameter_count(checkpoint.state_dict)
     say(
         "checkpoint",
         f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}",
@@ -134,10 +134,6 @@ def _verifiable(engine: EngineFile, network: EngineFile, device: int) -> tuple[E
     if engine.backend == TENSORRT_RTX.backend and not cuda_devices():
         return OnnxRuntimeEngine(network), "its network on the CPU (no GPU here to run the plan)"
     return open_engine(engine, device=device), "the engine"
-
-
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 # --- export ---------------------------------------------------------------------------------------------------------

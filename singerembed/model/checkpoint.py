@@ -89,6 +89,12 @@ def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def parameter_count(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """Count the parameters of an encoder, without the statistics of its batch norms."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(tensor.numel() for name, tensor in state_dict.items() if not name.endswith(statistics))
+
+
 def encoder_template() -> Mapping[str, torch.Tensor]:
     """Return the encoder's tensors by name, as torchvision defines them, on the meta device."""
     import torch
