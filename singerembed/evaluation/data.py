@@ -147,7 +147,7 @@ def _as_text(value: object) -> str:
 
 
 def read_output(path: str, singer_column: str | None, audio_root: str | None = None) -> LabelledData:
-    """Read an output of `run`; rows without an embedding are only counted. Raises UsageError without a singer column."""
+    """Read an output of `run`. Rows without an embedding are only counted. Raises UsageError without singer column."""
     partitioned = is_partitioned(path)
     schema = read_schema(path) if partitioned else pq.read_schema(path)
     column = singer_column or DEFAULT_SINGER_COLUMN

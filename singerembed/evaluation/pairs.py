@@ -63,7 +63,7 @@ def pair_scores(unit: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float32]:
 
 
 def read_pair_file(path: str) -> list[tuple[bool, str, str]]:
-    """Read `label,path1,path2` lines, label 1 for one singer: the official format. Raises UsageError naming the line."""
+    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises UsageError with the line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:

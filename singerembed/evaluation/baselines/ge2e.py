@@ -33,7 +33,7 @@ class Ge2eModel:
 
     def _embed_one(self, crop: NDArray[np.float32]) -> NDArray[np.float32]:
         voiced = self._preprocess(crop, source_sr=None)
-        # Its voice activity detector, made for speech, may remove a whole crop of singing: then use the crop unprocessed.
+        # Its voice activity detector, made for speech, may remove a whole crop of singing.
         return np.asarray(self._encoder.embed_utterance(voiced if len(voiced) else crop), np.float32)
 
     def close(self) -> None:
