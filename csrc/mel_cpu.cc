@@ -17,7 +17,7 @@ struct AlignedDelete {
   void operator()(float* p) const noexcept { ::operator delete[](p, kVectorAlignment); }
 };
 
-// One buffer a thread, kept: a crop takes half a millisecond, and fresh pages would cost a tenth of that.
+// One buffer per thread, reused: a crop takes half a millisecond, and page faults would add a tenth.
 float* thread_scratch(std::size_t floats) {
   thread_local std::unique_ptr<float[], AlignedDelete> buffer;
   thread_local std::size_t size = 0;
