@@ -32,7 +32,7 @@ class DeviceTable {
   }
   DeviceTable(DeviceTable&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   DeviceTable& operator=(DeviceTable&&) = delete;
-  ~DeviceTable() { cudaFree(data_); }  // errors are ignored: a destructor cannot throw, and a failed context was reported before
+  ~DeviceTable() { cudaFree(data_); }  // ignores errors: a destructor cannot throw, and a failed context was reported
   const T* data() const noexcept { return data_; }
 
  private:
