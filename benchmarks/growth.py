@@ -1,4 +1,4 @@
-"""Measures one point of the growth curve and prints JSON: python -m benchmarks.growth TRACKS [--start-only]"""
+"""One point of the growth curve: python -m benchmarks.growth TRACKS [--start-only]. Prints JSON."""
 
 from __future__ import annotations
 
@@ -12,32 +12,19 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from benchmarks.fakes import InstantEngine
-from singerembed.engine.base import EmbeddedCrops
+from benchmarks.fakes import InstantEngine, install_engine
 from singerembed.errors import InterruptedRun
-from singerembed.jobs import run as pipeline
-from singerembed.jobs import units
 from singerembed.jobs.options import RunOptions
-from singerembed.model.mel import Pcm
-
-
-class TimedEngine(InstantEngine):
-    """Stores the time of the first call."""
-
-    first_crop = 0.0
-
-    def embed(self, crops: Pcm) -> EmbeddedCrops:
-        TimedEngine.first_crop = TimedEngine.first_crop or time.perf_counter()
-        return super().embed(crops)
+from singerembed.jobs.run import run
 
 
 def main() -> None:
-    """Run over a catalogue that repeats one short recording."""
+    """Run over a catalogue of one short recording, again and again."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tracks", type=int)
     parser.add_argument("--start-only", action="store_true", help="Stop after the first crop.")
     arguments = parser.parse_args()
-    units.open_engine = TimedEngine  # type: ignore[attr-defined, assignment]
+    install_engine()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         soundfile.write(folder / "a.wav", np.full(4_410, 0.1, np.float32), 44_100)
@@ -48,13 +35,13 @@ def main() -> None:
         started = time.perf_counter()
         figures: dict[str, float] = {"tracks": arguments.tracks}
         try:
-            pipeline.run(
+            run(
                 str(folder / "catalog.csv"), str(folder / "out.parquet"), options=RunOptions(unit_minutes=4000),
-                stop=lambda: 15 if arguments.start_only and TimedEngine.first_crop else 0,
+                stop=lambda: 15 if arguments.start_only and InstantEngine.first_crop else 0,
             )  # fmt: skip
             figures["tracks_per_second"] = arguments.tracks / (time.perf_counter() - started)
         except InterruptedRun:
-            figures["first_crop_seconds"] = TimedEngine.first_crop - started
+            figures["first_crop_seconds"] = InstantEngine.first_crop - started
         peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
         figures["peak_mb"] = int(peak[1]) / 1024 if peak else 0.0
     print(json.dumps(figures))
