@@ -81,15 +81,17 @@ nb::tuple run(const MelPlan& plan, Crops<Sample> pcm, bool power) {
                         to_numpy(std::move(rms), {crops}), to_numpy(std::move(state), {crops}));
 }
 
-nb::ndarray<nb::numpy, float> mix_down(Interleaved pcm) {
+nb::tuple mix_down(Interleaved pcm, std::size_t segment) {
   const std::size_t frames = pcm.shape(0), channels = pcm.shape(1);
   if (channels < 1) throw nb::value_error("there are no channels to mix");
+  if (segment < 1) throw nb::value_error("a segment has at least one frame");
+  std::size_t cancelled = 0;
   auto mono = allocate<float>(frames);
   {
     nb::gil_scoped_release release;
-    singerembed::mix_down(pcm.data(), frames, static_cast<int>(channels), mono.get());
+    cancelled = singerembed::mix_down(pcm.data(), frames, static_cast<int>(channels), segment, mono.get());
   }
-  return to_numpy(std::move(mono), {frames});
+  return nb::make_tuple(to_numpy(std::move(mono), {frames}), cancelled);
 }
 
 nb::ndarray<nb::numpy, float> mel_basis(const MelPlan& plan) {
@@ -117,7 +119,7 @@ NB_MODULE(_csrc, m) {
     for (const char* name : singerembed::available_isas()) names.emplace_back(name);
     return names;
   });
-  m.def("mix_down", &mix_down, "pcm"_a.noconvert());
+  m.def("mix_down", &mix_down, "pcm"_a.noconvert(), "segment"_a);
 
   nb::class_<MelOptions>(m, "MelOptions")
       .def(

@@ -95,6 +95,9 @@ class MelPlan {
 std::vector<const char*> available_isas();  // narrowest first
 
 // Mean over interleaved channels: out[i] = (in[i * channels] + ...) / channels, summed in float as NumPy does.
-void mix_down(const float* interleaved, std::size_t frames, int channels, float* mono);
+//
+// In segments of `segment` frames in which the channels cancel, out is the loudest channel instead: if the energy of the
+// mean is below 1 % of what it would be with only the second loudest channel. Returns the number of those segments.
+std::size_t mix_down(const float* interleaved, std::size_t frames, int channels, std::size_t segment, float* mono);
 
 }  // namespace singerembed

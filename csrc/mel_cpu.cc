@@ -1,8 +1,10 @@
+#include <algorithm>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 #include "mel.h"
 #include "mel_isa.h"
@@ -109,8 +111,55 @@ CropLevel MelPlan::run(const std::int16_t* pcm, MelOutput output, float* mel) co
 
 CropLevel MelPlan::run(const float* pcm, MelOutput output, float* mel) const { return run_any(pcm, output, mel); }
 
-void mix_down(const float* interleaved, std::size_t frames, int channels, float* mono) {
-  widest_kernels()->mix_down(interleaved, frames, channels, mono);
+namespace {
+
+constexpr int kLanes = 16;  // independent sums, which the compiler keeps in vector registers
+constexpr float kCancelled = 0.01f;
+
+// Energy of each of `channels` interleaved channels, added to `energy`.
+void add_energy(const float* interleaved, std::size_t frames, std::size_t channels, float* energy) {
+  const std::size_t n = frames * channels;
+  std::size_t i = 0;
+  if (kLanes % channels == 0) {
+    float lanes[kLanes] = {};
+    for (; i + kLanes <= n; i += kLanes) {
+      for (int j = 0; j < kLanes; ++j) lanes[j] += interleaved[i + j] * interleaved[i + j];
+    }
+    for (std::size_t j = 0; j < kLanes; ++j) energy[j % channels] += lanes[j];
+  }
+  for (; i < n; ++i) energy[i % channels] += interleaved[i] * interleaved[i];
+}
+
+// The index of the loudest channel if the channels cancel in their mean `mono`, else -1. With NaN they do not cancel.
+int louder_channel(const float* interleaved, std::size_t frames, std::size_t channels, const float* mono) {
+  std::vector<float> energy(channels + 1);
+  add_energy(interleaved, frames, channels, energy.data());
+  add_energy(mono, frames, 1, &energy[channels]);
+  const auto last = energy.begin() + static_cast<std::ptrdiff_t>(channels);
+  const auto loudest = std::max_element(energy.begin(), last);
+  float second = 0;
+  for (auto it = energy.begin(); it != last; ++it) {
+    if (it != loudest) second = std::max(second, *it);
+  }
+  const float alone = second / static_cast<float>(channels * channels);  // energy of the mean of that channel alone
+  return energy[channels] < kCancelled * alone ? static_cast<int>(loudest - energy.begin()) : -1;
+}
+
+}  // namespace
+
+std::size_t mix_down(const float* interleaved, std::size_t frames, int channels, std::size_t segment, float* mono) {
+  const auto n_channels = static_cast<std::size_t>(channels);
+  std::size_t cancelled = 0;
+  for (std::size_t start = 0; start < frames; start += segment) {
+    const std::size_t n = std::min(segment, frames - start);
+    const float* in = interleaved + start * n_channels;
+    widest_kernels()->mix_down(in, n, channels, mono + start);
+    const int louder = channels > 1 ? louder_channel(in, n, n_channels, mono + start) : -1;
+    if (louder < 0) continue;
+    ++cancelled;
+    for (std::size_t i = 0; i < n; ++i) mono[start + i] = in[i * n_channels + static_cast<std::size_t>(louder)];
+  }
+  return cancelled;
 }
 
 }  // namespace singerembed

@@ -1,4 +1,4 @@
-"""Everything singerembed raises on purpose.
+"""The exceptions that singerembed raises on purpose.
 
 SingerEmbedError                a person has to act: the CLI prints one line and exits with `exit_code`
 ├── UsageError                  the command or an argument is wrong (exit 2)

@@ -1,7 +1,7 @@
-"""Where files live: local paths, and anything fsspec can open (`s3://`, `gs://`, `memory://`, `https://`, ...).
+"""Read and publish files on local paths and whatever fsspec opens (`s3://`, `gs://`, `memory://`, `https://`, ...).
 
-Everything that is published appears under its name whole or not at all: locally through a temporary name, fsync and
-rename; on object stores a PUT is atomic by itself.
+A published file appears under its name whole or not at all: locally through a temporary name, fsync and rename; on
+object stores a PUT is atomic by itself.
 """
 
 from __future__ import annotations

@@ -164,11 +164,11 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
 
 
 def _seconds(recording: Recording) -> float | None:
-    """Return the length of a recording from the file's header; None if it cannot be opened."""
+    """Return the length of a recording in seconds; None if it cannot be opened."""
     limit = TimeLimit(_PROBE_SECONDS)
     try:
         with limit.counting(), open_recording(recording.path, _PROBE_SAMPLE_RATE, limit) as reader:
-            length = reader.n_samples / reader.sample_rate
+            length = reader.length() / reader.sample_rate
     except TrackError:
         return None
     return min(length - recording.start, recording.seconds)

@@ -1,4 +1,4 @@
-"""Says where crops lie in a recording, and reads them."""
+"""Plan where the crops of a recording lie, and read them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from singerembed.audio.recording import PcmReader
 from singerembed.errors import TrackError
 from singerembed.model.mel import Pcm
-
-_SKIP_SAMPLES = 1 << 20  # read and dropped at a time where a length has to be counted
 
 
 @dataclass(frozen=True)
@@ -87,8 +85,7 @@ def _consecutive(reader: PcmReader, plan: CropPlan, block: int) -> Iterator[Crop
 
 
 def _spaced(reader: PcmReader, plan: CropPlan, count: int) -> Iterator[CropBlock]:
-    n_samples = reader.n_samples or _count_samples(reader, plan)
-    stop = n_samples if plan.stop is None else min(plan.stop, n_samples)
+    stop = reader.length() if plan.stop is None else min(plan.stop, reader.length())
     for index in spaced_indices(plan.n_crops(stop - plan.start), count):
         position = index * plan.hop_samples
         reader.seek(plan.start + position)
@@ -98,7 +95,7 @@ def _spaced(reader: PcmReader, plan: CropPlan, count: int) -> Iterator[CropBlock
         elif index == 0:
             yield _padded(pcm, plan)
         else:
-            return  # the recording ends before its header says so, which the caller asks the reader about
+            return  # time stamps were rounded, and the last crop lies beyond the end
 
 
 def _nothing(reader: PcmReader) -> Pcm:
@@ -130,11 +127,3 @@ def _padded(pcm: Pcm, plan: CropPlan) -> CropBlock:
     crop[0, : len(pcm)] = pcm
     start = np.array([plan.start], np.int64)
     return CropBlock(crop, [0], start, start + len(pcm))
-
-
-def _count_samples(reader: PcmReader, plan: CropPlan) -> int:
-    """Length of a recording whose header does not say: read it all."""
-    total = plan.start
-    while n := len(reader.read(_SKIP_SAMPLES)):
-        total += n
-    return total

@@ -1,4 +1,4 @@
-"""What a recording may cost, and what its header may claim."""
+"""Limits of what is decoded: time, channels, sample rate, and the length that a header promises."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SHORTFALL_SECONDS = 0.5
 
 
 class TimeLimit:
-    """How long decoding one track may take; time spent elsewhere (in the encoder, say) does not count."""
+    """Limits the seconds that decoding one track may take; time spent elsewhere, as in the encoder, does not count."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -1,4 +1,4 @@
-"""Decoding in a process of its own, so that a decoder that crashes or hangs costs one track: the near side."""
+"""Decode in a separate process, so that a decoder that crashes or hangs costs one track: the client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from singerembed.model.mel import Pcm
 
 
 class _DecodeProcess:
-    """One decoder process, kept for the next track; killed when it hangs, replaced when it dies."""
+    """One decoder process, reused for the next track; killed when it hangs, replaced when it dies."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class _DecodeProcess:
             status = self._process.wait()
             self.kill()
             cause = f"signal {-status}" if status < 0 else f"status {status}"
-            raise TrackError("decoder_crashed", f"the decoder died of it ({cause})") from exc
+            raise TrackError("decoder_crashed", f"the decoder crashed on it ({cause})") from exc
         except TrackError:
             self.kill()
             raise
@@ -90,24 +90,40 @@ def _decode_process() -> _DecodeProcess:
 
 
 class ProcessReader:
-    """A decoder in this thread's process: "av" is FFmpeg through PyAV, "soundfile" falls back to it."""
+    """A decoder in this thread's decoder process: "av" is FFmpeg, "any" chooses as recording.py does. A `PcmReader`."""
 
-    def __init__(self, path: str, decoder: str, limit: TimeLimit) -> None:
+    def __init__(
+        self,
+        path: str,
+        decoder: str,
+        limit: TimeLimit,
+        header_seconds: float | None = None,
+        promised_seconds: float = 0.0,
+    ) -> None:
+        """Open `path`; the seconds are those of `AvReader`. Raises TrackError."""
         self._process = _decode_process()
         self._limit = limit
-        head, _ = self._process.call({"op": "open", "path": path, "decoder": decoder}, limit)
+        self.notes: list[str] = []
+        seconds = {"header_seconds": header_seconds, "promised_seconds": promised_seconds}
+        head, _ = self._call({"op": "open", "path": path, "decoder": decoder, **seconds})
         self.sample_rate = int(head["sample_rate"])
-        self.n_samples = int(head["n_samples"])
+
+    def _call(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
+        head, body = self._process.call(request, self._limit)
+        self.notes = head["notes"]
+        return head, body
 
     def read(self, n: int) -> Pcm:
-        _, body = self._process.call({"op": "read", "n": n}, self._limit)
-        return np.frombuffer(body, np.float32)
+        return np.frombuffer(self._call({"op": "read", "n": n})[1], np.float32)
 
     def seek(self, sample: int) -> None:
-        self._process.call({"op": "seek", "sample": sample}, self._limit)
+        self._call({"op": "seek", "sample": sample})
+
+    def length(self) -> int:
+        return int(self._call({"op": "length"})[0]["length"])
 
     def check_complete(self) -> None:
-        self._process.call({"op": "check_complete"}, self._limit)
+        self._call({"op": "check_complete"})
 
     def close(self) -> None:
         if self._process.alive():

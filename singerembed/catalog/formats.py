@@ -24,14 +24,14 @@ _SCAN_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What tells one catalogue from another."""
+    """Identifies the content of a catalogue file."""
 
     sha256: str
     rows: int  # exact for JSON Lines and Parquet; CSV and TSV count line ends outside quotes, so blank lines too
 
 
 class Rows(Protocol):
-    """One format: the names of its columns, and its rows in batches."""
+    """Reads one format: the names of its columns, and its rows in batches."""
 
     @property
     def names(self) -> Sequence[str]: ...

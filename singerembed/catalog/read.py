@@ -1,6 +1,6 @@
-"""Streams a catalogue of recordings as tracks, and cuts it into work units.
+"""Stream a catalogue of recordings as tracks, and cut it into work units.
 
-CSV, TSV, JSON Lines and Parquet. Nothing here holds the catalogue: a reader's memory is one batch of rows.
+Nothing here holds the whole catalogue: a reader's memory is one batch of rows.
 """
 
 from __future__ import annotations

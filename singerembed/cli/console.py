@@ -1,4 +1,4 @@
-"""What the commands share: how much they say, and where."""
+"""Options and output that the commands share."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def note(what: str, text: str) -> None:
-    """One line on stderr: what it is about, and what there is to say."""
+    """Print one line on stderr: its subject and the text."""
     if verbosity(click.get_current_context()) >= 0:
         click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
         click.echo(text, err=True)
 
 
 def count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int | None:
-    """A number of crops; None for `all`."""
+    """Parse a number of crops; None for `all`."""
     if value == "all":
         return None
     if value.isdecimal() and int(value) > 0:

@@ -20,7 +20,7 @@ from singerembed.errors import SingerEmbedError, UsageError
 
 
 class _Group(click.Group):
-    """Turns the errors of singerembed into one line and an exit code."""
+    """A command group that prints errors as one line and sets the exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -1,4 +1,4 @@
-"""The progress bar of a run, and the notes around it."""
+"""Draw the progress bar of a run, and print the notes around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{desc} | {re
 
 
 class ProgressBar:
-    """A `Listener` that draws on stderr; silent where that is no terminal, or when asked to be."""
+    """A `Listener` that draws on stderr, on a terminal only, unless `quiet`."""
 
     def __init__(self, note: Callable[[str, str], None], *, quiet: bool) -> None:
         self._note, self._quiet = note, quiet
@@ -28,7 +28,7 @@ class ProgressBar:
         self.first_error = ""
 
     def published(self, unit: int, counts: Counts) -> None:
-        """Nothing: the bar counts tracks."""
+        """Do nothing: the bar counts tracks."""
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -38,7 +38,7 @@ class ProgressBar:
             self._bar.close()
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
-        """Say what runs, and draw an empty bar; the processes of several devices each say it."""
+        """Print the engine, and draw an empty bar; the processes of several devices each call this."""
         advice = (
             " - for production build one from the official weights: singerembed build-engine byol"
             if spec.name == BUNDLED_NAME
@@ -52,7 +52,7 @@ class ProgressBar:
         self._bar = tqdm(total=total_tracks, bar_format=_BAR_FORMAT, disable=not show, leave=False, dynamic_ncols=True)
 
     def resumed(self, units: int) -> None:
-        """Say that an earlier run's work is used."""
+        """Print how many units an earlier run had done."""
         self._note("resume", f"{units:,} units were done before (same catalogue, engine and options)")
 
     def skipped(self, tracks: int) -> None:

@@ -1,7 +1,7 @@
-"""Remembers which rows were being decoded when a run died, so that the next run decodes them in another process.
+"""Record which rows are being decoded, so that the run after a crash decodes them in a separate process.
 
-A decoder that crashes takes the whole process with it, and would do so again and again. The journal is a small file
-mapped into memory: noting a row costs no system call, and what was noted outlives the process.
+A decoder that crashes ends the whole process, and would do so at every restart. The journal is a small file mapped into
+memory: recording a row costs no system call, and the record outlives the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class CrashJournal:
     """The journal of one process of a run, in its parts folder. Threads share it, up to `threads` of them."""
 
     def __init__(self, folder: str | None, threads: int, shard: int = 0) -> None:
-        """Start afresh, as process `shard` of the run. Without a folder, remember nothing. Raises OSError."""
+        """Start an empty journal for process `shard` of the run. Without a folder nothing is kept. Raises OSError."""
         self.suspects: frozenset[int] = frozenset()
         size = _SLOT.size * threads
         if folder is None:
@@ -39,7 +39,7 @@ class CrashJournal:
 
     @contextmanager
     def decoding(self, row: int) -> Iterator[None]:
-        """Within the block, `row` is noted as being decoded by this thread."""
+        """Within the block, record that this thread decodes `row`."""
         offset = self._offset()
         _SLOT.pack_into(self._map, offset, row)
         try:

@@ -1,4 +1,4 @@
-"""Says what a file is: an engine, a checkpoint, an output, or the parts of an unfinished one."""
+"""Describe a file: an engine, a checkpoint, an output, or the parts of an unfinished run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PARQUET_MAGIC = b"PAR1"
 
 
 def describe(path: str) -> dict[str, Any]:
-    """What `path` is, from what it was made and how it was verified, as JSON types; `kind` says which it is.
+    """Describe `path`: kind, origin and verification, as JSON types.
 
     Raises UsageError if it is nothing that singerembed knows, and the errors of the file's own reader.
     """

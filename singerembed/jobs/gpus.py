@@ -1,4 +1,4 @@
-"""One process a GPU over the same units: a process has one CUDA context, and Python one lock for all its threads."""
+"""Embed on several GPUs, a process each: Python has one lock for all threads of a process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MAX_RESTARTS = 20  # of all processes together, see supervisor.py
 
 
 def choose_devices(backend: str, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The CUDA devices to run an engine of `backend` on; (0,) where it runs on the CPU. None: all there are.
+    """Choose the CUDA devices for an engine of `backend`; (0,) where it runs on the CPU. `wanted` None: all devices.
 
     Raises UsageError for a device that is not there.
     """
@@ -45,7 +45,7 @@ def embed_on_devices(
     listeners: Sequence[Listener],
     stop: Callable[[], int],
 ) -> Counts:
-    """Embed the units of `job`, one process a device. Returns what was embedded.
+    """Embed the units of `job`, one process a device. Returns the counts of what was embedded.
 
     A process that crashes is started again, and goes on with what it had not finished. Raises what a process raises,
     and InterruptedRun after a stop.
@@ -94,7 +94,7 @@ def embed_on_devices(
 
 
 def _work(job: Job, events: Any, stopping: Any, total_tracks: int) -> None:
-    """The life of one process."""
+    """Entry point of a child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     try:
         runner = UnitRunner(
@@ -115,7 +115,7 @@ def _work(job: Job, events: Any, stopping: Any, total_tracks: int) -> None:
 
 
 class _Sender:
-    """A `Listener` that sends everything to the parent process, but for the embeddings."""
+    """A `Listener` that sends every event, without embeddings, to the parent process."""
 
     def __init__(self, events: Any) -> None:
         self._events = events
@@ -137,7 +137,7 @@ class _Sender:
 
 
 class _Relay:
-    """Hands on to the parent's listeners what its processes send."""
+    """Passes the events of the child processes to the parent's listeners."""
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
@@ -145,7 +145,7 @@ class _Relay:
         self.failure: SingerEmbedError | None = None
 
     def drain(self, events: Any, seconds: float) -> None:
-        """Handle what has arrived, waiting up to `seconds` for the first."""
+        """Handle the events that have arrived, waiting up to `seconds` for the first."""
         try:
             while True:
                 kind, *arguments = events.get(timeout=seconds) if seconds else events.get_nowait()

@@ -1,4 +1,4 @@
-"""The structured log of a run: one JSON object a line, and a report for the next morning as the last one."""
+"""Write the log of a run: one JSON object a line, the last one a report of the whole run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _HOUR = 3600.0
 
 
 class RunLog:
-    """A `Listener` that writes to a file as things happen, so that a run can be followed, or read after its death."""
+    """A `Listener` that appends every event to a file at once, so that the log of a killed run is complete."""
 
     def __init__(self, path: str) -> None:
         """Append to `path`. Raises OutputError."""
@@ -41,7 +41,7 @@ class RunLog:
         self._file.write(json.dumps(line) + "\n")
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
-        """Log what runs."""
+        """Log the engine."""
         self._write("started", engine=description, weights=spec.weights_sha256, tracks=total_tracks)
 
     def resumed(self, units: int) -> None:
@@ -49,7 +49,7 @@ class RunLog:
         self._write("resumed", units=units)
 
     def skipped(self, tracks: int) -> None:
-        """Nothing: the units of an earlier run are in that run's log."""
+        """Log nothing: the units of an earlier run are in that run's log."""
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """Log one track."""
@@ -67,6 +67,8 @@ class RunLog:
             examples = self._examples[fields["error_code"]]
             if len(examples) < _EXAMPLES:
                 examples.append(dict(fields))
+        if rows.note:
+            fields["audio_note"] = printable(rows.note)
         self._write("track", **fields, crops=counts.crops, silent=counts.silent, seconds=round(rows.seconds, 4))
 
     def published(self, unit: int, counts: Counts) -> None:
@@ -74,7 +76,7 @@ class RunLog:
         self._write("unit", unit=unit, tracks=counts.tracks, crops=counts.crops, errors=dict(counts.errors))
 
     def finished(self, outcome: str) -> None:
-        """Log the report: what this run embedded, how fast, what was slow and what went wrong, with examples."""
+        """Log the report: counts, speed by hour, the slowest tracks, and examples of each error."""
         seconds = time.monotonic() - self._started
         self._write(
             "finished",

@@ -1,4 +1,4 @@
-"""What a run may be told."""
+"""The options of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INDECISIVE = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a run may be told. All but the last eight decide the rows, and have to stay the same when a run goes on."""
+    """Options of a run. Those outside `_INDECISIVE` decide the rows, and must stay the same when a run is resumed."""
 
     crops: int | None = None  # None: all consecutive crops; otherwise this many of them a track, evenly spaced
     hop_seconds: float | None = None  # None: the crop's length

@@ -1,4 +1,4 @@
-"""A parallel map that keeps the order of its items and bounds what is under way."""
+"""Map in parallel, in the order of the items, with bounds on what is running and waiting."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ordered_map(
 ) -> Iterator[tuple[Item, Result]]:
     """Map `function` over `items` on `pool`, and yield (item, result) in the order of the items.
 
-    At most `max_running` calls are under way; no new one starts while results of a weight above `max_waiting` wait for
+    At most `max_running` calls run at a time; no new one starts while results of a weight above `max_waiting` wait for
     an earlier item. The first exception of a call is raised when its turn comes.
     """
     changed = threading.Condition()

@@ -1,8 +1,8 @@
-"""The same units on a Ray cluster: one actor a GPU or a group of cores, fed by this process.
+"""Embed units on a Ray cluster: one actor a GPU or a group of cores, fed by this process, the driver.
 
-Ray starts and watches processes, and carries units to them; everything else is decided here. Actors are never restarted
-by Ray: one that is gone is replaced while its node is there, and what it had in hand goes to another (orders.py). They
-belong to this process, and end when it does, however it does.
+Ray starts and watches processes, and sends units to them; everything else is decided here. Actors are never restarted
+by Ray: a lost one is replaced while its node is there, and its units go to another (scheduling.py). Actors
+belong to the driver, and end when it ends.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from singerembed.catalog.read import Unit
 from singerembed.engine.machine import available_cores
 from singerembed.errors import ClusterError, MissingDependencyError, SingerEmbedError
 from singerembed.jobs.ray_worker import ClusterJob, unpack
-from singerembed.jobs.scheduling import Order, Orders
+from singerembed.jobs.scheduling import Assignment, Scheduler
 from singerembed.jobs.track import Stopped
 from singerembed.jobs.units import Listener
 from singerembed.output.parts import PartStore
@@ -36,13 +36,13 @@ LOCAL = "local"  # the address of a cluster to be started here
 # The engine goes through it, and hardly anything else.
 _OBJECT_STORE_BYTES = 256 << 20
 _CORES_A_WORKER = 8  # threads of one process share Python's lock
-_ORDERS_A_WORKER = 2  # one is embedded, and the next is there when its last tracks are
+_ASSIGNMENTS_A_WORKER = 2  # the second is there when the first runs out of tracks
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.2
-_STAFF_SECONDS = 1.0  # between looks at which nodes there are
+_NODES_SECONDS = 1.0  # between looks at which nodes there are
 _START_SECONDS = 300.0  # after which a worker that does not answer is given up; on a busy cluster the next waits, too
-_QUIET_SECONDS = 60.0  # without any worker, after which it is said
-_BARREN_DEATHS = 20  # in a row, of workers that have finished nothing: the machines are broken, not the recordings
+_QUIET_SECONDS = 60.0  # without any worker, until a warning is logged
+_IDLE_DEATHS = 20  # in a row, of workers that have finished nothing: the machines are broken, not the recordings
 # Ray counts usage unless told not to; under uv it ships the working folder.
 _RAY_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
 
@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 
 
 class Slot(NamedTuple):
-    """A place for one worker."""
+    """Where one worker runs."""
 
     node: str  # Ray's name of it
     address: str
@@ -60,8 +60,10 @@ class Slot(NamedTuple):
 
 
 def slots_of(nodes: Sequence[dict[str, Any]], backend: str, threads: int | None) -> list[Slot]:
-    """Where workers go, given what `ray.nodes()` says: one a GPU with its share of the node's cores, or one a group of
-    cores; nodes without a GPU are of no use to an engine that needs one. `threads`: cores a group, if it was asked for.
+    """Choose where workers run, given what `ray.nodes()` returns.
+
+    One a GPU with its share of the node's cores, or one a group of cores; nodes without a GPU are left out for an
+    engine that needs one. `threads`: cores a group, if it was asked for.
     """
     slots = []
     for node in nodes:
@@ -83,17 +85,17 @@ class _Worker:
     actor: Any
     created: float
     ready: bool = False
-    finished: int = 0  # orders
-    orders: list[Order] = field(default_factory=list)
+    finished: int = 0  # assignments
+    assignments: list[Assignment] = field(default_factory=list)
 
     @property
     def alone(self) -> bool:
-        return any(order.alone for order in self.orders)
+        return any(assignment.alone for assignment in self.assignments)
 
 
 class _Call(NamedTuple):
     worker: _Worker
-    order: Order | None  # None: it is asked for its version, or to start
+    assignment: Assignment | None  # None: the call is for its version, or to start
 
 
 def embed_on_ray(
@@ -105,7 +107,7 @@ def embed_on_ray(
     listeners: Sequence[Listener],
     stop: Callable[[], int],
 ) -> Counts:
-    """Embed `work`, units and which of their tracks, on the Ray cluster at `address`. Returns what was embedded.
+    """Embed `work`, units and which of their tracks, on the Ray cluster at `address`; return their counts.
 
     Raises ClusterError, what a worker raises, and InterruptedRun after a stop.
     """
@@ -122,7 +124,7 @@ def embed_on_ray(
 
 @contextmanager
 def _connected(address: str) -> Iterator[Any]:
-    """Ray, connected to the cluster at `address`, or to the one that this process is connected to already."""
+    """Yield Ray, connected to the cluster at `address`, or to the one that this process is connected to already."""
     with _environment(_RAY_ENVIRONMENT):
         try:
             import ray
@@ -158,10 +160,10 @@ def _connect(ray: Any, address: str) -> None:
         "object_store_memory": _OBJECT_STORE_BYTES,
     }
     handler = signal.getsignal(signal.SIGTERM)
-    # Ray prints what befalls workers to stdout, whatever the log level; 2.60 has no other switch than its debugger's.
+    # Ray prints the deaths of workers to stdout, whatever the log level; 2.60 has no public switch for that.
     ray._private.worker._worker_logs_enabled = False
     try:
-        _knock(address)
+        _check_reachable(address)
         quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         ray.init(address=address, **quiet, **(local if address == LOCAL else {}))
     except Exception as exc:
@@ -169,11 +171,11 @@ def _connect(ray: Any, address: str) -> None:
         raise ClusterError(f"cannot {what}: {exc}") from exc
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray takes it
+            signal.signal(signal.SIGTERM, handler)  # Ray replaces it
 
 
-def _knock(address: str) -> None:
-    """Raise OSError where nobody answers; Ray would try for two minutes, and then end the process."""
+def _check_reachable(address: str) -> None:
+    """Raise OSError where nothing listens; Ray would try for two minutes, and then end the process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
@@ -221,38 +223,38 @@ class _ClusterRun:
         self._ray, self._parts, self._listeners = ray, parts, listeners
         self._backend, self._threads = job.engine_file.backend, job.options.workers
         self._job = ray.put(job)
-        self._orders = Orders(work)
+        self._scheduler = Scheduler(work)
         self._total_tracks = total_tracks
         self._workers: dict[Slot, _Worker] = {}
         self._calls: dict[Any, _Call] = {}
         self._actor_class = ray.remote(_worker_class())
         self._looked = self._said = 0.0
-        self._barren = 0
+        self._idle_deaths = 0
         self._announced = False
         self.embedded = Counts()
 
     def go_on(self, stop: Callable[[], int]) -> None:
-        """Work until everything is done. Raises Stopped, and what workers raise."""
+        """Run until every unit is done. Raises Stopped, and what workers raise."""
         while True:
             if stop():
                 raise Stopped
-            self._staff()
-            self._hand_out()
-            if self._orders.all_given and not any(worker.orders for worker in self._workers.values()):
+            self._start_missing_workers()
+            self._assign()
+            if self._scheduler.all_given and not any(worker.assignments for worker in self._workers.values()):
                 return
             self._collect()
 
     def dismiss(self) -> None:
-        """End all workers; what they have in hand is given up."""
+        """End all workers; their unfinished units are given up."""
         for worker in list(self._workers.values()):
             self._end(worker)
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
-    def _staff(self) -> None:
-        """Have a worker in each place there is, new nodes included."""
+    def _start_missing_workers(self) -> None:
+        """Start a worker in every free slot, new nodes included."""
         now = time.monotonic()
-        if now - self._looked < _STAFF_SECONDS:
+        if now - self._looked < _NODES_SECONDS:
             return
         self._looked = now
         for worker in list(self._workers.values()):
@@ -266,7 +268,7 @@ class _ClusterRun:
             self._said = now
         elif now - (self._said or now) > _QUIET_SECONDS:
             self._said = now
-            _log.warning("no worker has started yet: the cluster has places for %d, and none is free", len(slots))
+            _log.warning("no worker has started yet: the cluster has slots for %d, and none is free", len(slots))
         self._said = self._said or now
 
     def _start(self, slot: Slot, now: float) -> None:
@@ -274,7 +276,7 @@ class _ClusterRun:
         actor = self._actor_class.options(
             num_cpus=slot.cores,
             num_gpus=slot.gpus,
-            max_concurrency=_ORDERS_A_WORKER + 1,
+            max_concurrency=_ASSIGNMENTS_A_WORKER + 1,
             scheduling_strategy=strategy,
         ).remote()
         worker = self._workers[slot] = _Worker(slot, actor, now)
@@ -286,32 +288,33 @@ class _ClusterRun:
         with contextlib.suppress(Exception):  # it is gone, or the connection is
             self._ray.kill(worker.actor)
 
-    # --- orders -----------------------------------------------------------------------------------------------------
+    # --- assignments ------------------------------------------------------------------------------------------------
 
-    def _hand_out(self) -> None:
-        """Give every worker something to do. An order that has to be alone waits for the least busy one to be idle."""
-        workers = sorted((w for w in self._workers.values() if w.ready and not w.alone), key=lambda w: len(w.orders))
-        reserved = workers[: self._orders.waiting_alone]
+    def _assign(self) -> None:
+        """Assign units to workers. An assignment that must run alone waits for the least busy worker to be idle."""
+        ready = (worker for worker in self._workers.values() if worker.ready and not worker.alone)
+        workers = sorted(ready, key=lambda worker: len(worker.assignments))
+        reserved = workers[: self._scheduler.waiting_alone]
         for worker in reserved:
-            if not worker.orders and (order := self._orders.next(alone=True)):
-                self._give(worker, order)
-        for depth in range(1, _ORDERS_A_WORKER + 1):
+            if not worker.assignments and (assignment := self._scheduler.next(alone=True)):
+                self._give(worker, assignment)
+        for depth in range(1, _ASSIGNMENTS_A_WORKER + 1):
             for worker in workers[len(reserved) :]:
-                if len(worker.orders) < depth and (order := self._orders.next()):
-                    self._give(worker, order)
+                if len(worker.assignments) < depth and (assignment := self._scheduler.next()):
+                    self._give(worker, assignment)
 
-    def _give(self, worker: _Worker, order: Order) -> None:
-        worker.orders.append(order)
+    def _give(self, worker: _Worker, assignment: Assignment) -> None:
+        worker.assignments.append(assignment)
         # A slice of a table would take along all that it was cut from.
-        unit = replace(order.unit, extra=order.unit.extra.take(pa.array(range(len(order.unit.tracks)))))
-        if order.trial is None:
-            ref = worker.actor.embed.remote(unit, order.positions, order.careful, order.alone)
+        unit = replace(assignment.unit, extra=assignment.unit.extra.take(pa.array(range(len(assignment.unit.tracks)))))
+        if assignment.trial is None:
+            ref = worker.actor.embed.remote(unit, assignment.positions, assignment.careful, assignment.alone)
         else:
-            ref = worker.actor.attempt.remote(unit, order.positions[order.trial])
-        self._calls[ref] = _Call(worker, order)
+            ref = worker.actor.attempt.remote(unit, assignment.positions[assignment.trial])
+        self._calls[ref] = _Call(worker, assignment)
 
     def _collect(self) -> None:
-        """Wait for a call to end, and see to all that have."""
+        """Wait for a call to end, and handle all that have."""
         if not self._calls:
             time.sleep(_POLL_SECONDS)
             return
@@ -321,8 +324,8 @@ class _ClusterRun:
             done, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
         for ref in done:
             call = self._calls.pop(ref)
-            if call.order:
-                call.worker.orders.remove(call.order)
+            if call.assignment:
+                call.worker.assignments.remove(call.assignment)
             try:
                 self._ended(call, self._ray.get(ref))
             except self._ray.exceptions.RayTaskError as exc:
@@ -331,8 +334,8 @@ class _ClusterRun:
                 self._died(call)
 
     def _ended(self, call: _Call, value: Any) -> None:
-        worker, order = call.worker, call.order
-        if order is None and isinstance(value, str):
+        worker, assignment = call.worker, call.assignment
+        if assignment is None and isinstance(value, str):
             if value != version("singerembed"):
                 found = f"singerembed {value}" if value else "no singerembed"
                 raise ClusterError(
@@ -341,21 +344,21 @@ class _ClusterRun:
                 )
             self._calls[worker.actor.start.remote(self._job, worker.slot.cores)] = _Call(worker, None)
             return
-        if order is None:
+        if assignment is None:
             worker.ready = True
             self._announce(*value)
             return
         worker.finished += 1
-        self._barren = 0
-        if not self._orders.finished(order):
+        self._idle_deaths = 0
+        if not self._scheduler.finished(assignment):
             return
         embedded, counts, rows = value
-        self._parts.done.add(order.unit.index)
+        self._parts.done.add(assignment.unit.index)
         self.embedded.merge(embedded)
         for listener in self._listeners:
-            for position, of_track in zip(order.positions, unpack(rows), strict=True):
-                listener.embedded(order.unit.tracks[position], of_track)
-            listener.published(order.unit.index, counts)
+            for position, of_track in zip(assignment.positions, unpack(rows), strict=True):
+                listener.embedded(assignment.unit.tracks[position], of_track)
+            listener.published(assignment.unit.index, counts)
 
     def _announce(self, spec: Any, description: str) -> None:
         if self._announced:
@@ -371,18 +374,19 @@ class _ClusterRun:
         if self._workers.get(worker.slot) is worker:
             self._end(worker)
             if not worker.finished:
-                self._barren += 1
-        if self._barren > _BARREN_DEATHS + len(self._workers):
+                self._idle_deaths += 1
+        if self._idle_deaths > _IDLE_DEATHS + len(self._workers):
             raise ClusterError(
                 f"workers die again and again before they have done anything, the last on {worker.slot.address}. "
                 "Ray's logs on that node say more; finished units are safe"
             )
-        if call.order:
-            _log.info("a worker on %s died with unit %d in hand", worker.slot.address, call.order.unit.index + 1)
-            self._orders.failed(call.order)
+        if call.assignment:
+            unit = call.assignment.unit.index + 1
+            _log.info("a worker on %s died while embedding unit %d", worker.slot.address, unit)
+            self._scheduler.failed(call.assignment)
 
     def _failure(self, worker: _Worker, cause: BaseException) -> SingerEmbedError:
-        """What a worker's exception is to the person who runs it."""
+        """Turn a worker's exception into one that names the node."""
         if isinstance(cause, SingerEmbedError):
             cause.args = (f"{cause} (on the node {worker.slot.address})",)
             return cause

@@ -1,4 +1,4 @@
-"""What a worker process on a Ray cluster does: it embeds units that it is handed, and publishes their parts."""
+"""Embed units in a worker process of a Ray cluster, and publish their part files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from singerembed.output.schema import Counts, TrackRows
 
 @dataclass(frozen=True)
 class ClusterJob:
-    """What every worker of a run is told once."""
+    """What every worker of a run needs to know, sent once."""
 
     output: str
     retrying: bool  # `output` is finished, and units with errors are embedded again
@@ -37,7 +37,7 @@ class ClusterJob:
 
 
 class ClusterWorker:
-    """One engine, its threads, and the publishing of parts. Several threads may hand it units."""
+    """Embeds units with one engine and its threads. Several threads may call `embed`."""
 
     def __init__(self, job: ClusterJob, cores: int) -> None:
         """Start the engine. Raises ClusterError where this machine does not see the output, and EngineError."""
@@ -46,8 +46,8 @@ class ClusterWorker:
         self._parts = PartStore(job.output, partitioned=partitioned and not job.retrying)
         if self._parts.identity() != job.identity:
             raise ClusterError(
-                f"{self._parts.folder} is not there, or is another. The output (and local recordings) must lie on a "
-                "file system that all nodes share, or on object storage"
+                f"{self._parts.folder} is not there, or belongs to another run. The output and local recordings must "
+                "lie on a file system that all nodes share, or on object storage"
             )
         self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.retrying else None
         options = replace(job.options, workers=None)  # they decided how many cores this process has
@@ -58,42 +58,42 @@ class ClusterWorker:
 
     @property
     def started(self) -> tuple[ModelSpec, str]:
-        """What runs here."""
+        """The engine's spec and description."""
         return self._threads.spec, self._threads.description
 
     def embed(
         self, unit: Unit, positions: Sequence[int], *, careful: bool, alone: bool
     ) -> tuple[Counts, Counts, bytes]:
-        """Embed `positions` of `unit` and publish it; returns what they come to, what the unit does, and `unpack`'s."""
-        told = _Told()
+        """Embed `positions` of `unit` and publish it; return their counts, the unit's counts, and rows for `unpack`."""
+        events = _UnitEvents()
         with closing(self._tasks(unit, positions)) as tasks:
             results = self._threads.embed(tasks, _never, isolated=careful, one_by_one=alone)
-            embedded = publish_units(results, self._parts, self._job.schema, [told], self._previous)
-        return embedded, told.counts, zlib.compress(pickle.dumps(told.rows), 1)
+            embedded = publish_units(results, self._parts, self._job.schema, [events], self._previous)
+        return embedded, events.counts, zlib.compress(pickle.dumps(events.rows), 1)
 
     def attempt(self, unit: Unit, position: int) -> None:
-        """Embed one track, carefully, and forget it."""
+        """Embed one track with an isolated decoder, and drop the result."""
         for _ in self._threads.embed([Task(unit, position)], _never, isolated=True):
             pass
 
     def _tasks(self, unit: Unit, positions: Sequence[int]) -> Generator[Task, None, None]:
-        # The threads take the tasks of one unit after those of the other, so that the first is done early.
+        # One unit after another: the first is then finished early.
         with self._feeding:
             for position in positions:
                 yield Task(unit, position)
 
 
 def unpack(rows: bytes) -> list[TrackRows]:
-    """The tracks' rows as `embed` returns them: without embeddings and levels."""
+    """Decode the rows that `embed` returns: without embeddings and levels."""
     return list(pickle.loads(zlib.decompress(rows)))
 
 
 def _never() -> int:
-    return 0  # the run's own process ends its workers
+    return 0  # the driver ends its workers
 
 
-class _Told:
-    """A `Listener` of one unit, that keeps what its tracks came to."""
+class _UnitEvents:
+    """A `Listener` that collects the rows and counts of one unit."""
 
     def __init__(self) -> None:
         self.rows: list[TrackRows] = []

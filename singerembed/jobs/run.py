@@ -1,4 +1,4 @@
-"""The run: what is to be done, by which processes, and the merge of what they publish."""
+"""Run a catalogue through an engine into an output: check, resume, choose devices, embed, merge."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from singerembed.output.schema import RESERVED_COLUMNS, Counts
 
 @dataclass(frozen=True)
 class RunSummary:
-    """How a run ended."""
+    """Result of a run."""
 
     output: str
     counts: Counts  # of the whole output
-    embedded: Counts  # of what this run itself embedded
+    embedded: Counts  # of the tracks that this run embedded itself
     seconds: float
     units_before: int = 0  # units that an earlier run had finished
     already_done: bool = False

@@ -1,4 +1,4 @@
-"""Starts a run again after a crash of its process, so that a night is not lost to one recording."""
+"""Restart a run after a crash of its process, so that one recording does not cost a night."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import sys
 from types import FrameType
 
 _CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
-# A crash names its suspects for the next start (journal.py), so each start gets further; a machine that is broken
-# otherwise must not be kept busy for ever.
+# A crash leaves the rows in flight for the next start (crash_journal.py), so each start gets further; a machine that is
+# broken otherwise must not restart for ever.
 MAX_RESTARTS = 20
 _PR_SET_PDEATHSIG = 1
 
@@ -30,7 +30,7 @@ def run_again_after_crashes() -> None:
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) not in _CRASHES or restarts == MAX_RESTARTS:
             break
         name = signal.Signals(os.WTERMSIG(status)).name
-        print(f"crash       a decoder took the process down ({name}); starting again, with care", file=sys.stderr)
+        print(f"crash       a decoder crashed the process ({name}); starting again", file=sys.stderr)
     sys.exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status))
 
 

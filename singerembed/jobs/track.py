@@ -1,4 +1,4 @@
-"""Embeds one track: its recording is decoded and cut, its crops go through the engine, and rows come out."""
+"""Embed one track: decode and cut its recording, embed the crops, return the rows."""
 
 from __future__ import annotations
 
@@ -30,32 +30,37 @@ class Stopped(Exception):
 def embed_track(
     track: Track, engine: Engine, options: RunOptions, *, isolated: bool = False, stop: Callable[[], int] = lambda: 0
 ) -> TrackRows:
-    """Embed one track; whatever is wrong with it becomes `TrackRows.error`.
+    """Embed one track; any error of the track is returned as `TrackRows.error`.
 
     `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
     of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
     """
     started = time.monotonic()
-    gathered = _Gathered(engine, options)
+    embedded = _EmbeddedTrack(engine, options)
     error: TrackError | None = None
     try:
         if track.problem:
             raise track.problem
-        for block in _timed_blocks(track, engine, options, isolated=isolated):
+        for block in _timed_blocks(track, engine, options, embedded.notes, isolated=isolated):
             if stop():
                 raise Stopped
-            gathered.add(block)
+            embedded.add(block)
     except TrackError as exc:
         error = exc
     except (SingerEmbedError, Stopped):
         raise
     except Exception as exc:  # one track must not stop a run, whatever a library raises on it
         error = TrackError("internal", f"{type(exc).__name__}: {exc}")
-    return gathered.rows(error, time.monotonic() - started)
+    return embedded.rows(error, time.monotonic() - started)
 
 
-def _timed_blocks(track: Track, engine: Engine, options: RunOptions, *, isolated: bool) -> Iterator[CropBlock]:
-    """The track's crops; the time limit counts what decoding takes, and not what is done with a block."""
+def _timed_blocks(
+    track: Track, engine: Engine, options: RunOptions, notes: list[str], *, isolated: bool
+) -> Iterator[CropBlock]:
+    """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block.
+
+    What the reader notes of the recording is added to `notes`.
+    """
     limit = TimeLimit(options.track_timeout_seconds)
     with ExitStack() as stack:
         with limit.counting():
@@ -63,6 +68,7 @@ def _timed_blocks(track: Track, engine: Engine, options: RunOptions, *, isolated
                 track.location, engine.spec.sample_rate, limit, isolated=isolated, retries=options.retries
             )
             reader = stack.enter_context(recording)
+        stack.callback(lambda: notes.extend(reader.notes))
         blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)
         while True:
             with limit.counting():
@@ -81,10 +87,11 @@ def _crop_plan(track: Track, engine: Engine, options: RunOptions) -> CropPlan:
     return CropPlan(spec.crop_samples, hop, options.crops, round(track.start * spec.sample_rate), stop)
 
 
-class _Gathered:
-    """The crops of one track, as they come out of the engine."""
+class _EmbeddedTrack:
+    """Collects the embedded crops of one track."""
 
     def __init__(self, engine: Engine, options: RunOptions) -> None:
+        self.notes: list[str] = []
         self._engine, self._options = engine, options
         self._index: list[int] = []
         self._start: list[NDArray[np.int64]] = []
@@ -111,6 +118,7 @@ class _Gathered:
                 [np.empty((0, spec.embedding_dim), np.float32), *(e.embedding for e in self._embedded)]
             ),
             error=error,
+            note="; ".join(self.notes),
             seconds=seconds,
         )
         return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
@@ -121,7 +129,7 @@ def _concatenate(arrays: list[Any], dtype: Any) -> Any:
 
 
 def _pooled(rows: TrackRows) -> TrackRows:
-    """One row for the whole track: the mean embedding of its loud crops, over the time from the first to the last."""
+    """Reduce to one row: the mean embedding of the loud crops, over the time from the first crop to the last."""
     valid = ~np.isnan(rows.peak)
     status = OK if len(rows.embedding) else SILENT if valid.any() else ERROR
     return TrackRows(
@@ -133,5 +141,6 @@ def _pooled(rows: TrackRows) -> TrackRows:
         rms=np.sqrt((rows.rms[valid] ** 2).mean(keepdims=True)) if valid.any() else np.full(1, np.nan, np.float32),
         embedding=rows.embedding.mean(axis=0, keepdims=True) if len(rows.embedding) else rows.embedding,
         error=rows.error,
+        note=rows.note,
         seconds=rows.seconds,
     )

@@ -1,4 +1,4 @@
-"""Embeds units: their tracks on threads of one process, their rows in order, their parts published."""
+"""Embed work units on the threads of one process, and publish their part files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CALLERS_A_CORE = 2  # where callers wait for a device, others decode meanwhile
 
 @dataclass(frozen=True)
 class Job:
-    """What one process has to embed, as plain data that can be sent to another one."""
+    """The work of one process, as plain data that can be sent to another one."""
 
     catalog: str
     output: str
@@ -46,10 +46,10 @@ class Job:
 
 
 class Listener(Protocol):
-    """Is told what a run does, from one thread."""
+    """Receives the events of a run, from one thread."""
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
-        """The engine is loaded; `description` says what runs where. There are about `total_tracks` tracks to come."""
+        """The engine is loaded; `description` names back end, device and threads. About `total_tracks` follow."""
 
     def resumed(self, units: int) -> None:
         """An earlier run had finished `units` units."""
@@ -58,10 +58,10 @@ class Listener(Protocol):
         """A unit of `tracks` tracks was finished before."""
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
-        """A track is embedded, and its rows wait for their unit's other tracks."""
+        """A track is embedded; its rows wait for the other tracks of their unit."""
 
     def published(self, unit: int, counts: Counts) -> None:
-        """A unit's part is on the disk."""
+        """The part file of a unit is on the disk."""
 
 
 class Task(NamedTuple):
@@ -76,7 +76,7 @@ class Task(NamedTuple):
 
 
 class EngineThreads:
-    """One engine, and the threads that decode for it. To be closed."""
+    """One engine, and the threads that decode for it. Must be closed."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ def publish_units(
     listeners: Sequence[Listener],
     previous: FinishedOutput | None = None,
 ) -> Counts:
-    """Publish the units that `results` make up, in order; returns what they come to.
+    """Write `results`, in order, to the part files of their units; return the counts of what was embedded.
 
     Tracks of a unit that are not among `results` keep the rows that they have in `previous`.
     """
@@ -172,7 +172,7 @@ class UnitRunner:
         self.schema = output_schema(self._catalog.extra_schema(), spec.embedding_dim, job.options.embedding_dtype)
 
     def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:
-        """Embed and publish what is open, see `open_units`. Returns what was embedded."""
+        """Embed and publish the units of `open_units`. Returns the counts of what was embedded."""
         options, shards = self._job.options, self._job.shards
         journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
         cores = max(1, available_cores() // shards)
@@ -188,7 +188,7 @@ class UnitRunner:
                 raise self._parts.interrupted(self._stop()) from exc
 
     def open_units(self, previous: FinishedOutput | None = None) -> Iterator[tuple[Unit, Sequence[int]]]:
-        """The units that are not done yet, and which of their tracks to embed: all, or those with errors in `previous`.
+        """Yield the units that are not done yet, and which of their tracks to embed: all, or those in error before.
 
         Raises Stopped.
         """

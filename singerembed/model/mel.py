@@ -122,6 +122,10 @@ def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
     return MelExtractor(spec).basis
 
 
-def mix_down(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Average the channels: float32 [frames, channels] to float32 [frames]."""
-    return _csrc.mix_down(pcm)
+def mix_down(pcm: NDArray[np.float32], segment: int) -> tuple[NDArray[np.float32], int]:
+    """Average the channels, or take the loudest if they cancel: float32 [frames, channels] to float32 [frames].
+
+    Channels cancel in a segment of `segment` frames if the energy of their mean is below 1 % of what it would be with
+    only the second loudest channel. Return the signal, and the number of segments in which they cancel.
+    """
+    return _csrc.mix_down(pcm, segment)

@@ -72,7 +72,7 @@ class UnitIndex:
         return self._table
 
     def counts(self, unit: int) -> Counts:
-        """What one unit comes to."""
+        """Counts of one unit."""
         return _counts(self.table.slice(unit, 1).to_pylist()[0])
 
     def encode(self) -> bytes:
@@ -97,12 +97,12 @@ def _counts(row: dict[str, Any]) -> Counts:
 
 
 def part_path(folder: str, unit: int) -> str:
-    """Where the part of unit `unit` lies."""
+    """Path of the part file of unit `unit`."""
     return f"{folder}/unit-{unit:06d}.parquet"
 
 
 def units_in(folder: str) -> set[int]:
-    """The units whose parts lie in `folder`."""
+    """Numbers of the units that have a part file in `folder`."""
     matches = map(_UNIT_NAME.fullmatch, storage.names_in(folder))
     return {int(match[1]) for match in matches if match}
 
@@ -113,7 +113,7 @@ def is_partitioned(output: str) -> bool:
 
 
 def write_index(output: str, schema: pa.Schema, metadata: dict[str, Any], index: UnitIndex, total: Counts) -> None:
-    """Write what makes the parts in `output` a finished one."""
+    """Write the index and the common metadata that mark the part files in `output` as finished."""
     names = pa.array([part_path("", unit)[1:] for unit in range(len(index.table))], pa.string())
     with storage.publishing(f"{output}/{_INDEX}") as temporary:
         pq.write_table(index.table.add_column(0, "file", names), temporary, compression="zstd")
@@ -123,19 +123,19 @@ def write_index(output: str, schema: pa.Schema, metadata: dict[str, Any], index:
 
 
 def read_schema(output: str) -> pa.Schema:
-    """The schema of a finished partitioned output, and in its metadata what was run. Raises OSError, ArrowException."""
+    """Read the schema of a finished partitioned output; its metadata holds the run. Raises OSError, ArrowException."""
     with storage.open_input(f"{output}/{_METADATA}") as file:
         return pq.read_schema(file)
 
 
 def read_index(output: str) -> UnitIndex:
-    """What the units of a finished partitioned output come to."""
+    """Read the index of a finished partitioned output."""
     with storage.open_input(f"{output}/{_INDEX}") as file:
         return UnitIndex(pq.read_table(file))
 
 
 def remove(output: str) -> None:
-    """Remove a partitioned output, finished or not, and nothing else of what may lie in its folder."""
+    """Remove a partitioned output, finished or not; other files in its folder stay."""
     storage.remove(f"{output}/{_METADATA}")
     for name in storage.names_in(output):
         if name == _INDEX or _UNIT_NAME.fullmatch(name):
@@ -144,7 +144,7 @@ def remove(output: str) -> None:
 
 
 def remove_temporaries(folder: str) -> None:
-    """Remove what killed processes were writing."""
+    """Remove the temporary files of processes that were killed."""
     for name in storage.names_in(folder):
         if name.startswith(".") and name.endswith(".tmp"):
             storage.remove(f"{folder}/{name}")
@@ -154,7 +154,7 @@ def remove_temporaries(folder: str) -> None:
 
 
 def counts_of(metadata: Any) -> Counts:
-    """The counts that a part file or an output carries in its metadata."""
+    """Counts in the metadata of a part file or an output."""
     return Counts.from_dict(json.loads(metadata.metadata[COUNTS_KEY]))
 
 
@@ -196,7 +196,7 @@ class FinishedOutput:
         return len(self._unit_ends)
 
     def unit_counts(self, unit: int) -> Counts:
-        """What unit `unit` comes to."""
+        """Counts of unit `unit`."""
         return self._index.counts(unit)
 
     def rows(self, unit: int, columns: list[str] | None = None) -> pa.Table:
@@ -236,7 +236,7 @@ class FinishedOutput:
 
 
 def _check_form(output: str, *, partitioned: bool) -> None:
-    """Raise unless `output` is, or may become, what it is wanted to be: a folder or a file."""
+    """Raise UsageError where a file is wanted and `output` is a partitioned folder, or the other way round."""
     if partitioned and not storage.is_remote(output) and Path(output).is_file():
         raise UsageError(f"{output} is a file, and --partitioned writes a folder. Give another name, or leave that out")
     if not partitioned and is_partitioned(output):
@@ -244,7 +244,7 @@ def _check_form(output: str, *, partitioned: bool) -> None:
 
 
 def _track_bounds(rows: pa.Table) -> list[int]:
-    """Where one track's rows end and the next one's begin.
+    """Offsets of the first row of each track, and the number of rows.
 
     Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same recording
     twice in a row, and only the second failed, the two look like one: then there are fewer bounds than tracks.

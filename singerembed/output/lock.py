@@ -1,4 +1,4 @@
-"""One run at a time on an output: a lock in its parts folder."""
+"""Lock an output: one run at a time, by a file in its parts folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VOID_SECONDS = 90.0
 
 
 def take_lock(folder: str, output: str) -> Callable[[], None]:
-    """Take the lock of `folder`; returns the function that gives it back.
+    """Take the lock of `folder`; return the function that releases it.
 
     Raises OutputError when another run holds it, and OSError where the folder cannot be written to.
     """
@@ -69,9 +69,9 @@ def _take_remote(folder: str, output: str) -> Callable[[], None]:
     thread = threading.Thread(target=renew, name="lock", daemon=True)
     thread.start()
 
-    def give_back() -> None:
+    def release() -> None:
         ended.set()
         thread.join()
         storage.remove(path)
 
-    return give_back
+    return release

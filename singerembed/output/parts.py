@@ -1,8 +1,8 @@
-"""The part files of an output: what is done, what belongs together, and the merge into one file.
+"""The part files of a run: publish them, list which units are done, merge them into the output.
 
-`out.parquet.parts/` holds `run.json` (what the run was asked for), `lock`, and `unit-000123.parquet` for each unit that
-is done. A part appears under its name when it is whole, so a listing is the state of the run. The parts of a
-partitioned output lie where they belong from the start; only those of retried units wait beside it.
+`out.parquet.parts/` holds `run.json` (the identity of the run), `lock`, and `unit-000123.parquet` for each unit that
+is done. A part appears under its name when it is whole, so a listing of the folder is the state of the run. Parts of a
+partitioned output are written in place from the start; only those of retried units wait in the parts folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _FOOTERS_A_TURN = 1024
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Where two nested dictionaries differ: `name (was old, now new)`."""
+    """List where two nested dictionaries differ: `name (was old, now new)`."""
     found = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key), new.get(key)
@@ -80,7 +80,7 @@ class PartStore:
         self._give_back()
 
     def open(self, identity: dict[str, Any], *, retrying: bool = False) -> None:
-        """Adopt the parts that are there, or start afresh.
+        """Take over the parts of an earlier run, or begin a new set.
 
         `identity`: JSON of everything that decides the rows. Raises OutputError when the parts have another.
         `retrying`: the output is finished, and the parts are to replace some of its own.
@@ -108,7 +108,7 @@ class PartStore:
         self.refresh()
 
     def identity(self) -> dict[str, Any] | None:
-        """What the run of these parts was asked for; None where there are none yet, or out of this machine's sight."""
+        """Identity of the run that wrote these parts; None if there is none, or this machine cannot see the folder."""
         run_file = f"{self.folder}/{_RUN_FILE}"
         if not storage.exists(run_file):
             return None
@@ -117,23 +117,23 @@ class PartStore:
 
     @classmethod
     def of_parent(cls, output: str, *, partitioned: bool) -> PartStore:
-        """The parts that another process has opened and holds the lock of, as that process's helper sees them."""
+        """Open the parts of a run whose lock the parent process holds, from a child process."""
         store = cls(output, partitioned=partitioned)
         store.refresh()
         return store
 
     def refresh(self) -> None:
-        """See which units are done."""
+        """Read again which units are done."""
         self.done = finished.units_in(self._units_folder)
 
     def interrupted(self, signal_number: int) -> InterruptedRun:
-        """What to raise after a stop."""
+        """Make the exception to raise after a stop."""
         done = f"{len(self.done):,} units are done"
         return InterruptedRun(f"stopped; {done}. The same command goes on from here", signal_number)
 
     @contextmanager
     def writing(self, unit: int, schema: pa.Schema) -> Iterator[PartWriter]:
-        """A writer for unit `unit`; its part is published when the block ends well, else nothing is left of it."""
+        """Yield a writer for unit `unit`; its part is published when the block ends well, else it is removed."""
         try:
             with storage.publishing(finished.part_path(self._units_folder, unit)) as temporary:
                 writer = PartWriter(temporary, schema)
@@ -151,7 +151,7 @@ class PartStore:
         self.done.add(unit)
 
     def finish(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
-        """Make the output of the parts, and leave nothing else behind.
+        """Turn the parts into the finished output, and remove the parts folder.
 
         Units without a part are those of `previous`, the finished output whose errors were retried.
         """
@@ -196,7 +196,7 @@ class PartStore:
         return total
 
     def _complete(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
-        """Put the parts of retried units in their places, and write down what all parts come to."""
+        """Move the parts of retried units to their places, and write the index of all parts."""
         if previous:
             for unit in sorted(self.done):
                 storage.rename(self._part(unit), finished.part_path(self.output, unit))
@@ -230,7 +230,7 @@ class PartStore:
             ) from exc
 
     def remove(self) -> None:
-        """Throw all parts away, keeping the lock; a partitioned output, which they are, goes with them."""
+        """Remove all parts, keeping the lock; of a partitioned output the parts are the output itself."""
         if self._partitioned and (self.identity() is not None or finished.is_partitioned(self.output)):
             # What is half removed must not look like a finished output, nor like one of others.
             with self._writing(), storage.publishing(f"{self.folder}/{_RUN_FILE}") as temporary:
@@ -245,7 +245,7 @@ class PartStore:
 
 
 class _RowGroups:
-    """Gathers rows into row groups of a good size, whatever they come in."""
+    """Collects tables of any size and writes them as row groups of ROW_GROUP_ROWS."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema

@@ -1,4 +1,4 @@
-"""The output's schema, its rows as Arrow tables, and the writing of part files."""
+"""The schema of an output, its rows as Arrow tables, and the writer of part files."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ _LEADING = [
     pa.field("status", pa.string(), nullable=False),
     pa.field("error_code", pa.string()),
     pa.field("error", pa.string()),
+    pa.field("audio_note", pa.string()),
     pa.field("peak_dbfs", pa.float32()),
     pa.field("rms_dbfs", pa.float32()),
 ]
@@ -52,7 +53,8 @@ class TrackRows:
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
     error: TrackError | None = None
-    seconds: float = 0.0  # that embedding it took
+    note: str = ""  # what a person should know of the recording, although it was decoded; empty: nothing
+    seconds: float = 0.0  # spent on decoding and embedding it
 
     @property
     def n_rows(self) -> int:
@@ -61,7 +63,7 @@ class TrackRows:
 
 @dataclass
 class Counts:
-    """What a set of rows comes to."""
+    """Totals over a set of rows."""
 
     tracks: int = 0
     crops: int = 0
@@ -84,7 +86,7 @@ class Counts:
             self.errors[INVALID_SAMPLES] += bad_crops
 
     def add_kept(self, rows: pa.Table) -> None:
-        """Count one track by the rows that an earlier run has written of it; none of them an error."""
+        """Count one track by the rows that an earlier run wrote for it; none of them an error."""
         is_silent = rows["status"].to_numpy() == SILENT
         self.tracks += 1
         self.crops += rows.num_rows
@@ -151,7 +153,7 @@ class PartWriter:
             self._flush()
 
     def keep(self, rows: pa.Table) -> None:
-        """Append the rows that an earlier run has written of one track."""
+        """Append the rows that an earlier run wrote for one track."""
         self._flush()
         self.counts.add_kept(rows)
         self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
@@ -163,7 +165,7 @@ class PartWriter:
         self._writer.close()
 
     def abort(self) -> None:
-        """Give the file up."""
+        """Close the file without finishing it."""
         self._writer.close()
 
     def _flush(self) -> None:
@@ -186,6 +188,7 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "status": pa.array(_flat([*rows.status, ERROR][: rows.n_rows] for _, rows in tracks), pa.string()),
         "error_code": pa.array(_flat(_error_cells(rows, code=True) for _, rows in tracks), pa.string()),
         "error": pa.array(_flat(_error_cells(rows, code=False) for _, rows in tracks), pa.string()),
+        "audio_note": pa.array([printable(rows.note) or None for _, rows in tracks], pa.string()).take(of_track),
         "peak_dbfs": _dbfs(tracks, "peak"),
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),

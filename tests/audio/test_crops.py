@@ -15,10 +15,10 @@ from singerembed.model.mel import Pcm
 class ArrayReader:
     """A recording in memory whose samples are 1, 2, 3, ..."""
 
-    def __init__(self, n: int, *, says_length: bool = True) -> None:
+    def __init__(self, n: int) -> None:
         self._pcm = np.arange(1, n + 1, dtype=np.int16)
-        self.n_samples = n if says_length else 0
         self.sample_rate = 10
+        self.notes: list[str] = []
         self._position = 0
 
     def read(self, n: int) -> Pcm:
@@ -28,6 +28,9 @@ class ArrayReader:
 
     def seek(self, sample: int) -> None:
         self._position = min(sample, len(self._pcm))
+
+    def length(self) -> int:
+        return len(self._pcm)
 
     def check_complete(self) -> None: ...
     def close(self) -> None: ...
@@ -76,12 +79,10 @@ def test_consecutive_crops(n: int, crop: int, hop: int, block: int, start: int, 
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    n=st.integers(1, 200), crop=st.integers(1, 30), hop=st.integers(1, 40), count=st.integers(1, 12), told=st.booleans()
-)
-def test_spaced_crops_are_some_of_the_consecutive_ones(n: int, crop: int, hop: int, count: int, told: bool) -> None:
+@given(n=st.integers(1, 200), crop=st.integers(1, 30), hop=st.integers(1, 40), count=st.integers(1, 12))
+def test_spaced_crops_are_some_of_the_consecutive_ones(n: int, crop: int, hop: int, count: int) -> None:
     plan = CropPlan(crop, hop, count)
-    found = crops_of(ArrayReader(n, says_length=told), plan, 4)
+    found = crops_of(ArrayReader(n), plan, 4)
     everything = expected(n, plan)
     assert found == [everything[i] for i in spaced_indices(len(everything), count)]
 

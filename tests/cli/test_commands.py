@@ -23,6 +23,8 @@ from singerembed.engine.load import bundled_engine_path
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
+SCREEN_LINES = 24
+
 
 def invoke(*arguments: str) -> Result:
     result = CliRunner().invoke(cli, list(arguments))
@@ -127,7 +129,8 @@ def test_build_engine_and_inspect(release_folder: Path, tmp_path: Path, monkeypa
     assert invoke("build-engine", str(release_folder), "--normalise", "zero").exit_code == 2
     for kind, path in (("engine", "byol.engine"), ("checkpoint", str(release_folder))):
         assert json.loads(invoke("inspect", path, "--json").stdout)["kind"] == kind
-        assert "weights_sha256" in invoke("inspect", path).stdout
+        assert "weights_sha256" in invoke("inspect", path, "--full").stdout
+        assert "efficientnet_b0, 1000 dimensions" in invoke("inspect", path).stdout
 
 
 def test_inspect_an_output(catalog: Path, tmp_path: Path) -> None:
@@ -137,6 +140,9 @@ def test_inspect_an_output(catalog: Path, tmp_path: Path) -> None:
     assert facts["kind"] == "output"
     assert facts["counts"]["crops"] == 2
     assert facts["spec"]["method"] == singerembed.load_engine().spec.method
+    summary = invoke("inspect", output).stdout
+    assert "1 tracks, 2 crops (0 silent)" in summary
+    assert summary.count("\n") <= SCREEN_LINES < invoke("inspect", output, "--full").stdout.count("\n")
     for junk in (str(catalog), str(tmp_path / "none")):
         assert invoke("inspect", junk).exit_code == 2
 
@@ -225,7 +231,7 @@ def test_a_surprise_is_one_line_too(catalog: Path, tmp_path: Path, monkeypatch: 
     def surprise(*_args: object, **_options: object) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr("singerembed.pipeline.run", surprise)
+    monkeypatch.setattr("singerembed.jobs.run.run", surprise)
     result = invoke("run", str(catalog), str(tmp_path / "o.parquet"))
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1

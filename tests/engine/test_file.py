@@ -12,6 +12,8 @@ from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.errors import EngineError, OutputError
 from singerembed.model.spec import ModelSpec
 
+DATA = Path(__file__).parent / "data"
+
 
 @pytest.fixture
 def engine(spec: ModelSpec) -> EngineFile:
@@ -23,6 +25,11 @@ def test_write_and_read(tmp_path: Path, engine: EngineFile) -> None:
     engine.write(path)
     assert read_engine_file(path) == engine
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.engine"]
+
+
+def test_an_engine_of_version_0_1_0_is_read(engine: EngineFile) -> None:
+    """Written by the release of that number, with `engine` as above."""
+    assert read_engine_file(str(DATA / "version-0.1.0.engine")) == engine
 
 
 def test_identity_is_what_decides_the_rows(engine: EngineFile) -> None:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import Golden
 from gpu_fakes import FakeDevice, FakeNetwork, fake_embedding
+from mel_kernels import levels, noise, spectrograms
 from numpy.typing import NDArray
-from test_mel_cuda_emulated import levels, noise, spectrograms
 from tolerances import EMBEDDING_COSINE, EMBEDDING_DIFFERENCE
 
 from singerembed.engine.gpu import GpuEngine

@@ -1,4 +1,4 @@
-"""The CUDA kernels on a GPU: what tests/test_mel_cuda_emulated.py says of their emulation."""
+"""The CUDA kernels on a GPU: what tests/model/test_mel_cuda_emulated.py says of their emulation."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ import pytest
 from singerembed.catalog.read import Track
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import EngineError, InterruptedRun, UsageError
-from singerembed.jobs import gpus as devices
+from singerembed.jobs import gpus
 from singerembed.jobs.gpus import choose_devices
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
@@ -29,7 +29,7 @@ OPTIONS = RunOptions(unit_minutes=8, workers=1, devices=(0, 1))
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine seems to have two; engines run on the CPU all the same."""
-    monkeypatch.setattr(devices, "devices_for", lambda _backend: 2)
+    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
 
 
 @pytest.fixture
@@ -112,9 +112,10 @@ def test_a_process_that_crashes_starts_again(catalog: str, tmp_path: Path) -> No
     )
     code = (
         "import json\n"
-        "from singerembed import devices, RunOptions, run\n"
+        "from singerembed import RunOptions, run\n"
+        "from singerembed.jobs import gpus\n"
         "if __name__ == '__main__':\n"
-        "    devices.devices_for = lambda backend: 2\n"
+        "    gpus.devices_for = lambda backend: 2\n"
         f"    options = RunOptions(unit_minutes=8, workers=1, devices=(0, 1))\n"
         f"    summary = run({catalog!r}, {str(tmp_path / 'o.parquet')!r}, options=options)\n"
         "    print(json.dumps(summary.counts.errors))\n"
@@ -128,10 +129,10 @@ def test_a_process_that_crashes_starts_again(catalog: str, tmp_path: Path) -> No
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "devices_for", lambda _backend: 2)
+    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
     assert choose_devices("tensorrt", None) == (0, 1)
     assert choose_devices("tensorrt", (1,)) == (1,)
     with pytest.raises(UsageError, match="--devices 2"):
         choose_devices("tensorrt", (0, 2))
-    monkeypatch.setattr(devices, "devices_for", lambda _backend: 0)
+    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 0)
     assert choose_devices("onnxruntime", None) == (0,)

@@ -33,9 +33,9 @@ TRACKS, SECONDS = 48, 12  # of each
 HOOK = """
 import os, signal
 import soundfile
-from singerembed.jobs import track as embedding
+from singerembed.jobs import track
 
-decode, open_recording = soundfile.SoundFile.__init__, embedding.open_recording
+decode, open_recording = soundfile.SoundFile.__init__, track.open_recording
 
 def decode_or_die(self, file, *rest, **options):
     if str(file).endswith("crash.wav"):
@@ -48,7 +48,7 @@ def open_or_die(location, *rest, **options):
     return open_recording(location, *rest, **options)
 
 soundfile.SoundFile.__init__ = decode_or_die
-embedding.open_recording = open_or_die
+track.open_recording = open_or_die
 """
 
 
@@ -357,8 +357,10 @@ def test_without_an_address_a_cluster_is_started_and_ended(music: Path, expected
 def test_ray_is_imported_for_ray_only(music: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
-        "from singerembed import cli, pipeline, cluster, RunOptions\n"
-        "pipeline.run(sys.argv[1], sys.argv[2], options=RunOptions(unit_minutes=8))\n"
+        "from singerembed import RunOptions, run\n"
+        "from singerembed.cli import main\n"
+        "from singerembed.jobs import ray_cluster\n"
+        "run(sys.argv[1], sys.argv[2], options=RunOptions(unit_minutes=8))\n"
         "print([name for name in sys.modules if name.split('.')[0] == 'ray'])\n"
     )
     command = [sys.executable, "-c", code, str(music / "catalog.csv"), str(tmp_path / "o.parquet")]

@@ -21,8 +21,7 @@ from singerembed.evaluation.data import read_labelled
 from singerembed.jobs.describe import describe
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
-from singerembed.output import finished
-from singerembed.output.finished import UnitIndex
+from singerembed.output.finished import UnitIndex, is_partitioned
 from singerembed.output.schema import Counts
 
 OPTIONS = RunOptions(unit_minutes=8.0, partitioned=True)
@@ -93,7 +92,7 @@ def test_a_stopped_run_goes_on_and_is_no_output_before(
             catalog, str(output), engine=reference_engine, options=OPTIONS,
             stop=lambda: signal.SIGINT if len(list(output.glob("unit-*"))) > 3 else 0,
         )  # fmt: skip
-    assert not finished.is_partitioned(str(output))
+    assert not is_partitioned(str(output))
     (output / ".unit-000099.parquet.1-ab.tmp").touch()  # of a process that was killed
     assert describe(f"{output}.parts")["units_done"] == len(list(output.glob("unit-*")))
     summary = run(catalog, str(output), engine=reference_engine, options=OPTIONS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import random
 import re
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -19,32 +20,13 @@ import duckdb
 import numpy as np
 import soundfile
 
-from singerembed.engine.base import EmbeddedCrops
-from singerembed.engine.file import EngineFile
-from singerembed.jobs import run as pipeline
-from singerembed.jobs import units
 from singerembed.jobs.options import RunOptions
-from singerembed.model.mel import LOUD, SILENT, Pcm
+from singerembed.jobs.run import run
+
+sys.path.append(str(Path(__file__).parents[2]))
+from benchmarks.fakes import install_engine
 
 DEFECTS = ("not_found", "no_audio", "decode_failed", "unreadable", "bad_row", "invalid_samples", "truncated")
-
-
-class InstantEngine:
-    """Levels are real, embeddings are not."""
-
-    description = "instant"
-    batch = 4
-    waits = False
-
-    def __init__(self, file: EngineFile, _silence_dbfs: float, _device: int) -> None:
-        self.spec = file.spec
-
-    def embed(self, crops: Pcm) -> EmbeddedCrops:
-        peak = np.abs(crops.astype(np.float32)).max(axis=1)
-        state = np.where(np.isnan(peak), 2, np.where(peak > 0, LOUD, SILENT)).astype(np.uint8)
-        return EmbeddedCrops(np.zeros((int((state == LOUD).sum()), 1000), np.float32), peak, peak, state)
-
-    def close(self) -> None: ...
 
 
 def make_recordings(folder: Path) -> None:
@@ -75,11 +57,11 @@ def main() -> None:
                 wanted[kind] += 1
                 start = "soon" if kind == "bad_row" else ""
                 file.write(f"{i},{'good' if kind == 'bad_row' else kind}.wav,{start}\n")
-        units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
+        install_engine()
         started = time.monotonic()
         output = folder / "out.parquet"
         options = RunOptions(unit_minutes=4000)
-        summary = pipeline.run(str(folder / "catalog.csv"), str(output), options=options)
+        summary = run(str(folder / "catalog.csv"), str(output), options=options)
         seconds = time.monotonic() - started
         del wanted["good"]
         assert summary.counts.tracks == arguments.rows
