@@ -211,32 +211,29 @@ def _start_up(catalog: Path, engine: str, folder: Path) -> float:
 
 
 def growth(folder: Path, quick: bool) -> dict[str, Any]:
-    """Throughput and memory from few tracks to many, and the start of a run over ten million rows."""
+    """Measure throughput and memory for few to many tracks, and the start of a run over ten million rows."""
     counts = GROWTH_TRACKS[:3] if quick else GROWTH_TRACKS
     print(
-        "\n## Growth: short recordings, an engine that answers at once\n\n"
-        "| tracks | tracks/s | MB at most |\n| --- | --- | --- |"
+        "\n## Growth: short recordings, an engine that returns at once\n\n"
+        "| tracks | tracks/s | peak MB |\n| --- | --- | --- |"
     )
     found = []
     for n in counts:
-        result = subprocess.run(
-            [sys.executable, "-m", "benchmarks.growth", str(n)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
-        figures = json.loads(result.stdout)
+        figures = _growth_point(folder, str(n))
         found.append(figures)
         print(f"| {n:,} | {figures['tracks_per_second']:,.0f} | {figures['peak_mb']:.0f} |")
     rows = 1_000_000 if quick else 10_000_000
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.growth", str(rows), "--start-only"],
-        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(folder)},
-    )  # fmt: skip
-    first = json.loads(result.stdout)
+    first = _growth_point(folder, str(rows), "--start-only")
     print(f"\nOver a catalogue of {rows:,} rows the first crop is embedded after {first['first_crop_seconds']:.1f} s.")
     return {"growth": found, "start": first}
+
+
+def _growth_point(folder: Path, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.growth", *arguments]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures: dict[str, float] = json.loads(result.stdout)
+    return figures
 
 
 if __name__ == "__main__":

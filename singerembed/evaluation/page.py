@@ -113,7 +113,7 @@ def _layers(evaluation: Evaluation) -> list[str]:
         if result.layer_eer:
             rows = [(layer, f"{100 * rate:.1f}") for layer, rate in result.layer_eer.items()]
             name = html.escape(result.table.facts.name)
-            parts.append(f"<h2>{name}: layer {html.escape(result.layer)} was chosen, on these very pairs</h2>")
+            parts.append(f"<h2>{name}: layer {html.escape(result.layer)} was chosen on these pairs</h2>")
             parts.append(_table(("layer", "EER %"), rows))
     return parts
 
@@ -127,7 +127,7 @@ def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, A
         f"<div class=side><div><h3>Average similarity: {len(view.heat_names)} singers{cut}, 100 draws of two crops "
         f'each, ordered by clustering</h3><div class=plot id="heat{i}"></div></div>',
         f"<div><h3>t-SNE: {len(view.points):,} of {view.n_crops:,} crops</h3><div class=map id='map{i}'></div>"
-        "<p class=note>Drag or arrow keys turn it, the wheel zooms; click a singer or a point to bring one out.</p>"
+        "<p class=note>Drag or arrow keys rotate, the wheel zooms; click a singer or a point to highlight it.</p>"
         "</div></div>",
     ]
     if result.histogram is not None:
@@ -140,7 +140,7 @@ def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, A
 def _cohesion_table(view: View) -> str:
     names = view.heat_names
     header = ("singer", "crops", "recordings", "similarity within", "nearest singer", "similarity to it",
-              "crops nearest to own centroid", "taken for")  # fmt: skip
+              "crops nearest to own centroid", "confused with")  # fmt: skip
     rows = [
         (
             names[c.singer], str(c.n_crops), str(c.n_recordings), _number(c.within),

@@ -63,7 +63,7 @@ def as_markdown(evaluation: Evaluation) -> str:
     for result in evaluation.results:
         if result.layer_eer:
             layers = ", ".join(f"{layer}: {100 * rate:.1f}" for layer, rate in result.layer_eer.items())
-            lines += ["", f"{result.table.facts.name}, equal error rate by layer, chosen on these very pairs: {layers}"]
+            lines += ["", f"{result.table.facts.name}, equal error rate by layer, chosen on these pairs: {layers}"]
     return "\n".join([*lines, *([""] if evaluation.notes else []), *(f"- {note}" for note in evaluation.notes), ""])
 
 
