@@ -34,20 +34,20 @@ def vocalset(root: Path) -> Named:
 
 
 def m4singer(root: Path) -> Named:
-    """`<singer>#<song>/*.wav`: the singer is what stands before the #."""
+    """`<singer>#<song>/*.wav`: the singer is the part before the #."""
     for path in sorted(root.glob("*#*/*.wav")):
         yield path.parent.name.split("#")[0], _clean(f"{path.parent.name}-{path.stem}"), path
 
 
 def nus48e(root: Path) -> Named:
-    """`<singer>/sing/*.wav`; what is read (`read/`) is left out."""
+    """`<singer>/sing/*.wav`; speech (`read/`) is skipped."""
     for path in sorted(root.glob("*/sing/*.wav")):
         singer = path.parts[-3]
         yield singer, _clean(f"{singer}-sing-{path.stem}"), path
 
 
 def vctk(root: Path) -> Named:
-    """`<speaker>/*.wav` or `.flac`, one microphone (`mic1`) where there are two."""
+    """`<speaker>/*.wav` or `.flac`, only one microphone (`mic1`) if there are two."""
     for path in sorted([*root.glob("*/*.wav"), *root.glob("*/*.flac")]):
         if not path.stem.endswith("_mic2"):
             yield path.parent.name, _clean(f"{path.parent.name}-{path.stem}"), path

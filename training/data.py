@@ -178,7 +178,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _warn_once(path, f"{exc}; another takes its place")
+            _warn_once(path, f"{exc}; another is used instead")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
@@ -204,7 +204,7 @@ class PairSampler(Sampler[list[PairKey]]):
                 " Lower data.batch_size or raise data.pairs_per_recording"
             )
         if self._n_groups == 1:
-            raise UsageError("there is one recording to train on: nothing to tell it apart from. Add more to --data")
+            raise UsageError("there is only one recording to train on. Add more to --data")
 
     def follow(self, rank: int, step: Callable[[], int]) -> None:
         """Yield the batches of device `rank` from now on, from the current step of the trainer, `step()`.
@@ -308,7 +308,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _warn_once(recording.path, f"{exc}; its crops stay out of the validation")
+            _warn_once(recording.path, f"{exc}; its crops are left out of the validation")
             return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
         return {"clips": pcm, "indices": index}
 
@@ -380,7 +380,7 @@ class PairData(lightning.LightningDataModule):
         try:
             return verification_metrics(embeddings[first], labels)
         except ValueError as exc:
-            _log.warning("no figures from %d validation crops: %s", len(first), exc)
+            _log.warning("no metrics from %d validation crops: %s", len(first), exc)
             return dict.fromkeys(METRICS, math.nan)
 
     def _trainer(self) -> lightning.Trainer:

@@ -67,7 +67,7 @@ def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> 
     kept = [index for index, _ in embedded]
     labels = CropLabels(crops.labels.singers[kept], crops.labels.recordings[kept])
     if len(set(labels.singers.tolist())) < 2:
-        raise UsageError("the data has no two singers to be told apart, with crops that can be read and are not silent")
+        raise UsageError("the data has no two singers with crops that can be read and are not silent")
     embeddings = np.stack([embedding for _, embedding in embedded])
     if standardise:
         embeddings = (embeddings - embeddings.mean(axis=0)) / (embeddings.std(axis=0) + 1e-9)

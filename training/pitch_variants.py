@@ -90,7 +90,7 @@ def make_variant(recording: Recording, number: int, config: TrainConfig, shifter
         temporary.write_bytes(encoded.getbuffer())
         temporary.replace(target)
     except OSError as exc:
-        raise OutputError(f"{target} cannot be written: {exc.strerror}. The same command then goes on") from exc
+        raise OutputError(f"{target} cannot be written: {exc.strerror}. The same command continues") from exc
     return True
 
 

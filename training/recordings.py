@@ -133,7 +133,7 @@ def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[R
             nobody = singer is None or singer == "" or (isinstance(singer, float) and math.isnan(singer))
             yield Recording(track.location, track.track_id if nobody else str(singer), seconds, track.start)
     if n_wrong:
-        tqdm.write(f"left out  {n_wrong} rows of {path} that are wrong (first: {first})")
+        tqdm.write(f"left out  {n_wrong} invalid rows of {path} (first: {first})")
 
 
 def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
@@ -143,7 +143,7 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
             tqdm(
                 threads.map(_seconds, recordings),
                 total=len(recordings),
-                desc="looking at recordings",
+                desc="reading headers",
                 unit=" files",
                 disable=None,
             )

@@ -84,11 +84,11 @@ def train(config: TrainConfig, out: Path) -> None:
     try:
         trainer = build_trainer(config, out)
     except (MisconfigurationException, ValueError) as exc:
-        raise UsageError(f"the trainer section does not suit this machine, or Lightning: {exc}") from exc
+        raise UsageError(f"the trainer section does not work on this machine: {exc}") from exc
     if devices not in {None, trainer.world_size}:
         raise UsageError(
-            f"{last} was made on {devices} device(s), here are {trainer.world_size}: an epoch would have another number"
-            " of steps, and learning rate and moving average another course. Go on with as many, or give another --out"
+            f"{last} was made on {devices} device(s), here are {trainer.world_size}: that changes the steps"
+            " of an epoch, learning rate and moving average. Use as many devices, or give another --out"
         )
     data = PairData(recordings, config, trainer.world_size)
     if not data.can_validate:
@@ -172,7 +172,7 @@ def _refuse_differences(config: TrainConfig, last: Path) -> int | None:
         content = torch.load(last, map_location="cpu", weights_only=True)
         earlier = parse_config(content["hyper_parameters"]["config"], str(last))
     except Exception as exc:  # a damaged file may raise anything
-        raise CheckpointError(f"{last} cannot be gone on from: {exc}. Give another --out, or remove it") from exc
+        raise CheckpointError(f"cannot resume from {last}: {exc}. Give another --out, or remove it") from exc
     differences = config.differences(earlier)
     if differences:
         raise UsageError(f"{last} was made with another configuration ({'; '.join(differences)}). Give another --out")

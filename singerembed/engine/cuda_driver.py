@@ -58,7 +58,7 @@ class CudaDevice:
             self._context = device.retain_primary_context()
         except self._driver.Error as exc:
             raise EngineError(
-                f"{self.name} gives no context: {exc}. Is it in use, or in another compute mode?"
+                f"cannot create a context on {self.name}: {exc}. Is it in use, or in another compute mode?"
             ) from exc
         self._context.push()
         self._streams: dict[int, Any] = {}

@@ -80,7 +80,7 @@ def read_engine_file(path: str) -> EngineFile:
         )
     header_end = _PREFIX.size + header_size
     if header_size > _MAX_HEADER_BYTES or header_end > len(content):
-        raise EngineError(f"{path} is damaged: its header has no end. {_REBUILD}")
+        raise EngineError(f"{path} is damaged: its header is truncated. {_REBUILD}")
     return _parse(path, content[_PREFIX.size : header_end], content[header_end:])
 
 

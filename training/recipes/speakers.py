@@ -147,7 +147,9 @@ def _synthesised(speaker: Speaker) -> tuple[Samples, float]:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             pcm, rate = soundfile.read(wav)
         except (OSError, subprocess.SubprocessError, soundfile.LibsndfileError) as exc:
-            raise UsageError(f"{speaker.name} does not speak ({exc}). Install the package {speaker.package}") from exc
+            raise UsageError(
+                f"cannot synthesise {speaker.name} ({exc}). Install the package {speaker.package}"
+            ) from exc
     return soxr.resample(pcm / np.abs(pcm).max(), rate, SAMPLE_RATE), float(rate)
 
 

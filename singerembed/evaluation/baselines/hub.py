@@ -111,7 +111,7 @@ class _Loader:
             reason = " ".join(str(exc).split())[:300] or type(exc).__name__
             if "trust_remote_code" in reason:
                 raise CheckpointError(
-                    f"{self._source} brings code of its own, which is not run unless you say --trust-remote-code"
+                    f"{self._source} comes with its own code, which is run only with --trust-remote-code"
                 ) from exc
             raise CheckpointError(
                 f"{self._source}: cannot load {file}: {reason}. Without a network, download config.json, "
