@@ -1,1 +1,1 @@
-"""Benchmarks: ratios against named rivals, measured in one run."""
+"""Benchmarks: ratios to other implementations, measured in the same run."""

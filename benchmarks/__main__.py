@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: mel, encoder, decoding and the whole job, as ratios against named rivals of the same run."""
+"""Benchmarks of mel, encoder, decoding and the whole job against other implementations: `python -m benchmarks`."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from singerembed.jobs.run import run
 from singerembed.model.checkpoint import load_checkpoint
 from singerembed.model.mel import MelExtractor, available_isas
 
-ENCODER_FLOP = 2 * 0.3456e9  # a crop: 0.3456 G multiply-adds, counted by layer
-_JOB_TURNS = 6  # over the library: a run of some seconds, as a night is long against the start
+ENCODER_FLOP = 2 * 0.3456e9  # per crop: 0.3456 G multiply-adds, counted by layer
+_JOB_REPEATS = 6  # of the library in the catalogue: a run of several seconds, long compared with start-up
 GROWTH_TRACKS = (10, 100, 1_000, 10_000, 100_000)
 
 
 def main() -> None:
-    """Measure, print a table, and write the figures as JSON where asked."""
+    """Run the benchmarks, print tables, and write the results as JSON with --json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
         "--checkpoint", help="Checkpoint to run; untrained weights give the same speed.  [default: made]"
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["mel", "encoder", "decode", "job", "growth"], action="append", help="May be repeated."
     )
-    parser.add_argument("--quick", action="store_true", help="Short rounds: figures good to a tenth.")
+    parser.add_argument("--quick", action="store_true", help="Short rounds: results within about 10 %.")
     parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE.")
     arguments = parser.parse_args()
     seconds, rounds = (0.5, 3) if arguments.quick else (2.0, 7)
@@ -83,7 +83,7 @@ def _table(title: str, rates: dict[str, Rate], ours: str, unit: str) -> None:
 
 
 def mel(seconds: float, rounds: int) -> dict[str, Any]:
-    """Power mel spectrograms on one core."""
+    """Measure power mel spectrograms on one core."""
     torch.set_num_threads(1)
     spec = read_engine_file(bundled_engine_path()).spec
     pcm = crops(4, spec.crop_samples)
@@ -99,7 +99,7 @@ def mel(seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def encoder(checkpoint_path: str, seconds: float, rounds: int) -> dict[str, Any]:
-    """The encoder alone, on all cores, and as a share of what the machine's sgemm would allow."""
+    """Measure the encoder alone on all cores, also as a share of the sgemm limit of the machine."""
     cores = available_cores()
     torch.set_num_threads(cores)
     checkpoint = load_checkpoint(checkpoint_path)
@@ -128,7 +128,7 @@ def encoder(checkpoint_path: str, seconds: float, rounds: int) -> dict[str, Any]
 
 
 def decode(folder: Path, seconds: float, rounds: int) -> dict[str, Any]:
-    """Decoding stereo recordings to mono crops, one core."""
+    """Measure decoding of stereo recordings to mono crops, on one core."""
     (folder / "decode").mkdir()
     catalog = make_library(folder / "decode", 1, 60)
     rivals: dict[str, tuple[Callable[[], int], int]] = {}
@@ -150,14 +150,14 @@ def _decode_all(path: str) -> int:
 
 
 def job(folder: Path, checkpoint_path: str, rounds: int) -> dict[str, Any]:
-    """The whole job: a mixed library to embeddings, all cores, against the official pipeline on the same files."""
+    """Measure a whole run over a library of mixed codecs, on all cores, against the official pipeline."""
     (folder / "job").mkdir()
     cores = available_cores()
     torch.set_num_threads(cores)
     catalog = make_library(folder / "job", 4, 61)
     paths = sorted(p for p in catalog.parent.iterdir() if p != catalog)
     header, *rows = catalog.read_text(encoding="utf-8").splitlines()
-    catalog.write_text("\n".join([header, *rows * _JOB_TURNS]) + "\n", encoding="utf-8")
+    catalog.write_text("\n".join([header, *rows * _JOB_REPEATS]) + "\n", encoding="utf-8")
     checkpoint = load_checkpoint(checkpoint_path)
     from singerembed.engine.build import build_engine
 
@@ -211,32 +211,29 @@ def _start_up(catalog: Path, engine: str, folder: Path) -> float:
 
 
 def growth(folder: Path, quick: bool) -> dict[str, Any]:
-    """Throughput and memory from few tracks to many, and the start of a run over ten million rows."""
+    """Measure throughput and memory for few to many tracks, and the start of a run over ten million rows."""
     counts = GROWTH_TRACKS[:3] if quick else GROWTH_TRACKS
     print(
-        "\n## Growth: short recordings, an engine that answers at once\n\n"
-        "| tracks | tracks/s | MB at most |\n| --- | --- | --- |"
+        "\n## Growth: short recordings, an engine that returns at once\n\n"
+        "| tracks | tracks/s | peak MB |\n| --- | --- | --- |"
     )
     found = []
     for n in counts:
-        result = subprocess.run(
-            [sys.executable, "-m", "benchmarks.growth", str(n)],
-            capture_output=True,
-            text=True,
-            check=True,
-            env={**os.environ, "TMPDIR": str(folder)},
-        )
-        figures = json.loads(result.stdout)
+        figures = _growth_point(folder, str(n))
         found.append(figures)
         print(f"| {n:,} | {figures['tracks_per_second']:,.0f} | {figures['peak_mb']:.0f} |")
     rows = 1_000_000 if quick else 10_000_000
-    result = subprocess.run(
-        [sys.executable, "-m", "benchmarks.growth", str(rows), "--start-only"],
-        capture_output=True, text=True, check=True, env={**os.environ, "TMPDIR": str(folder)},
-    )  # fmt: skip
-    first = json.loads(result.stdout)
+    first = _growth_point(folder, str(rows), "--start-only")
     print(f"\nOver a catalogue of {rows:,} rows the first crop is embedded after {first['first_crop_seconds']:.1f} s.")
     return {"growth": found, "start": first}
+
+
+def _growth_point(folder: Path, *arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.growth", *arguments]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    figures: dict[str, float] = json.loads(result.stdout)
+    return figures
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An engine and a decoder that answer at once, for this process and, as a hook, for the workers of a Ray cluster."""
+"""A fake engine and a fake decoder that return at once, for this process and for the workers of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.file import EngineFile
 from singerembed.model.mel import INVALID, LOUD, SILENT, Pcm
 
-SAMPLES = 4_410  # of each recording: one crop, padded
+SAMPLES = 4_410  # per recording: one crop, padded
 
 
 class InstantEngine:
@@ -83,13 +83,16 @@ def install() -> None:
 
 
 def start_ray(*, fake: bool, workers: int | None = None) -> Any:
-    """Start a local cluster as `--ray` does, whose workers use the fakes if wanted; runs in this process use it."""
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # Ray's 15 would tell beside other work
+    """Start a local Ray cluster as `--ray` does, for runs of this process. `fake`: its workers use the fakes."""
+    os.environ |= {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",
+    }  # not Ray's 15
     import ray
 
     from singerembed.engine.machine import available_cores
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers need not find this module
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
     ray.init(
         address="local", num_cpus=workers or available_cores(), include_dashboard=False, object_store_memory=256 << 20,
         log_to_driver=False, logging_level=logging.CRITICAL,

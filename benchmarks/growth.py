@@ -1,4 +1,4 @@
-"""One point of the growth curve: python -m benchmarks.growth TRACKS [--start-only]. Prints JSON."""
+"""Measures one point of the growth curve and prints JSON: python -m benchmarks.growth TRACKS [--start-only]"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from singerembed.jobs.run import run
 
 
 def main() -> None:
-    """Run over a catalogue of one short recording, again and again."""
+    """Run over a catalogue that repeats one short recording."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tracks", type=int)
     parser.add_argument("--start-only", action="store_true", help="Stop after the first crop.")

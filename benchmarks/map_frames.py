@@ -1,7 +1,7 @@
-"""How smoothly the page's map turns, beside Plotly's scatter3d: python -m benchmarks.map_frames [POINTS ...]
+"""Measures the frame rate of the page's 3D map and of Plotly's scatter3d: python -m benchmarks.map_frames [POINTS ...]
 
-Frames a second in a headless Chromium without a GPU, each map as large as on the page. The browser draws at most 60, so
-the milliseconds that our map's frame takes without waiting stand beside.
+In a headless Chromium without a GPU, at the size of the page. The browser is limited to 60 frames per second, so the
+time per frame of our map is printed too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ async function measure() {
 
 
 def make_page(n: int) -> str:
-    """A page with `n` points of `N_SINGERS` clusters, for both ways of drawing them."""
+    """Return a page with `n` points in `N_SINGERS` clusters, for both maps."""
     rng = np.random.default_rng(0)
     singer = np.sort(rng.integers(0, N_SINGERS, n))
     points = rng.standard_normal((N_SINGERS, 3))[singer] + 0.15 * rng.standard_normal((n, 3))
@@ -82,7 +82,7 @@ def make_page(n: int) -> str:
 
 
 def main(counts: list[int]) -> None:
-    """Print a table: a row for each number of points."""
+    """Print a table with one row per number of points."""
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     software = ("use-angle=swiftshader", "enable-unsafe-swiftshader")  # for Plotly's WebGL

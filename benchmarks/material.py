@@ -1,4 +1,4 @@
-"""What is measured on: recordings, crops, and this machine's own limits."""
+"""Test material of the benchmarks, and properties of this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CODECS = {"wav": "PCM_16", "flac": "PCM_16", "mp3": "MPEG_LAYER_III", "ogg": "VO
 
 
 def voice(seconds: float, seed: int) -> NDArray[np.float32]:
-    """A stereo, voice-like signal, float32 [samples, 2]."""
+    """Return a stereo, voice-like signal, float32 [samples, 2], at 44.1 kHz."""
     rng = np.random.default_rng(seed)
     t = np.arange(round(seconds * RATE)) / RATE
     f0 = 110 * 2 ** (
@@ -33,7 +33,7 @@ def voice(seconds: float, seed: int) -> NDArray[np.float32]:
 
 
 def make_library(folder: Path, files_a_codec: int, seconds: float) -> Path:
-    """Write recordings in four codecs, and their catalogue; return the catalogue."""
+    """Write recordings in four codecs and their catalogue. Return the path of the catalogue."""
     rows = ["path,codec"]
     for i in range(files_a_codec):
         pcm = voice(seconds, i)
@@ -49,13 +49,13 @@ def make_library(folder: Path, files_a_codec: int, seconds: float) -> Path:
 
 
 def crops(n: int, crop_samples: int) -> NDArray[np.int16]:
-    """`n` crops of a voice, int16 [n, crop_samples]."""
+    """Return `n` crops of a voice, int16 [n, crop_samples]."""
     mono = voice(n * crop_samples / RATE, 0).mean(axis=1)[: n * crop_samples]
     return (mono * 32767).astype(np.int16).reshape(n, crop_samples)
 
 
 def machine() -> dict[str, Any]:
-    """This machine and the versions that were measured."""
+    """Return processor, cores and package versions."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
     return {
@@ -99,9 +99,9 @@ print(rate, threadpool_info()[0].get("architecture", "unknown"))
 
 
 def sgemm(threads: int) -> tuple[float, str]:
-    """Multiply-adds count as two: operations a second of NumPy's sgemm on `threads` threads, and its kernel's name.
+    """Return FLOP/s of NumPy's sgemm on `threads` threads (a multiply-add is two), and the name of its kernel.
 
-    In a process of its own, without the environment's choice of an OpenBLAS kernel, which some machines set.
+    It runs in a new process without OPENBLAS_* variables, with which some machines select a slower kernel.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS_")}
     command = [sys.executable, "-c", _SGEMM, str(threads)]

@@ -1,4 +1,4 @@
-"""Measures rivals in turn, so that what disturbs the machine disturbs them alike."""
+"""Measures implementations in turn, so that noise of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-Work = Callable[[], int]  # does some work and returns how many crops (or bytes, or operations) that was
+Work = Callable[[], int]  # does some work and returns its amount, in crops, bytes or operations
 
 
 @dataclass(frozen=True)
 class Rate:
-    """What one rival did, over several rounds."""
+    """The rate of one implementation over several rounds."""
 
-    median: float  # a second
+    median: float  # per second
     low: float
     high: float
 
@@ -24,7 +24,7 @@ class Rate:
 
 
 def rate_of(work: Work, seconds: float, threads: int = 1) -> float:
-    """What `threads` threads get done a second, calling `work` for `seconds`."""
+    """Return the work per second of `threads` threads that call `work` for `seconds`."""
     done = [0] * threads
     started = time.perf_counter()
     end = started + seconds
@@ -42,7 +42,7 @@ def rate_of(work: Work, seconds: float, threads: int = 1) -> float:
 
 
 def compare(rivals: Mapping[str, tuple[Work, int]], seconds: float, rounds: int) -> dict[str, Rate]:
-    """Rates of `rivals`, a (work, threads) each: one warm-up, then `rounds` rounds in which each has `seconds`."""
+    """Return the rates of `rivals`, (work, threads) each: a warm-up, then `rounds` rounds of `seconds` for each."""
     for work, _ in rivals.values():
         work()
     rates: dict[str, list[float]] = {name: [] for name in rivals}

@@ -1,4 +1,4 @@
-"""Draw the growth curve: python benchmarks/plot_growth.py benchmarks/results/FILE.json docs/growth.svg"""
+"""Plots the growth curve: python benchmarks/plot_growth.py benchmarks/results/FILE.json docs/growth.svg"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 
 def main(results: str, picture: str) -> None:
-    """Throughput and peak memory over the number of tracks."""
+    """Plot throughput and peak memory over the number of tracks."""
     points = json.loads(Path(results).read_text(encoding="utf-8"))["growth"]["growth"]
     tracks = [point["tracks"] for point in points]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.ray`: a run on Ray against the local run, on the same cores and the same catalogue."""
+"""Compares a run on Ray with a local run, on the same cores and catalogue: `python -m benchmarks.ray`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALL_UNITS = 1_500
 
 
 class _Clock:
-    """A listener that notes when units are published."""
+    """A listener that records when units are published."""
 
     def __init__(self) -> None:
         self.crops: list[tuple[float, int]] = []
@@ -38,12 +38,12 @@ class _Clock:
         self.crops.append((time.perf_counter(), counts.crops))
 
     def rate(self) -> float:
-        """Crops a second from the first unit's end to the last one's."""
+        """Return crops per second between the end of the first unit and the end of the last one."""
         return sum(crops for _, crops in self.crops[1:]) / (self.crops[-1][0] - self.crops[0][0])
 
 
 def main() -> None:
-    """Measure, print, and write the figures as JSON where asked."""
+    """Run the benchmarks, print the results, and write them as JSON with --json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ray", description=__doc__)
     parser.add_argument("--units", type=int, default=8, help="Of 60 recordings of 61 s each.")
     parser.add_argument("--rounds", type=int, default=3)
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _start_up() -> dict[str, float]:
-    """Seconds that a local cluster takes to start and to end."""
+    """Measure the seconds that a local cluster takes to start and to shut down."""
     found: dict[str, list[float]] = {"start_seconds": [], "end_seconds": []}
     for _ in range(3):
         started = time.perf_counter()
@@ -78,7 +78,7 @@ def _start_up() -> dict[str, float]:
 
 
 def _throughput(folder: Path, units: int, rounds: int) -> dict[str, Any]:
-    """Both in turn, over the same catalogue. Units are the default's: 60 recordings that say nothing of their end."""
+    """Measure both in turn over the same catalogue, in units of the default size: 60 recordings without an end."""
     catalog = make_library(folder, 3, 61)
     header, *rows = catalog.read_text(encoding="utf-8").splitlines()
     catalog.write_text("\n".join([header, *rows * (5 * units)]) + "\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def _in_a_process(kind: str) -> dict[str, float]:
 
 
 def _small_units(*, on_ray: bool) -> dict[str, float]:
-    """Units of one track whose engine and decoder answer at once: what a unit costs by itself."""
+    """Measure the overhead of a unit: units of one track, with the fake engine and decoder."""
     from benchmarks import fakes
 
     fakes.install()

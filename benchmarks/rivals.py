@@ -1,4 +1,4 @@
-"""What singerembed is measured against: the official pipeline, rebuilt, and other ways to do its parts."""
+"""The implementations that singerembed is compared with: the official pipeline, and other libraries for its parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Floats = NDArray[np.float32]
 
 
 class OfficialPipeline:
-    """The official code's steps with its libraries: soundfile, NumPy, nnAudio, torch, torchvision."""
+    """The steps of the official code, with its libraries: soundfile, NumPy, nnAudio, torch, torchvision."""
 
     def __init__(self, checkpoint: Checkpoint, batch: int) -> None:
         from nnAudio.features import MelSpectrogram
@@ -49,7 +49,7 @@ class OfficialPipeline:
 
 
 def mel_rivals(spec: ModelSpec, crop: Floats) -> dict[str, Callable[[], int]]:
-    """Power mel spectrograms of one crop by other libraries; those that are not installed are left out."""
+    """Return functions that compute power mel spectrograms of one crop with other libraries, if installed."""
     return {
         name: rival
         for name, make in (
@@ -154,7 +154,7 @@ def _scipy(spec: ModelSpec, crop: Floats) -> Callable[[], int]:
 def encoder_rivals(
     onnx_model: bytes, checkpoint: Checkpoint, log_mel: Floats, cores: int
 ) -> dict[str, Callable[[], int]]:
-    """The encoder by other runtimes with settings of their own choice, on all cores; each call is one batch."""
+    """Return functions that run one batch of the encoder with other runtimes and settings, on all cores."""
     rivals: dict[str, Callable[[], int]] = {}
     encoder = load_encoder(checkpoint)
     one = torch.from_numpy(log_mel[:1])

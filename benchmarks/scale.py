@@ -1,7 +1,7 @@
-"""`python -m benchmarks.scale`: many tracks through the real scheduler, units, parts and merge, on Ray on this machine.
+"""Measures many tracks on Ray on this machine: `python -m benchmarks.scale`.
 
-Engine and decoder answer at once (fakes.py); catalogue, scheduling, actors, part files, fsync, merge and index are the
-real ones. `--parts-only N` measures the last step alone: memory and time of joining, or indexing, N small parts.
+Only engine and decoder are fakes (fakes.py); catalogue, scheduler, actors, part files, fsync, merge and index are real.
+`--parts-only N` measures only the last step: memory and time of merging, or indexing, N small parts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PART_COUNTS = (1_000, 10_000, 100_000)
 
 
 class _Watch:
-    """A listener that notes the last unit's end, and what memory is held on the way."""
+    """A listener that records the end of the first and the last unit, and memory in between."""
 
     def __init__(self) -> None:
         self.units = 0
@@ -55,7 +55,7 @@ class _Watch:
 
 
 def main() -> None:
-    """Run each form in a process of its own, and print its figures as JSON."""
+    """Run each form in a new process, and print its results as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--tracks", type=int, default=1_000_000)
     parser.add_argument("--unit-minutes", type=float, default=240.0)
@@ -93,7 +93,7 @@ def _figures(command: list[str]) -> dict[str, Any]:
 
 
 def _status(name: str) -> float:
-    """A figure of this process, in MB."""
+    """Return a value of /proc/self/status in MB."""
     found = re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return int(found[1]) / 1024
@@ -130,7 +130,7 @@ def _whole(tracks: int, unit_minutes: float, workers: int, *, partitioned: bool)
 
 
 def _last_step(n: int, *, partitioned: bool) -> dict[str, Any]:
-    """Parts are copies of one; what joins them does not know."""
+    """Measure the last step over `n` parts, which are copies of one."""
     with tempfile.TemporaryDirectory() as name:
         catalog = Path(name) / "catalog.csv"
         catalog.write_text("track_id,path,artist\n" + "a,a.wav,somebody or other\n" * 10, encoding="utf-8")

@@ -1,6 +1,6 @@
-"""Clips a second of each stage of training, on one thread: `python benchmarks/training_stages.py DATA [--seconds 4]`.
+"""Measures each stage of training on one thread: `python benchmarks/training_stages.py DATA [--seconds 4]`.
 
-Prints JSON: the machine, the versions, and for each stage the median over repetitions and the spread.
+Prints JSON: machine, versions, and clips per second of each stage, as median, minimum and maximum over repetitions.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STAGES = {"pitch": "pitch shift (Praat)", "noise": "noise", "gain": "gain", "mas
 
 
 def rate(run: Callable[[], object], clips: int, repetitions: int) -> dict[str, float]:
-    """Return clips a second of `run`, which handles `clips` of them: median, least and most."""
+    """Return clips per second of `run`, which processes `clips` clips: median, minimum and maximum."""
     run()
     rates = []
     for _ in range(repetitions):
@@ -77,7 +77,7 @@ def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
 
 
 def network_rates(config: TrainConfig, clips: torch.Tensor, repetitions: int) -> dict[str, dict[str, float]]:
-    """Return the rates of the front end, of embedding, and of a whole training step."""
+    """Return the rates of the front end, of the forward pass, and of a whole training step."""
     method = build_method(config, steps_per_epoch=1)
     optimiser = torch.optim.Adam(method.parameters(), lr=1e-4)
     pairs = {"clips": clips.reshape(-1, 2, clips.shape[-1]), "groups": torch.arange(len(clips) // 2)}

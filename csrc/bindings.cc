@@ -1,4 +1,4 @@
-// The only C++ that sees Python: checks arrays, names keywords, releases the GIL.
+// Python bindings: check arrays, name keywords, release the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
@@ -43,7 +43,7 @@ nb::ndarray<nb::numpy, T> to_numpy(std::unique_ptr<T[]> values, std::initializer
   return nb::ndarray<nb::numpy, T>(values.release(), shape, owner);
 }
 
-// Uninitialised, so that pages are touched once, by the kernel.
+// Uninitialised, because the kernel writes all elements.
 template <class T>
 std::unique_ptr<T[]> allocate(std::size_t n) {
   return std::unique_ptr<T[]>(new T[n]);

@@ -1,4 +1,4 @@
-// Owners of CUDA things, and the check of every call. Bare allocation and destruction live here and nowhere else.
+// RAII owners of CUDA resources, and error checks. All CUDA allocation and destruction is in this file.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,33 +13,33 @@ namespace singerembed {
 
 inline void check_cuda(cudaError_t status, const char* call, const char* file, int line) {
   if (status == cudaSuccess) return;
-  cudaGetLastError();  // an error that is not sticky must not be met again by the next call
+  cudaGetLastError();  // clear a non-sticky error, which the next call would report again
   throw std::runtime_error(std::string(call) + " failed: " + cudaGetErrorName(status) + ", " +
                            cudaGetErrorString(status) + " (" + file + ":" + std::to_string(line) + ")");
 }
 
 #define SE_CUDA(call) ::singerembed::check_cuda((call), #call, __FILE__, __LINE__)
 
-// Device memory with a copy of a host vector: moved, never copied.
+// Device memory with a copy of a host vector. Move-only.
 template <class T>
 class DeviceTable {
  public:
   explicit DeviceTable(const std::vector<T>& values) {
     SE_CUDA(cudaMalloc(&data_, values.size() * sizeof(T)));
     const cudaError_t status = cudaMemcpy(data_, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
-    if (status != cudaSuccess) cudaFree(data_);  // a constructor that throws gets no destructor
+    if (status != cudaSuccess) cudaFree(data_);  // the destructor does not run if the constructor throws
     SE_CUDA(status);
   }
   DeviceTable(DeviceTable&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
   DeviceTable& operator=(DeviceTable&&) = delete;
-  ~DeviceTable() { cudaFree(data_); }  // cannot throw; a context that failed has said so in the call before
+  ~DeviceTable() { cudaFree(data_); }  // ignores errors: a destructor cannot throw, and a failed context was reported
   const T* data() const noexcept { return data_; }
 
  private:
   T* data_ = nullptr;
 };
 
-// What a stream was told between the constructor and `finish`, to be launched again as one: moved, never copied.
+// A CUDA graph captured from a stream between the constructor and `finish`. Move-only.
 class CapturedGraph {
  public:
   explicit CapturedGraph(cudaStream_t stream) : stream_(stream) {
@@ -60,7 +60,7 @@ class CapturedGraph {
     SE_CUDA(cudaGraphInstantiate(&executable_, graph_, 0));
   }
 
-  // Gives the stream back as it was before the capture.
+  // Ends the capture without a graph.
   void abandon() noexcept {
     if (stream_ == nullptr) return;
     cudaStreamEndCapture(std::exchange(stream_, nullptr), &graph_);
@@ -70,7 +70,7 @@ class CapturedGraph {
   void launch(cudaStream_t stream) const { SE_CUDA(cudaGraphLaunch(executable_, stream)); }
 
  private:
-  cudaStream_t stream_;  // while it is captured
+  cudaStream_t stream_;  // null after the capture
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t executable_ = nullptr;
 };

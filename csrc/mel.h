@@ -1,10 +1,10 @@
-// The mel front end: what it computes, its options, shapes and interface. Neither CUDA nor Python headers.
+// Interface of the mel front end: formulas, options, shapes. Includes neither CUDA nor Python headers.
 //
 // For one crop x[0 .. crop_samples) of PCM:
 //
 //   peak = max |x|, rms = sqrt(mean x^2)                       (full scale is 1; int16 is divided by 32768)
-//   a crop whose peak does not exceed the silence threshold is silent, one holding NaN or infinity is invalid:
-//   neither gets a spectrogram; every other crop is loud and does:
+//   A crop whose peak does not exceed the silence threshold is silent, one with NaN or infinity is invalid. Neither
+//   gets a spectrogram. All other crops are loud, and get one:
 //   y        = x / peak, reflected at both ends by kFftSize / 2 samples
 //   power    = |DFT(hann * y[f * kHopSamples ...])|^2           f = 0 .. n_frames - 1
 //   mel      = basis * power                                    basis: Slaney scale and area norm
@@ -17,8 +17,7 @@
 
 namespace singerembed {
 
-// The transform's size and hop are compiled in: the FFT is written for them, and every weight file in
-// circulation was trained with them.
+// FFT size and hop are constants: the FFT is written for them, and all published weights were trained with them.
 inline constexpr int kFftSize = 2048;
 inline constexpr int kHopSamples = 512;
 inline constexpr int kBins = kFftSize / 2 + 1;
@@ -26,7 +25,7 @@ inline constexpr int kBins = kFftSize / 2 + 1;
 struct MelOptions {
   int crop_samples = 0;         // samples in a crop, at least kFftSize
   int n_mels = 0;               // mel bands
-  double mel_sample_rate = 0;   // Hz, the rate the mel basis is built for (not always that of the audio)
+  double mel_sample_rate = 0;   // Hz, of the mel basis; may differ from that of the audio
   double mel_fmin = 0;          // Hz, lower edge of the first band
   double mel_fmax = 0;          // Hz, upper edge of the last band, at most mel_sample_rate / 2
   float log_offset = 0;         // added to the mel power before the logarithm
@@ -37,15 +36,14 @@ struct MelOptions {
   std::size_t mel_size() const { return static_cast<std::size_t>(n_mels) * static_cast<std::size_t>(n_frames()); }
 };
 
-// One mel band as a run of FFT bins. Of n_mels * kBins weights fewer than two a bin are not zero; the others
-// are never stored or read.
+// A mel band as a range of FFT bins. At most two of the n_mels weights of a bin are not zero; only those are stored.
 struct MelBand {
   int first_bin;     // weights[first_weight + i] multiplies power[first_bin + i], i = 0 .. n_bins - 1
   int n_bins;
   int first_weight;
 };
 
-// Everything a kernel reads and never writes, for the CPU and for CUDA. Computed in double precision, stored in float.
+// Constant tables of the CPU and CUDA kernels. Computed in double, stored in float.
 struct MelTables {
   std::vector<float> window;          // kFftSize: periodic Hann, halved (the real split adds two terms of each bin)
   std::vector<float> fft_twiddles;    // 2 * kFftSize / 2: (cos, -sin)(2 pi j / (kFftSize / 2)), j = n2 * 32 + k1 -> n2 * k1
@@ -57,7 +55,7 @@ struct MelTables {
 // Throws std::invalid_argument naming the option that is out of range.
 MelTables make_tables(const MelOptions& options);
 
-struct IsaKernels;  // the code for one instruction set
+struct IsaKernels;  // kernels for one instruction set
 
 enum class CropState : std::uint8_t { kLoud = 0, kSilent = 1, kInvalid = 2 };
 
@@ -69,11 +67,11 @@ struct CropLevel {
 
 enum class MelOutput { kPower, kLog };  // mel, or log_mel, of the formulas above
 
-// The CPU implementation, for one crop at a time. Immutable after construction: any number of threads may share one.
+// The CPU implementation, for one crop at a time. Immutable after construction, so thread-safe.
 class MelPlan {
  public:
-  // `isa` is one of available_isas(), or empty for the widest this processor runs.
-  // Throws std::invalid_argument for options out of range or an ISA that this processor or build lacks.
+  // `isa` is one of available_isas(), or empty for the widest that this processor supports.
+  // Throws std::invalid_argument for options out of range or an ISA that this processor or build does not support.
   explicit MelPlan(const MelOptions& options, const char* isa = "");
 
   const MelOptions& options() const { return options_; }
@@ -81,7 +79,7 @@ class MelPlan {
   const char* isa() const;
 
   // `pcm` holds options().crop_samples samples. `mel` has room for options().mel_size() floats, [n_mels, n_frames],
-  // and is written only if the crop is loud. Throws std::bad_alloc when the thread's scratch cannot be had.
+  // and is written only if the crop is loud. Throws std::bad_alloc if the thread's scratch cannot be allocated.
   CropLevel run(const std::int16_t* pcm, MelOutput output, float* mel) const;
   CropLevel run(const float* pcm, MelOutput output, float* mel) const;
 
@@ -98,9 +96,8 @@ std::vector<const char*> available_isas();  // narrowest first
 
 // Mean over interleaved channels: out[i] = (in[i * channels] + ...) / channels, summed in float as NumPy does.
 //
-// Where the channels cancel, `mono` is the loudest channel instead, decided anew for each stretch of `segment` frames:
-// the mean's energy is below 1 % of what it would be if only the second loudest channel sounded. Returns how many
-// segments that were.
+// In segments of `segment` frames in which the channels cancel, out is the loudest channel instead: if the energy of the
+// mean is below 1 % of what it would be with only the second loudest channel. Returns the number of those segments.
 std::size_t mix_down(const float* interleaved, std::size_t frames, int channels, std::size_t segment, float* mono);
 
 }  // namespace singerembed

@@ -19,7 +19,7 @@ struct AlignedDelete {
   void operator()(float* p) const noexcept { ::operator delete[](p, kVectorAlignment); }
 };
 
-// One buffer a thread, kept: a crop takes half a millisecond, and fresh pages would cost a tenth of that.
+// One buffer per thread, reused: a crop takes half a millisecond, and page faults would add a tenth.
 float* thread_scratch(std::size_t floats) {
   thread_local std::unique_ptr<float[], AlignedDelete> buffer;
   thread_local std::size_t size = 0;
@@ -130,7 +130,7 @@ void add_energy(const float* interleaved, std::size_t frames, std::size_t channe
   for (; i < n; ++i) energy[i % channels] += interleaved[i] * interleaved[i];
 }
 
-// The loudest of the channels where their mean `mono` cancels, else -1. NaN anywhere counts as not cancelling.
+// The index of the loudest channel if the channels cancel in their mean `mono`, else -1. With NaN they do not cancel.
 int louder_channel(const float* interleaved, std::size_t frames, std::size_t channels, const float* mono) {
   std::vector<float> energy(channels + 1);
   add_energy(interleaved, frames, channels, energy.data());

@@ -1,4 +1,4 @@
-// The launches of mel_kernels.h.
+// CUDA kernels and launches of the stages in mel_kernels.h.
 
 #include <cstdint>
 #include <memory>
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
   level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
 }
 
-// No second launch bound: a tighter register limit spills (docs/gpu.md), and where registers are many (168 on 8.0) three
-// blocks still fit, on 8.6 and 8.9 shared memory allows two anyway.
+// No second launch bound: a tighter register limit spills (docs/gpu.md). On 8.0, with 168 registers, three blocks fit;
+// on 8.6 and 8.9 shared memory limits a multiprocessor to two anyway.
 __global__ void __launch_bounds__(kMelThreads) mel_kernel(MelJob job) {
   __shared__ alignas(16) unsigned char memory[kMelSharedBytes];
   mel_block(job, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y),

@@ -32,14 +32,14 @@ void check_batch(int crops) {
 
 namespace {
 
-// Where each band of a slice starts to read. A band shorter than the slice may start earlier, over zero weights; since
-// all lanes step through the bins together, starts in different banks of shared memory stay in different banks.
+// First bin of each band of a slice. A band shorter than the slice may start earlier, over zero weights. All lanes step
+// through the bins together, so bands that start in different banks of shared memory stay in different banks.
 std::vector<int> choose_first_bins(const MelBand* bands, int n_bands, int slice_bins) {
   std::vector<int> order(static_cast<std::size_t>(n_bands)), first_bins(kWarp, 0);
   std::iota(order.begin(), order.end(), 0);
   std::sort(order.begin(), order.end(), [&](int a, int b) { return bands[a].n_bins > bands[b].n_bins; });
   int users[kWarp] = {};  // of each bank
-  for (const int lane : order) {  // those with the least choice first
+  for (const int lane : order) {  // those with the fewest possible starts first
     const MelBand& band = bands[lane];
     const int last = std::min(band.first_bin, kBins - slice_bins);
     const int first = std::max(0, band.first_bin + band.n_bins - slice_bins);

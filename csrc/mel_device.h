@@ -1,12 +1,12 @@
-// The mel front end on a GPU: records that cross the bus, jobs, and the interface that CUDA and its emulation share.
-// Neither CUDA nor Python headers.
+// The mel front end on a GPU: structs exchanged with the host, kernel arguments, and the interface of the CUDA
+// implementation and its emulation. Includes neither CUDA nor Python headers.
 //
-// A batch takes three launches, because the host decides in between which crops go on:
+// A batch takes three launches, because the host selects the loud crops after the first:
 //
-//   level      one block a crop: peak, RMS, silence. The host reads the levels and lists the loud crops, which may lie
+//   level      one block per crop: peak, RMS, silence. The host reads the levels and lists the loud crops, which may be
 //              anywhere in device memory.
-//   mel        one block for kFramesPerBlock frames of a listed crop: log-mel to scratch, and the block's maximum.
-//   normalise  divides by the maximum of the crop's blocks (or by a constant), and casts.
+//   mel        one block per kFramesPerBlock frames of a listed crop: log-mel to scratch, and the block's maximum.
+//   normalise  divides by the maximum over the crop's blocks (or by a constant), and casts.
 #pragma once
 
 #include <cstddef>
@@ -19,21 +19,21 @@
 
 namespace singerembed {
 
-struct DeviceLevel {  // what `level` says of a crop
+struct DeviceLevel {  // output of `level` for a crop
   float peak, rms;    // as in CropLevel
-  float scale;        // what samples are multiplied by: 1 / peak in the unit of the samples; 0 unless loud
+  float scale;        // factor on samples: 1 / peak in the unit of the samples; 0 unless loud
   std::int32_t state; // CropState
 };
 
-struct DeviceCrop {        // what `mel` is told of a crop
+struct DeviceCrop {        // input of `mel` for a crop
   std::uint64_t pcm;       // address in device memory, aligned to a pair of samples
   float scale;             // from its DeviceLevel
   std::int32_t is_int16;   // samples are int16, otherwise float
 };
-static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/mel.py has the same layout");
+static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/model/mel.py has the same layout");
 
-// The mel basis as 32 bands a slice, one in each lane of a warp, all padded to the longest (sliced ELLPACK), so that
-// a warp reads its weights in one piece and its lanes never diverge.
+// The mel basis in slices of 32 bands, one per lane of a warp, padded to the longest band (sliced ELLPACK), so that a
+// warp's reads of weights are coalesced and its lanes do not diverge.
 struct MelSlice {
   int first_weight;  // weights[first_weight + 32 * i + lane] multiplies power[first_bins[band] + i]
   int n_bins;
@@ -85,8 +85,8 @@ struct NormaliseJob {
 
 enum class DeviceOutput { kFloat, kHalf };
 
-// What CUDA and its emulation have in common. Addresses are numbers that mean something to the device; a stream is a
-// cudaStream_t as a number, and the calls only enqueue. Nothing is allocated after construction. One thread at a time.
+// Base class of the CUDA implementation and its emulation. Addresses are device addresses; a stream is a cudaStream_t
+// as a number. Calls are asynchronous and allocate nothing. Not thread-safe.
 class DeviceMel {
  public:
   virtual ~DeviceMel() = default;
@@ -115,32 +115,32 @@ class DeviceMel {
 
  private:
   virtual void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) = 0;
-  // `job` lacks the tables, which are the implementation's.
+  // `job` comes without tables; the implementation adds them.
   virtual void launch(MelJob job, int blocks, int crops, std::uint64_t stream) = 0;
   virtual void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) = 0;
 
   MelOptions options_;
 };
 
-// Device memory for the tables comes from the CUDA context that is current; it must be so again for every call and
-// for the destructor. Throws std::runtime_error when CUDA fails.
+// The tables are allocated in the current CUDA context, which must be current in all calls and in the destructor.
+// Throws std::runtime_error if CUDA fails.
 std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options);
 
-// The same kernels on the host, thread by thread, in host memory; `stream` is ignored. `order` is that of the threads
-// within a stage: 0 as numbered, 1 backwards, else the seed of a shuffle. Reads and writes of shared memory are watched:
-// std::logic_error for a race (two threads meet in a word without a barrier between them, one of them writing) and for
-// reading what nobody wrote.
+// Emulation of the kernels on the host, thread by thread, in host memory; `stream` is ignored. `order` of the threads
+// within a stage: 0 ascending, 1 descending, else the seed of a shuffle. Accesses to shared memory are checked:
+// std::logic_error for a race (two threads access a word without a barrier in between, one of them writing) and for
+// reading an uninitialised word.
 class EmulatedMel : public DeviceMel {
  public:
   struct Traffic {
     std::string stage;
-    std::uint64_t wavefronts;  // passes over the 32 banks of shared memory that the accesses of a warp take
+    std::uint64_t wavefronts;  // passes over the 32 banks of shared memory for the accesses of a warp
     std::uint64_t ideal;       // the same without bank conflicts
   };
 
   EmulatedMel(const MelOptions& options, std::uint32_t order);
   ~EmulatedMel() override;
-  std::vector<Traffic> traffic() const;  // since construction, a stage of the mel kernel each
+  std::vector<Traffic> traffic() const;  // since construction, one per stage of the mel kernel
 
  private:
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override;
@@ -151,7 +151,7 @@ class EmulatedMel : public DeviceMel {
   std::unique_ptr<State> state_;
 };
 
-// Runs a stage that lacks a barrier, so that a test can see EmulatedMel's watch catch it. Throws std::logic_error.
+// Runs a stage without a barrier, to test the race detection of EmulatedMel. Throws std::logic_error.
 void emulate_missing_barrier();
 
 }  // namespace singerembed

@@ -1,5 +1,5 @@
-// The GPU's kernels on the host: blocks one after another, the threads of a stage one after another in a chosen order,
-// and a watch over shared memory that a GPU does not have.
+// Emulation of the GPU kernels on the host: blocks, and the threads of a stage in a chosen order, run sequentially,
+// with race detection in shared memory.
 
 #include <algorithm>
 #include <array>
@@ -65,14 +65,14 @@ class Watch {
     std::memcpy(memory_.data() + index * sizeof(T), &value, sizeof(T));
   }
 
-  // Adds what the last stage's accesses took, the i-th of a warp's lanes together.
+  // Counts the wavefronts of the last stage; the i-th accesses of a warp's lanes are simultaneous.
   void count_wavefronts(EmulatedMel::Traffic& traffic) const {
     for (std::size_t warp = 0; warp < accesses_.size(); warp += kWarp) {
       for (std::size_t i = 0, more = 1; more != 0; ++i) {
         more = 0;
         for (std::size_t first = warp; first < warp + kWarp;) {
           const int words = i < accesses_[first].size() ? accesses_[first][i].words : 1;
-          const std::size_t lanes = kWarp / static_cast<std::size_t>(words);  // wider accesses go in as many parts
+          const std::size_t lanes = kWarp / static_cast<std::size_t>(words);  // wider accesses are split
           const std::size_t last = std::min(first + lanes, warp + kWarp);
           more += count_part(first, last, i, traffic);
           first = last;
@@ -134,7 +134,7 @@ struct WatchedShared {
 
 using TrafficByStage = std::map<std::string, EmulatedMel::Traffic>;
 
-class HostExec {  // one block
+class HostExec {  // executes one block
  public:
   HostExec(std::vector<int> order, int shared_bytes, TrafficByStage* traffic = nullptr)
       : order_(std::move(order)), watch_(shared_bytes, static_cast<int>(order_.size())), traffic_(traffic) {}

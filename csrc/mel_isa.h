@@ -1,5 +1,5 @@
-// What each instruction set's build of mel_lanes.inc offers to mel_cpu.cc. Plain pointers only: those sources must
-// not instantiate anything from the standard library, for the reason given at SE_HD.
+// Interface between mel_cpu.cc and mel_lanes.inc, which is compiled once per instruction set. Plain pointers only:
+// those sources must not instantiate anything from the standard library, for the reason given at SE_HD.
 #pragma once
 
 #include <cstddef>
@@ -10,15 +10,15 @@
 namespace singerembed {
 
 struct CropSums {
-  float peak;          // of the samples as they are: int16 units, or full scale 1
-  double sum_squares;  // likewise; infinite where float overflows
+  float peak;          // in the unit of the samples: int16, or full scale 1
+  double sum_squares;  // likewise; infinite if float overflows
   bool finite;
 };
 
 struct CropJob {
   int crop_samples, n_mels, n_frames;
   float log_offset, log_divisor;
-  float scale;  // what samples are multiplied by: 1 / peak
+  float scale;  // factor on samples: 1 / peak
   bool power_only;
   const float* window;
   const float* fft_twiddles;

@@ -1,9 +1,9 @@
-// The kernels of mel_device.h as stages. `exec.stage(f)` runs f(thread, shared) for every thread of the block and then
-// meets at a barrier: on a GPU each thread runs its own f and then __syncthreads(), on the host a loop runs them all.
-// Threads may exchange values through shared memory across a stage's end and nowhere else.
+// The kernels of mel_device.h as stages. `exec.stage(f)` runs f(thread, shared) for all threads of the block, followed
+// by a barrier: on a GPU each thread runs its own f and then __syncthreads(), on the host a loop runs them all. Threads
+// may exchange values through shared memory only between stages.
 //
-// The transform is that of the CPU twin (mel_lanes.inc): 1024 complex points as 32 x 32, here with one frame in a warp
-// and one column, then one row, in the registers of a lane.
+// The FFT is that of the CPU implementation (mel_lanes.inc): 1024 complex points as 32 x 32, here with one frame per
+// warp, and one column, then one row, in the registers of a lane.
 #pragma once
 
 #include <cfloat>
@@ -19,26 +19,26 @@ constexpr int kWarp = 32;
 constexpr int kFramesPerBlock = 4;
 constexpr int kMelThreads = kFramesPerBlock * kWarp;
 constexpr int kPoints = kFftSize / 2;
-// Words between rows of 32 points: an odd number of points, so that a column falls into different banks. The 33rd
-// point of row 0 takes the power of bin kPoints.
+// Stride of rows of 32 points, in points: odd, so that the points of a column are in different banks. The 33rd point of
+// row 0 holds the power of bin kPoints.
 constexpr int kRowPoints = kWarp + 1;
 constexpr int kFramePoints = kWarp * kRowPoints;
 constexpr int kMaximaWord = kFramesPerBlock * kFramePoints * 2;
 constexpr int kMelSharedBytes = (kMaximaWord + kMelThreads) * 4;
 
 constexpr int kLevelThreads = 512;
-constexpr int kPeaksWord = 2 * kLevelThreads;  // behind as many doubles
+constexpr int kPeaksWord = 2 * kLevelThreads;  // after as many doubles
 constexpr int kLevelSharedBytes = 3 * kLevelThreads * 4;
 
 constexpr int kNormaliseThreads = 256;
-constexpr int kNormaliseChunk = 16 * kNormaliseThreads;  // values of a block
+constexpr int kNormaliseChunk = 16 * kNormaliseThreads;  // values per block
 constexpr int kNormaliseSharedBytes = kNormaliseThreads * 4;
 
 static_assert(kWarp == kDft32Points && kWarp * kWarp == kPoints);
 static_assert(kMelSharedBytes <= 48 * 1024, "more needs an attribute of the kernel");
 
 template <class Sample>
-struct alignas(2 * sizeof(Sample)) Pair {  // one load of a GPU
+struct alignas(2 * sizeof(Sample)) Pair {  // a single load on a GPU
   Sample first, second;
 };
 
@@ -49,7 +49,7 @@ SE_HD Pair<Sample> load_pair(const Sample* p) {
 
 SE_HD float larger(float a, float b) { return a > b ? a : b; }
 
-// Leaves the largest of `threads` floats from word `first` on in that word. `threads` is a power of two.
+// Writes the maximum of the `threads` floats from word `first` on to that word. `threads` is a power of two.
 template <class Exec>
 SE_HD void reduce_maximum(const Exec& exec, int first, int threads) {
   for (int width = threads / 2; width >= 1; width /= 2) {
@@ -63,7 +63,7 @@ SE_HD void reduce_maximum(const Exec& exec, int first, int threads) {
 
 // --- level --------------------------------------------------------------------------------------------------------
 
-// A sample that is not finite counts as infinite, which no finite sample reaches.
+// |x|; infinity for a sample that is not finite.
 SE_HD float magnitude(float x) {
   const float positive = x < 0 ? -x : x;
   return positive <= FLT_MAX ? positive : INFINITY;
@@ -106,10 +106,10 @@ SE_HD void level_block(const LevelJob& job, int crop, const Exec& exec) {
 
 SE_HD int point_of_bin(int bin) { return (bin % kWarp) * kRowPoints + bin / kWarp; }
 
-// The word of its point that takes a bin's power: the second one in the lower rows, so that 32 lanes use all banks.
+// The word of a bin's power: the second word of its point for rows 16 to 31, so that 32 lanes use all banks.
 SE_HD int power_word(int bin) { return 2 * point_of_bin(bin) + bin % kWarp / (kWarp / 2); }
 
-// Column `column` of a frame: window, transform over n1, turn.
+// Column `column` of a frame: window, DFT over n1, twiddle factors.
 template <class Sample, class Shared>
 SE_HD void transform_column(const MelJob& job, const DeviceCrop& crop, int frame, int column, int base,
                             const Shared& shared) {
@@ -130,20 +130,20 @@ SE_HD void transform_column(const MelJob& job, const DeviceCrop& crop, int frame
                               static_cast<float>(pair.second) * crop.scale * window.second};
       },
       [&](int k1, Complex<float> value) {
-        // The table holds the turn n2 * k1 at [n2][k1]; read as [k1][n2], lanes are neighbours.
+        // The table has the twiddle factor of n2 * k1 at [n2][k1]; it is symmetric, and [k1][n2] makes lanes adjacent.
         const Pair<float> turn = load_pair(job.tables.fft_twiddles + 2 * (kWarp * k1 + column));
         shared.store(base + k1 * kRowPoints + column, times(value, turn.first, turn.second));
       });
 }
 
-// Row `row` of a frame, transformed over n2 in place.
+// Row `row` of a frame: DFT over n2 in place.
 template <class Shared>
 SE_HD void transform_row_in_place(int row, int base, const Shared& shared) {
   dft32<float>([&](int n2) { return shared.template load<Complex<float>>(base + row * kRowPoints + n2); },
                [&](int k2, Complex<float> value) { shared.store(base + row * kRowPoints + k2, value); });
 }
 
-// Bins k = lane, lane + 32, ... up to kPoints / 2, each with its mirror: the powers take the place of the points.
+// Bins k = lane, lane + 32, ... up to kPoints / 2, each with its mirror: the powers replace the points.
 template <class Shared>
 SE_HD void split_in_place(const MelJob& job, int lane, int base, const Shared& shared) {
   for (int k = lane; k <= kPoints / 2; k += kWarp) {
@@ -153,11 +153,11 @@ SE_HD void split_in_place(const MelJob& job, int lane, int base, const Shared& s
     float power, power_mirror;
     split_power(z, z_mirror, turn.first, turn.second, power, power_mirror);
     shared.store(2 * base + power_word(k), power);
-    shared.store(2 * base + power_word(kPoints - k), power_mirror);  // of bin 0: the spare point of row 0
+    shared.store(2 * base + power_word(kPoints - k), power_mirror);  // mirror of bin 0: the spare point of row 0
   }
 }
 
-// One band of all frames of the block; the weights are read once. Returns the largest value written.
+// One band of all frames of the block, reading the weights once. Returns the maximum of the written values.
 template <class Shared>
 SE_HD float write_band(const MelJob& job, int crop, int first_frame, int band, const Shared& shared) {
   const MelSlice slice = job.tables.slices[band / kWarp];
@@ -185,7 +185,7 @@ SE_HD float write_band(const MelJob& job, int crop, int first_frame, int band, c
   return maximum;
 }
 
-// Frames [kFramesPerBlock * block, ...) of listed crop `crop`; there are `blocks` blocks for each.
+// Frames [kFramesPerBlock * block, ...) of listed crop `crop`, which has `blocks` blocks.
 template <class Exec>
 SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const Exec& exec) {
   const int first_frame = block * kFramesPerBlock;
@@ -224,8 +224,8 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
 
 // --- normalise ----------------------------------------------------------------------------------------------------
 
-// Nearest IEEE half, ties to even, as its bits; the largest finite half beyond the range, so that a crop whose maximum
-// is nearly 0 gives large values and not infinity, which the encoder would turn into NaN.
+// Bits of the nearest IEEE half, ties to even. Values beyond the range become the largest finite half, because a crop
+// whose maximum is nearly 0 would give infinity, which the encoder would turn into NaN.
 SE_HD std::uint16_t to_half_bits(float x) {
   constexpr float largest = 65504.0f;
   if (x > largest) x = largest;
@@ -235,7 +235,7 @@ SE_HD std::uint16_t to_half_bits(float x) {
   const std::uint32_t sign = bits >> 16 & 0x8000u, absolute = bits & 0x7fffffffu;
   if (absolute > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);  // NaN
   std::uint32_t half;
-  if (absolute < 0x38800000u) {  // below 2^-14: a multiple of 2^-24, which adding 1/2 rounds to
+  if (absolute < 0x38800000u) {  // below 2^-14: adding 1/2 rounds to a multiple of 2^-24
     float shifted;
     std::memcpy(&shifted, &absolute, sizeof shifted);
     shifted += 0.5f;

@@ -1,5 +1,5 @@
-// The arithmetic of the mel front end, written once for every target: V is float in a CUDA thread, and a vector
-// holding one frame in each lane on the CPU. Nothing here allocates, branches on data or knows where it runs.
+// Arithmetic of the mel front end, shared by all targets: V is float in a CUDA thread, and on the CPU a vector with one
+// frame per lane. Nothing here allocates or branches on data.
 #pragma once
 
 #include <cfloat>
@@ -11,13 +11,13 @@
 #define SE_HD static __host__ __device__ __forceinline__
 #else
 // Internal linkage and forced inlining: the CPU sources are compiled for different instruction sets, and a shared
-// out-of-line copy could be the one that the processor cannot run.
+// out-of-line copy could use instructions that the processor does not have.
 #define SE_HD static inline __attribute__((always_inline))
 #endif
 
 #if defined(__CUDA_ARCH__)
 #define SE_UNROLL _Pragma("unroll")
-#elif defined(__CUDACC__)  // nvcc's pass for the host knows neither form, and runs none of the loops
+#elif defined(__CUDACC__)  // nvcc's host pass supports neither form, and runs none of the loops
 #define SE_UNROLL
 #else
 #define SE_UNROLL _Pragma("GCC unroll 32")
@@ -25,17 +25,17 @@
 
 namespace singerembed {
 
-// What becomes of a crop with these sums over its samples as they are (int16 units, or full scale 1).
+// Level and state of a crop from sums over its samples, in their unit (int16, or full scale 1).
 SE_HD CropLevel crop_level(float peak, double sum_squares, bool finite, float full_scale, int n, float silence_peak) {
   if (!finite) return {NAN, NAN, CropState::kInvalid};
   const float rms = static_cast<float>(std::sqrt(sum_squares / n) / full_scale);
-  // A subnormal peak has no finite reciprocal; nothing recorded is that quiet.
+  // A subnormal peak has no finite reciprocal; no recording is that quiet.
   const bool silent = peak / full_scale <= silence_peak || peak < FLT_MIN;
   return {peak / full_scale, rms, silent ? CropState::kSilent : CropState::kLoud};
 }
 
-// Index into the crop of sample i of the signal that is reflected about its first and last samples (neither is
-// repeated); for -n < i < 2n - 1.
+// Index into a crop of n samples for sample i of the signal reflected about its first and last samples (which are not
+// repeated), -n < i < 2n - 1.
 SE_HD int reflect(int i, int n) {
   i = i < 0 ? -i : i;
   return i < n ? i : 2 * (n - 1) - i;
@@ -90,7 +90,7 @@ SE_HD void dft4(Complex<V>& x0, Complex<V>& x1, Complex<V>& x2, Complex<V>& x3) 
   x3 = d02 - d13;
 }
 
-// In place: x[k] = sum_n x[n] exp(-2 pi i n k / 8), in natural order: two DFTs of four (even and odd n), joined.
+// In place: x[k] = sum_n x[n] exp(-2 pi i n k / 8), in natural order, from two DFTs of four points (even and odd n).
 template <class V>
 SE_HD void dft8(Complex<V> (&x)[8]) {
   dft4(x[0], x[2], x[4], x[6]);
@@ -109,12 +109,12 @@ SE_HD void dft8(Complex<V> (&x)[8]) {
 
 constexpr int kDft32Points = 32;
 
-// DFT of 32 points: n = 8 a + b, k = p + 4 q. `read(n)` gives the input; `write(k, value)` takes the output. All
-// reads come before the first write.
+// DFT of 32 points: n = 8 a + b, k = p + 4 q. `read(n)` returns the input; `write(k, value)` stores the output. All
+// reads precede the first write.
 template <class V, class Read, class Write>
 SE_HD void dft32(Read read, Write write) {
-  // (cos, -sin)(2 pi j / 32). Local, because a CUDA compiler lets device code read constexpr arrays only there; the
-  // loops are unrolled, so that each entry becomes an immediate.
+  // (cos, -sin)(2 pi j / 32). Local, because device code can read only local constexpr arrays; the loops are unrolled,
+  // so that each entry becomes an immediate.
   constexpr float turns[22][2] = {
       {1.0f, 0.0f},
       {0.98078528040323044913f, -0.19509032201612826785f},
@@ -162,7 +162,7 @@ SE_HD void dft32(Read read, Write write) {
 
 // The real transform from the half-length complex one. z[n] = x[2n] + i x[2n + 1] has the transform Z of length
 // M = kFftSize / 2, and X[k] = E + W O, X[M - k] = conj(E - W O), with 2 E = Z[k] + conj Z[M - k],
-// 2 i O = Z[k] - conj Z[M - k], W = exp(-2 pi i k / kFftSize). The halves are in the window. Writes |X[k]|^2 and
+// 2 i O = Z[k] - conj Z[M - k], W = exp(-2 pi i k / kFftSize). The factors 1/2 are in the window. Writes |X[k]|^2 and
 // |X[M - k]|^2; for k = 0 pass Z[0] twice, which gives bins 0 and M.
 template <class V>
 SE_HD void split_power(Complex<V> z, Complex<V> z_mirror, float w_re, float w_im, V& power, V& power_mirror) {

@@ -1,4 +1,4 @@
-// Four lanes: SSE2 on x86-64, NEON on 64-bit ARM, what the compiler makes of it elsewhere.
+// Four lanes: SSE2 on x86-64, NEON on 64-bit ARM; the compiler's choice elsewhere.
 #define SE_LANES 4
 #define SE_KERNELS kPortableKernels
 #define SE_NAME "portable"

@@ -11,7 +11,7 @@ constexpr double kPi = 3.14159265358979323846;
 
 // Slaney's mel scale: linear below 1 kHz, logarithmic above (Auditory Toolbox, 1998; what librosa and nnAudio
 // call htk=False).
-constexpr double kLinearStep = 200.0 / 3.0;  // Hz a mel below the break
+constexpr double kLinearStep = 200.0 / 3.0;  // Hz per mel below 1 kHz
 constexpr double kBreakHz = 1000.0;
 constexpr double kBreakMel = kBreakHz / kLinearStep;
 const double kLogStep = std::log(6.4) / 27.0;

@@ -1,6 +1,6 @@
-"""What the CUDA kernels take of a multiprocessor: registers, spills and shared memory, by compute capability.
+"""Reports registers, spills and shared memory of the CUDA kernels, by compute capability.
 
-Compiles csrc/mel_cuda.cu with nvcc and writes what ptxas reports as JSON. Exits with 1 if a kernel spills registers.
+Compiles csrc/mel_cuda.cu with nvcc and writes the report of ptxas as JSON. Exits with 1 if a kernel spills registers.
 
     python scripts/cuda_resources.py benchmarks/results/cuda_resources.json
 """
@@ -25,7 +25,7 @@ _VARIANTS = {"s": "int16", "f": "float", "t": "half", None: ""}
 
 
 def compile_report(architecture: str) -> str:
-    """What ptxas says of the kernels compiled for sm_`architecture`."""
+    """Compile the kernels for sm_`architecture`, and return the report of ptxas."""
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "kernels.cubin")
         options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", "-o", target]
@@ -34,7 +34,7 @@ def compile_report(architecture: str) -> str:
 
 
 def parse(report: str) -> list[dict[str, Any]]:
-    """One record a kernel of a report."""
+    """Return one record per kernel of a report."""
     kernels = []
     for entry, body in zip(_ENTRY.finditer(report), _ENTRY.split(report)[3::3], strict=True):
         kernel, spills, used = _KERNEL.search(entry[1]), _SPILLS.search(body), _USED.search(body)
@@ -53,7 +53,7 @@ def parse(report: str) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Write the report; say what spills."""
+    """Write the report, and print kernels that spill."""
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     kernels = [kernel for architecture in ARCHITECTURES for kernel in parse(compile_report(architecture))]
     nvcc = re.search(r"V[\d.]+", version)

@@ -1,7 +1,7 @@
-"""Times the GPU path on this machine: the kernels against their floor and torchaudio's, the engines, the whole job.
+"""Measures the GPU path: the kernels against their theoretical limit and torchaudio, the engines, and whole runs.
 
-Prints a table and writes it as JSON, named after the GPU, into a folder. Called by scripts/gpu_check.sh; on a machine
-without a GPU it stops with the reason. Needs the extras gpu and build; torchaudio is compared with where it is there.
+Prints a table and writes it as JSON, named after the GPU, to a folder. Called by scripts/gpu_check.sh; without a GPU it
+exits with an error. Needs the extras gpu and build; torchaudio is measured if it is installed.
 
     python scripts/gpu_times.py benchmarks/results
 """
@@ -38,14 +38,14 @@ from singerembed.model.spec import ModelSpec
 SPEC = ModelSpec(name="timing", method="untrained")
 BATCH = 64
 REPEATS = 20
-# One lane's instructions for one frame, counted in csrc/mel_math.h and mel_kernels.h as docs/gpu.md derives them.
+# Instructions of one lane per frame, counted in csrc/mel_math.h and mel_kernels.h; docs/gpu.md has the derivation.
 INSTRUCTIONS_A_FRAME = 47_400
 LANES_OF_A_MULTIPROCESSOR = 128  # FP32, compute capability 8.6 and later; 8.0 has 64
 
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """A line of the table."""
 
     what: str
     crops_per_second: float
@@ -54,7 +54,7 @@ class Row:
 
 
 def main() -> int:
-    """Time what is there, print and write the table."""
+    """Run all measurements; print and write the table."""
     try:
         with opened() as device:
             rows = [*kernel_rows(device), *torchaudio_rows()]
@@ -74,7 +74,7 @@ def main() -> int:
 
 @contextmanager
 def opened() -> Iterator[CudaDevice]:
-    """The first device."""
+    """Open the first device."""
     device = CudaDevice()
     try:
         yield device
@@ -83,7 +83,7 @@ def opened() -> Iterator[CudaDevice]:
 
 
 def row(what: str, seconds: list[float], crops: int, note: str = "") -> Row:
-    """The table's line for repeats that each took so long for so many crops."""
+    """Return the table's line for repeats that took `seconds` each for `crops` crops."""
     median = statistics.median(seconds)
     return Row(what, crops / median, (max(seconds) - min(seconds)) / median, note)
 
@@ -92,7 +92,7 @@ def row(what: str, seconds: list[float], crops: int, note: str = "") -> Row:
 
 
 def device_facts(device: CudaDevice) -> dict[str, Any]:
-    """What the floors are derived from."""
+    """Return the properties of the device that its limits are computed from."""
     driver = load_driver()
     attribute = driver.device_attribute
     get = driver.Device(device.index).get_attribute
@@ -107,7 +107,7 @@ def device_facts(device: CudaDevice) -> dict[str, Any]:
 
 
 def floor_crops_per_second(device: CudaDevice) -> tuple[float, float]:
-    """What arithmetic and memory would allow, float32 samples in and FP16 out."""
+    """Return the limits by arithmetic and by memory bandwidth, for float32 samples and FP16 output."""
     facts = device_facts(device)
     lanes = 64 if device.compute_capability == (8, 0) else LANES_OF_A_MULTIPROCESSOR
     arithmetic = facts["multiprocessors"] * lanes * facts["clock_hz"] / (INSTRUCTIONS_A_FRAME * SPEC.n_frames)
@@ -116,7 +116,7 @@ def floor_crops_per_second(device: CudaDevice) -> tuple[float, float]:
 
 
 def timed(device: CudaDevice, stream: int, work: Callable[[], None]) -> list[float]:
-    """Seconds that the stream takes for `work`, by events, after a warm-up."""
+    """Return the seconds that `work` takes on the stream, measured by events, after a warm-up."""
     driver, seconds = load_driver(), []
     for _ in range(REPEATS + 3):
         start, stop = driver.Event(), driver.Event()
@@ -129,7 +129,7 @@ def timed(device: CudaDevice, stream: int, work: Callable[[], None]) -> list[flo
 
 
 def kernel_rows(device: CudaDevice) -> list[Row]:
-    """Copy, level and mel of a full batch."""
+    """Measure copy, level and mel of a full batch."""
     kernels, stream = cuda_mel(SPEC), device.stream()
     size = SPEC.crop_samples * 4
     pinned = device.pinned(BATCH * size)
@@ -174,7 +174,7 @@ def kernel_rows(device: CudaDevice) -> list[Row]:
 
 
 def torchaudio_rows() -> list[Row]:
-    """The same spectrogram, logarithm and maximum by torchaudio, where it is installed with CUDA."""
+    """Measure the same spectrogram, logarithm and maximum with torchaudio, if it is installed with CUDA."""
     if not (importlib.util.find_spec("torchaudio") and importlib.util.find_spec("torch")):
         return []
     import torch
@@ -208,7 +208,7 @@ def torchaudio_rows() -> list[Row]:
 
 
 def engine_rows(folder: Path) -> list[Row]:
-    """Each engine that can be built here, fed by threads; then `singerembed run` with the first of them."""
+    """Measure each engine that can be built here, fed by threads, and `singerembed run` with the first one."""
     rows: list[Row] = []
     engines: list[str] = []
     checkpoint = Path(__file__).parents[1] / "tests" / "golden"
@@ -236,7 +236,7 @@ def engine_rows(folder: Path) -> list[Row]:
 
 
 def release_of(golden: Path, folder: Path) -> Path:
-    """The golden weights as a release that build-engine takes."""
+    """Write the golden weights as a release folder that build-engine reads."""
     import torch
 
     release = folder / "reference"
@@ -251,7 +251,7 @@ def release_of(golden: Path, folder: Path) -> Path:
 
 
 def fed(engine: GpuEngine, backend: str, precision: str) -> Row:
-    """Crops a second when a thread a core brings crops that are decoded already."""
+    """Measure the engine with one thread per core that passes decoded crops."""
     crops, callers = verification_crops(engine.spec), os.cpu_count() or 1
     crops = np.concatenate([crops] * -(-engine.batch // len(crops)))[: engine.batch]
     seconds = []
@@ -264,7 +264,7 @@ def fed(engine: GpuEngine, backend: str, precision: str) -> Row:
 
 
 def write_catalog(folder: Path, tracks: int = 64, crops: int = 40) -> Path:
-    """A catalogue of noisy tones, as WAV, which is the cheapest to decode."""
+    """Write a catalogue of noisy tones as WAV, which is the fastest to decode."""
     rng, t = np.random.default_rng(0), np.arange(crops * SPEC.crop_samples) / SPEC.sample_rate
     lines = ["path"]
     for i in range(tracks):
@@ -277,7 +277,7 @@ def write_catalog(folder: Path, tracks: int = 64, crops: int = 40) -> Path:
 
 
 def whole_job(catalog: Path, folder: Path, engine: str) -> Row:
-    """`singerembed run`, start-up included."""
+    """Measure `singerembed run`, start-up included."""
     crops, seconds = 64 * 40, []
     for i in range(3):
         start = time.perf_counter()

@@ -1,7 +1,7 @@
-"""Lays VCTK, NUS-48E, VocalSet or M4Singer out as the paper evaluates them: 4 s crops in a folder for each singer.
+"""Prepares VCTK, NUS-48E, VocalSet or M4Singer as in the paper: 4 s crops, one folder per singer.
 
-As the official `preprocess_dataset.py` and `create_speaker_pairs.py` (github SonyCSLParis/ssl-singer-identity), with
-the same names of crops: `<singer>/<name>_<start>_<end>_4s.wav`. See docs/evaluation.md for what differs.
+Like the official `preprocess_dataset.py` and `create_speaker_pairs.py` (github SonyCSLParis/ssl-singer-identity), with
+the same names of crops: `<singer>/<name>_<start>_<end>_4s.wav`. docs/evaluation.md lists the differences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Named = Iterator[tuple[str, str, Path]]  # singer, name without suffix, file
 
 
 def _clean(name: str) -> str:
-    """Pair files separate by commas, and the official names have no spaces."""
+    """Remove commas, the separator of pair files, and spaces, as in the official names."""
     return name.replace(",", "").replace(" ", "")
 
 
@@ -34,20 +34,20 @@ def vocalset(root: Path) -> Named:
 
 
 def m4singer(root: Path) -> Named:
-    """`<singer>#<song>/*.wav`: the singer is what stands before the #."""
+    """`<singer>#<song>/*.wav`: the singer is the part before the #."""
     for path in sorted(root.glob("*#*/*.wav")):
         yield path.parent.name.split("#")[0], _clean(f"{path.parent.name}-{path.stem}"), path
 
 
 def nus48e(root: Path) -> Named:
-    """`<singer>/sing/*.wav`; what is read (`read/`) is left out."""
+    """`<singer>/sing/*.wav`; speech (`read/`) is skipped."""
     for path in sorted(root.glob("*/sing/*.wav")):
         singer = path.parts[-3]
         yield singer, _clean(f"{singer}-sing-{path.stem}"), path
 
 
 def vctk(root: Path) -> Named:
-    """`<speaker>/*.wav` or `.flac`, one microphone (`mic1`) where there are two."""
+    """`<speaker>/*.wav` or `.flac`, only one microphone (`mic1`) if there are two."""
     for path in sorted([*root.glob("*/*.wav"), *root.glob("*/*.flac")]):
         if not path.stem.endswith("_mic2"):
             yield path.parent.name, _clean(f"{path.parent.name}-{path.stem}"), path
@@ -62,7 +62,7 @@ LAYOUTS: dict[str, Callable[[Path], Named]] = {
 
 
 def write_crops(singer: str, name: str, path: Path, target: Path) -> list[str]:
-    """Cut one recording; returns the crops' names under `target`. What is left after the last whole crop is dropped."""
+    """Cut one recording into crops, dropping the remainder. Return the crops' names relative to `target`."""
     pcm, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono = soxr.resample(pcm.mean(axis=1), rate, SAMPLE_RATE)
     size = SEGMENT_SECONDS * SAMPLE_RATE
@@ -83,7 +83,7 @@ def write_crops(singer: str, name: str, path: Path, target: Path) -> list[str]:
 @click.option("--pairs", default=20_000, show_default=True, help="How many to draw for TARGET/speaker_pairs.txt.")
 @click.option("--seed", default=123, show_default=True)
 def main(dataset: str, root: Path, target: Path, pairs: int, seed: int) -> None:
-    """Lay DATASET, unpacked in ROOT, out in TARGET as a folder for each singer, with a pair file."""
+    """Write crops of DATASET, unpacked in ROOT, to TARGET, in one folder per singer, with a pair file."""
     names: list[str] = []
     for singer, name, path in LAYOUTS[dataset](root):
         names += write_crops(singer, name, path, target)

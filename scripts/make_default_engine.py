@@ -1,7 +1,6 @@
-"""Make the bundled engine from the trained checkpoint: python scripts/make_default_engine.py
+"""Builds the bundled engine from the trained checkpoint: python scripts/make_default_engine.py
 
-The checkpoint's weights are stored in FP16, and so are the engine's: half the size of every download, and the
-arithmetic is FP32 all the same.
+The weights of checkpoint and engine are stored in FP16, which halves the download; arithmetic is in FP32.
 """
 
 from dataclasses import replace

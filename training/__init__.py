@@ -1,1 +1,1 @@
-"""Trains singer encoders with five self-supervised methods, to checkpoints that `singerembed build-engine` takes."""
+"""Trains singer encoders with five self-supervised methods; `singerembed build-engine` reads the checkpoints."""

@@ -1,4 +1,4 @@
-"""Augmentations of a crop: formant-preserving pitch shift, then the recording chain, noise, gain and time mask."""
+"""Augmentations of a crop: formant-preserving pitch shift, then channel transforms, noise, gain and time mask."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from training.config import AugmentConfig
 
 Samples = NDArray[np.float32]
 
-# A 4 s crop takes Praat 0.05 s. The bound is far from that: a crop that is given up on a busy machine, and not on an
-# idle one, would make two runs differ.
+# Praat takes 0.05 s for a 4 s crop. The limit is much higher, because a crop that times out only on a busy machine
+# would make two runs differ.
 PITCH_TIMEOUT_SECONDS = 20.0
 
 
 class Augmenter:
-    """Draws and applies the augmentations; all randomness comes from the generator that is passed."""
+    """Draws and applies the augmentations. All randomness comes from the generator passed to a call."""
 
     def __init__(self, config: AugmentConfig, sample_rate: int, *, shift_pitch: bool) -> None:
-        """`shift_pitch`: False where pitch was shifted beforehand. Raises UsageError for an unknown transform."""
+        """`shift_pitch`: False if pitch was shifted beforehand. Raises UsageError for an unknown transform."""
         self._config = config
         self._sample_rate = sample_rate
         self._pitch = PitchShifter() if shift_pitch and config.pitch_probability > 0 else None
@@ -53,7 +53,7 @@ class Augmenter:
         with _global_generators_seeded(int(rng.integers(2**32))):
             for transform in self._channel:
                 pcm = transform(pcm, self._sample_rate)
-            # Praat and the channel change the level; the noise's amplitude is relative to a peak of 1.
+            # Pitch shift and channel change the level; the noise amplitude is relative to a peak of 1.
             pcm = peak_normalised(pcm)
             for transform in self._others:
                 pcm = transform(pcm, self._sample_rate)
@@ -61,7 +61,7 @@ class Augmenter:
 
 
 class PitchShifter:
-    """`pitch_worker.shift_pitch` with a time limit, in a process that is started at the first use."""
+    """Runs `pitch_worker.shift_pitch` with a time limit, in a worker process started at the first use."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,7 +75,7 @@ class PitchShifter:
         seed: int,
         timeout_seconds: float = PITCH_TIMEOUT_SECONDS,
     ) -> Samples:
-        """Return `pcm` shifted, or `pcm` itself where Praat dies or takes longer than the limit."""
+        """Return `pcm` shifted, or `pcm` itself if Praat crashes or exceeds the time limit."""
         process = self._running()
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -89,7 +89,7 @@ class PitchShifter:
             return pcm
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the worker process."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -97,22 +97,24 @@ class PitchShifter:
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            # -P: the file's folder holds modules with common names, which are not to be found before others.
+            # -P: keeps the file's folder, whose modules have common names, off the module search path.
             command = [sys.executable, "-P", str(Path(pitch_worker.__file__))]
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-            os.set_blocking(cast(IO[bytes], self._process.stdin).fileno(), False)  # a hang must not stop us in writing
+            os.set_blocking(
+                cast(IO[bytes], self._process.stdin).fileno(), False
+            )  # a hung worker must not block our writes
             weakref.finalize(self, self._process.kill)
         return self._process
 
 
 def peak_normalised(pcm: Samples) -> Samples:
-    """Divide by the largest magnitude; silence stays silence."""
+    """Divide by the largest magnitude; silence is returned unchanged."""
     peak = float(np.abs(pcm).max())
     return pcm / np.float32(peak) if peak > 0 else pcm
 
 
 def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
-    """Write all of `data`. Raises TimeoutError after `deadline` and BrokenPipeError where the process ended."""
+    """Write all of `data`. Raises TimeoutError after `deadline`, and BrokenPipeError if the process has ended."""
     while data:
         _, ready, _ = select.select([], [pipe], [], max(0.0, deadline - time.monotonic()))
         if not ready:
@@ -121,7 +123,7 @@ def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
 
 
 def _read(pipe: IO[bytes], size: int, deadline: float) -> bytearray:
-    """Read `size` bytes. Raises TimeoutError after `deadline` and EOFError where the process ended."""
+    """Read `size` bytes. Raises TimeoutError after `deadline`, and EOFError if the process has ended."""
     received = bytearray()
     while len(received) < size:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
@@ -135,14 +137,14 @@ def _read(pipe: IO[bytes], size: int, deadline: float) -> bytearray:
 
 
 def draw_ratio(largest: float, rng: np.random.Generator) -> float:
-    """Draw from 1 to `largest` uniformly, or with even odds the reciprocal of that."""
+    """Draw uniformly from 1 to `largest`, and with probability 0.5 return the reciprocal."""
     ratio = rng.uniform(1.0, largest)
     return 1 / ratio if rng.random() < 0.5 else ratio
 
 
 def _transform(
     fields: Mapping[str, Any],
-) -> Any:  # one of audiomentations' transforms, which have no common public type
+) -> Any:  # a transform of audiomentations; they have no common public type
     arguments = dict(fields)
     name = arguments.pop("transform", None)
     kind = getattr(audiomentations, name, None) if isinstance(name, str) else None
@@ -158,7 +160,7 @@ def _transform(
 
 @contextlib.contextmanager
 def _global_generators_seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that audiomentations draws from, and put them back: a crop is then a function of its seed."""
+    """Seed the global generators that audiomentations uses, and restore them, so that crops are reproducible."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)

@@ -1,4 +1,4 @@
-"""What is watched and kept while training."""
+"""Lightning callbacks: checkpoints, detection of collapse and divergence, throughput."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from lightning.pytorch.utilities import rank_zero_warn
 from singerembed.errors import SingerEmbedError
 from training import files
 
-# An untrained encoder's projections are close together as well (spread 0.01 to 0.15), and dropout keeps those of a
-# collapsed one 0.001 to 0.002 apart. A collapse stays, where a slow start does not.
+# The spread of an untrained encoder's projections is small as well (0.01 to 0.15); with dropout that of a collapsed one
+# is 0.001 to 0.002. Unlike a slow start, a collapse persists.
 COLLAPSED_SPREAD = 5e-3
 COLLAPSE_PATIENCE_STEPS = 200
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Write checkpoints beside their names, then rename.
+    """Writes checkpoints atomically: a temporary file in the same folder, then rename.
 
-    Lightning's own writes to the temporary folder and moves: a copy where that is another file system, and half a
-    checkpoint where the copy is cut short.
+    Lightning writes to the system's temporary folder and moves, which is a copy between file systems: if interrupted,
+    it leaves half a checkpoint.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -35,11 +35,12 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class LastCheckpoint(Callback):
-    """Keep `last.ckpt`: every so many steps, and at the end of each epoch, after its validation.
+    """Writes `last.ckpt` every `every_steps` steps, and at the end of each epoch after its validation.
 
-    It holds a whole step, moving average included, and is replaced by rename, so that a kill at any time leaves one.
-    None is written between an epoch's last step and its validation: Lightning would go on from it without validating.
-    Weights that hold NaN are never written: the run ends instead, with the checkpoint before them.
+    It is written after complete steps, moving average included, and replaced by rename, so that a kill at any time
+    leaves a valid one. None is written between an epoch's last step and its validation, because Lightning would resume
+    from it without validating. Weights with NaN are never written: the run ends instead, and the previous checkpoint
+    stays.
     """
 
     def __init__(self, path: Path, every_steps: int) -> None:
@@ -49,7 +50,7 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write it where this step is one to be kept. Raises SingerEmbedError where the weights hold NaN."""
+        """Write the checkpoint if this step is due. Raises SingerEmbedError if the weights hold NaN or infinity."""
         del outputs, batch
         is_last = batch_idx + 1 == trainer.num_training_batches
         if is_last or trainer.global_step % self._every_steps == 0:
@@ -58,22 +59,22 @@ class LastCheckpoint(Callback):
                 self._save(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Write it; validation has been, and `best.ckpt` with it."""
+        """Write the checkpoint, after validation and `best.ckpt`."""
         del pl_module
         self._save(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        trainer.save_checkpoint(self._path, weights_only=False)  # the default, but for a line in the log
+        trainer.save_checkpoint(self._path, weights_only=False)  # the default, which otherwise logs a warning
 
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the number of devices: what an epoch is, and with it every schedule, depends on it."""
+        """Add the number of devices, because the length of an epoch, and so every schedule, depends on it."""
         del pl_module
         checkpoint["devices"] = trainer.world_size
 
     def _refuse_nan(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        weights = pl_module.named_parameters()  # alike on all devices, so that all of them end
+        weights = pl_module.named_parameters()  # equal on all devices, so that all of them stop
         broken = [name for name, value in weights if not torch.isfinite(value).all()]
         if broken:
             raise SingerEmbedError(
@@ -84,9 +85,10 @@ class LastCheckpoint(Callback):
 
 
 class CollapseWatch(Callback):
-    """Say so when the projections have become one constant vector: no loss can teach anything from there on.
+    """Warns if all projections have collapsed to one vector, from which no loss recovers.
 
-    And when the validation's embeddings have: batch norm can keep a batch's projections apart that follow from nothing.
+    It also watches the validation embeddings, because batch norm can keep the projections of a batch apart although
+    they carry no information.
     """
 
     def __init__(self, threshold: float = COLLAPSED_SPREAD, patience_steps: int = COLLAPSE_PATIENCE_STEPS) -> None:
@@ -98,7 +100,7 @@ class CollapseWatch(Callback):
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count steps of collapse on end, and warn when there were enough."""
+        """Count consecutive collapsed steps, and warn when `patience_steps` is reached."""
         del outputs, batch, batch_idx
         collapsed = float(trainer.callback_metrics["spread"]) < self._threshold
         self._collapsed_steps = self._collapsed_steps + 1 if collapsed else 0
@@ -107,7 +109,7 @@ class CollapseWatch(Callback):
             self._say(f"for {self._patience_steps} steps all projections have been", trainer.global_step)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Warn when the embeddings of the validation crops are all the same twice on end: once may be the start."""
+        """Warn after two consecutive validations with collapsed embeddings: the first may be the start of training."""
         del pl_module
         collapsed = float(trainer.callback_metrics.get("validation/spread", 1.0)) < self._threshold
         self._collapsed_validations = self._collapsed_validations + 1 if collapsed else 0
@@ -123,27 +125,27 @@ class CollapseWatch(Callback):
 
 
 class Throughput(Callback):
-    """Log pairs a second, and the share of the time that the device waits for data: near 0 when reading keeps up."""
+    """Logs pairs per second, and the share of time that the device waits for data, near 0 if loading keeps up."""
 
     def __init__(self) -> None:
         self._batch_end = self._batch_start = 0.0
 
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Forget the time between epochs."""
+        """Exclude the time between epochs."""
         del trainer, pl_module
         self._batch_end = 0.0
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Take the time at which the batch is there."""
+        """Store the time at which the batch arrived."""
         del trainer, pl_module, batch, batch_idx
         self._batch_start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log the rates of the step that ends, except of an epoch's first."""
+        """Log the rates of the step, except for the first of an epoch."""
         del outputs, batch_idx
         now = time.perf_counter()
         if self._batch_end:

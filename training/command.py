@@ -1,4 +1,4 @@
-"""Makes a function a command whose errors are one line."""
+"""Turns functions into click commands that report errors on one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from singerembed.errors import SingerEmbedError
 
 
 def command(function: Callable[..., None]) -> click.Command:
-    """Return a click command that says `Error: ...` and exits with the error's code instead of showing a traceback."""
+    """Return a click command that prints `Error: ...` and exits with the error's code instead of a traceback."""
 
     @functools.wraps(function)
     def run(**arguments: object) -> None:
@@ -25,5 +25,5 @@ def command(function: Callable[..., None]) -> click.Command:
 
 
 def _message(error: SingerEmbedError) -> str:
-    """Return what `error` says. That of a DataLoader's worker comes with the worker's traceback before its message."""
+    """Return the message of `error`, without the traceback that a DataLoader worker puts before it."""
     return str(error).rpartition(f"{type(error).__module__}.{type(error).__qualname__}: ")[2].strip()

@@ -1,4 +1,4 @@
-"""What a training run is asked to do: YAML files, checked at the door, stored in every checkpoint."""
+"""The configuration of a training run: read from YAML files, validated, and stored in every checkpoint."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 
-# Twice the frame by which silence is told; the mel front end needs 0.023 s to reflect.
+# Twice the frame of the activity measure (data.ACTIVE_FRAME_SECONDS); the mel front end needs 0.023 s for reflection.
 SHORTEST_CROP_SECONDS = 0.1
 
 
@@ -27,25 +27,26 @@ def _ascending(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 class Section(BaseModel):
-    """A part of a configuration: unknown keys are refused, and nothing changes once it is read."""
+    """A section of a configuration: immutable, unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelConfig(Section):
-    """The encoder at the start, and its front end."""
+    """Initial weights of the encoder, and its front end."""
 
-    initialise: str = "imagenet"  # "imagenet", "random", or the path of a checkpoint to go on from
-    # Divide the log-mel spectrogram by the "crop"'s maximum, by a constant, or as the official code by the "batch"'s.
+    initialise: str = "imagenet"  # "imagenet", "random", or the path of a checkpoint
+    # Divide the log-mel spectrogram by the maximum of the "crop", by a constant, or as the official code by the maximum
+    # of the "batch".
     normalise: Literal["crop", "batch"] | Positive = "crop"
     l2_normalise: bool = True  # the projections
-    # torchvision's defaults, as the paper has them. Short runs from scratch learn twice as fast without.
+    # torchvision's defaults, as in the paper. Short runs from scratch learn twice as fast without.
     stochastic_depth: Probability = 0.2
     dropout: Probability = 0.2
 
 
 class DataConfig(Section):
-    """Where the recordings are, and how pairs are drawn from them."""
+    """The recordings, and how pairs are drawn from them."""
 
     source: str = ""  # a folder or a catalogue; --data
     validation: str = ""  # another folder or catalogue to validate on; empty: a share of the singers of `source`
@@ -53,20 +54,20 @@ class DataConfig(Section):
     validation_crops: Annotated[int, Field(ge=2)] = 4  # of each validation recording
     path_column: str = "path"  # of a catalogue
     singer_column: str = "singer"
-    # Two crops of one recording, or of one singer (arXiv 2407.08647): the contrastive losses then never contrast a
-    # singer with themselves.
+    # A pair is two crops of one recording, or of one singer (arXiv 2407.08647), whose crops are then never negatives in
+    # the contrastive losses.
     pairs: Literal["recording", "singer"] = "recording"
-    pairs_per_recording: Count = 1  # in one epoch
+    pairs_per_recording: Count = 1  # per epoch
     crop_seconds: Annotated[float, Field(ge=SHORTEST_CROP_SECONDS)] = 4.0
     batch_size: Annotated[int, Field(ge=2)] = 140  # pairs, on each device
-    workers: Annotated[int, Field(ge=0)] = 4  # processes that read and augment, for each device
+    workers: Annotated[int, Field(ge=0)] = 4  # worker processes that read and augment, per device
     silence_dbfs: float = -60.0  # a crop whose peak is not above it is silent
-    min_active: Probability = 0.3  # share of a crop that is to be louder than 40 dB below its peak
-    pitch_variants: str = ""  # a folder made by training.pitch_variants; empty: shift pitch while training
+    min_active: Probability = 0.3  # minimum share of a crop that is louder than 40 dB below its peak
+    pitch_variants: str = ""  # a folder written by training.pitch_variants; empty: shift pitch during training
 
 
 class AugmentConfig(Section):
-    """The paper's augmentations, each drawn for each crop by itself."""
+    """The paper's augmentations, drawn independently for each crop."""
 
     pitch_probability: Probability = 0.5
     pitch_ratio: Annotated[float, Field(ge=1)] = 1.3  # 1 to this, or its reciprocal
@@ -77,50 +78,50 @@ class AugmentConfig(Section):
     gain_db: Annotated[tuple[float, float], AfterValidator(_ascending)] = (-6.0, 0.0)
     mask_probability: Probability = 0.5
     mask_fraction: Annotated[float, Field(ge=0, lt=1)] = 1 / 8  # of the crop, at most
-    # Play both crops of a pair faster by one factor, up to this or its reciprocal: another vocal tract, another singer.
-    # Not the paper's; few singers to train on become many.
+    # Change the speed of both crops of a pair by one factor, up to this or its reciprocal. It changes the apparent
+    # vocal tract, so that few training singers become many. Not in the paper.
     pair_speed: Annotated[float, Field(ge=1)] = 1.0
-    # Further transforms of audiomentations, between pitch and noise: {transform: ITS NAME, and its arguments}.
+    # Transforms of audiomentations, applied between pitch and noise: {transform: NAME, arguments}.
     channel: tuple[dict[str, Any], ...] = ()
 
 
 class OptimiserConfig(Section):
-    """Adam, whose weight decay is L2 as in the official code, and its learning rate's course."""
+    """Adam, with L2 weight decay as in the official code, and its learning rate schedule."""
 
     learning_rate: Positive = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 1e-5
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
-    cosine_epochs: Annotated[float, Field(ge=0)] = 0.0  # the rate reaches 0 at this epoch; 0: it stays
+    cosine_epochs: Annotated[float, Field(ge=0)] = 0.0  # the rate reaches 0 at this epoch; 0: constant rate
 
     @model_validator(mode="after")
-    def _warm_before_cold(self) -> OptimiserConfig:
+    def _check_schedule(self) -> OptimiserConfig:
         if 0 < self.cosine_epochs <= self.warmup_epochs:
             raise ValueError("warmup_epochs is to be less than cosine_epochs, which counts from the start")
         return self
 
 
 class TrainerConfig(Section):
-    """How long, on what, and what is written. May change when a run goes on."""
+    """Length of the run, hardware and output. May change when a run is resumed."""
 
     max_epochs: Count = 1000
     accelerator: str = "auto"
     devices: str | int = "auto"
     nodes: Count = 1
-    precision: str = "auto"  # bf16-mixed on CUDA, 32-true elsewhere; or what Lightning's Trainer takes
+    precision: str = "auto"  # bf16-mixed on CUDA, 32-true elsewhere; or a value of Lightning's Trainer
     sync_batchnorm: bool = False  # on many GPUs; the official code does not
     deterministic: bool = False
-    threads: Annotated[int, Field(ge=0)] = 0  # of torch on a CPU; 0: its own choice
+    threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: torch's default
     checkpoint_every_steps: Count = 500
     validate_every_epochs: Count = 5
     log_every_steps: Count = 10
 
 
 class TrainConfig(Section):
-    """One training run."""
+    """The configuration of a training run."""
 
     method: str  # one of training.methods.METHODS
-    loss: dict[str, Any] = {}  # the method's own options
-    name: str = ""  # what the weights are called wherever they show; empty: the output folder's name
+    loss: dict[str, Any] = {}  # options of the method
+    name: str = ""  # display name of the weights; empty: the output folder's name
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 123
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -129,24 +130,24 @@ class TrainConfig(Section):
     trainer: TrainerConfig = TrainerConfig()
 
     def front_end(self) -> ModelSpec:
-        """The spec of the encoder to be, as far as it is known before training."""
+        """Return the spec of the encoder, as far as it is known before training."""
         normalise = "crop" if self.model.normalise == "batch" else self.model.normalise
         return ModelSpec(name=self.name, method=self.method, normalise=normalise)
 
     @property
     def crop_samples(self) -> int:
-        """Samples of a training crop; validation uses the spec's own length."""
+        """Samples of a training crop. Validation uses the length in the spec."""
         return round(self.data.crop_seconds * self.front_end().sample_rate)
 
     def differences(self, other: TrainConfig) -> list[str]:
-        """Name what `other` has otherwise, apart from what may change when a run goes on."""
+        """Return the keys whose values differ in `other`, except those that may change when a run is resumed."""
         mine, theirs = _flat(self), _flat(other)
         keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
         return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys]
 
 
 def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> TrainConfig:
-    """Read YAML files, each over those before it, and apply `section.key=value` overrides, whose values are YAML.
+    """Read YAML files, later ones overriding earlier ones, and apply `section.key=value` overrides with YAML values.
 
     Raises UsageError.
     """
@@ -161,7 +162,7 @@ def load_config(paths: Sequence[Path], overrides: Sequence[str] = ()) -> TrainCo
 
 
 def parse_config(content: dict[str, Any], where: str) -> TrainConfig:
-    """Check `content`. Raises UsageError naming each key that is unknown or out of range."""
+    """Validate `content`. Raises UsageError naming each key that is unknown or out of range."""
     try:
         return TrainConfig.model_validate(content)
     except ValidationError as exc:

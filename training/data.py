@@ -1,8 +1,8 @@
 """Pairs of crops for training and single crops for validation.
 
-Everything random about an item is a function of (seed, epoch, position in the epoch). It does not matter then which
-worker, device or run draws it: a resumed run sees what an undisturbed one sees, and two devices with batches of n see
-what one device with batches of 2 n sees.
+All randomness of an item is a function of (seed, epoch, position in the epoch), whichever worker, device or run draws
+it: a resumed run sees the same data as an uninterrupted one, and two devices with batches of n the same as one device
+with batches of 2 n.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from training.config import DataConfig, TrainConfig
 from training.metrics import METRICS, CropLabels, verification_metrics
 from training.recordings import TRAIN, VALIDATION, Recording
 
-# A crop that is mostly silence is drawn again, so many times; then the best of them is taken.
+# A crop that is mostly silence is drawn again, up to this many times; then the most active one is taken.
 DRAWS_PER_CROP = 8
-# A recording that cannot be read, or is silent, gives way to another, so many times; then the run ends.
+# A recording that cannot be read, or is silent, is replaced by another, up to this many times; then the run ends.
 RECORDINGS_PER_PAIR = 50
-# A frame is active if it is louder than this below the crop's peak.
+# A frame is active if it is louder than this, relative to the crop's peak.
 ACTIVE_DB = -40.0
 ACTIVE_FRAME_SECONDS = 0.05
-# All pairs of the validation crops are compared: the similarities of 4096 take 64 MiB.
+# All pairs of validation crops are compared: 4096 x 4096 similarities take 64 MiB.
 MAX_VALIDATION_CROPS = 4096
 _READ_TIMEOUT_SECONDS = 60.0
 
@@ -47,21 +47,21 @@ _warned: set[str] = set()
 
 
 class PairBatch(TypedDict):
-    """A training batch as it is collated."""
+    """A collated training batch."""
 
     clips: Tensor  # float32 [batch, 2, samples]: the two views of each pair
     groups: Tensor  # int64 [batch]: the recording, or the singer with `pairs: singer`
 
 
 class CropBatch(TypedDict):
-    """A validation batch as it is collated."""
+    """A collated validation batch."""
 
     clips: Tensor  # float32 [batch, samples]
-    indices: Tensor  # int64 [batch]: which validation crop
+    indices: Tensor  # int64 [batch]: index of the validation crop, -1 if it cannot be used
 
 
 class PairKey(NamedTuple):
-    """What an item of training is a function of, with the seed."""
+    """Key of a training item, which is a function of key and seed."""
 
     epoch: int
     position: int
@@ -72,7 +72,7 @@ class PairKey(NamedTuple):
 
 
 def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int) -> Samples:
-    """Read mono float32 [n_samples] from `start_seconds` on, by seeking; zeros follow where the recording ends.
+    """Read mono float32 [n_samples] from `start_seconds` on, padded with zeros after the end of the recording.
 
     Raises TrackError.
     """
@@ -99,10 +99,10 @@ def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
 def draw_crop(
     recording: Recording, path: str, n_samples: int, sample_rate: int, config: TrainConfig, rng: np.random.Generator
 ) -> Samples:
-    """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, itself or a variant of it.
+    """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, the file or a variant of it.
 
-    Zeros follow where the recording is shorter, whatever the file has behind it. Raises TrackError where it cannot be
-    read or every crop that was drawn is silent.
+    A shorter recording is padded with zeros, even if the file continues after it. Raises TrackError if it cannot be
+    read or all drawn crops are silent.
     """
     latest = max(0.0, recording.seconds - n_samples / sample_rate)
     n_there = min(n_samples, round(recording.seconds * sample_rate))
@@ -120,7 +120,7 @@ def draw_crop(
 
 
 def _warn_once(path: str, problem: str) -> None:
-    """Warn of a file that cannot be used, at its first draw in this process: it is drawn again in every epoch."""
+    """Warn of a file that cannot be used, once per process and not in every epoch."""
     if path not in _warned:
         _warned.add(path)
         _log.warning("%s: %s", path, problem)
@@ -133,7 +133,7 @@ class PairDataset(Dataset[dict[str, Any]]):
     """Pairs of augmented crops of one recording or one singer."""
 
     def __init__(self, recordings: Sequence[Recording], config: TrainConfig) -> None:
-        """`recordings`: those of the training split. Raises UsageError where pairs of singers are impossible."""
+        """`recordings`: the training split. Raises UsageError if pairs of singers are impossible."""
         self._recordings = recordings
         self._config = config
         self._sample_rate = config.front_end().sample_rate
@@ -144,7 +144,8 @@ class PairDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: PairKey) -> dict[str, Any]:
         """Return `clips`, float32 [2, samples], and their `groups` label.
 
-        A group that cannot be read gives way to one drawn at random. Raises SingerEmbedError when that goes on and on.
+        A group that cannot be read is replaced by a random one. Raises SingerEmbedError after RECORDINGS_PER_PAIR of
+        them.
         """
         rng = np.random.default_rng((self._config.seed, key.epoch, key.position))
         group = key.group
@@ -177,7 +178,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _warn_once(path, f"{exc}; another takes its place")
+            _warn_once(path, f"{exc}; another is used instead")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
@@ -186,10 +187,10 @@ class PairDataset(Dataset[dict[str, Any]]):
 
 
 class PairSampler(Sampler[list[PairKey]]):
-    """Batches of keys for one device, a function of seed and step."""
+    """Yields batches of keys for one device, as a function of seed and step."""
 
     def __init__(self, dataset: PairDataset, n_recordings: int, config: TrainConfig, devices: int) -> None:
-        """Raises UsageError where an epoch has less than one batch, or all of its pairs are of one recording."""
+        """Raises UsageError if an epoch has less than one batch, or there is only one group."""
         self._n_groups = len(dataset.groups)
         self._n_pairs = n_recordings * config.data.pairs_per_recording
         self._batch_size = config.data.batch_size
@@ -203,21 +204,22 @@ class PairSampler(Sampler[list[PairKey]]):
                 " Lower data.batch_size or raise data.pairs_per_recording"
             )
         if self._n_groups == 1:
-            raise UsageError("there is one recording to train on: nothing to tell it apart from. Add more to --data")
+            raise UsageError("there is only one recording to train on. Add more to --data")
 
     def follow(self, rank: int, step: Callable[[], int]) -> None:
-        """Give the batches of device `rank`, beginning with that of the step that `step` says the training is at.
+        """Yield the batches of device `rank` from now on, from the current step of the trainer, `step()`.
 
-        Asked for whenever iteration begins, so that it is right in a resumed run, however far ahead workers have read.
+        `step` is called when iteration starts, so that it is right in a resumed run, however far workers have
+        prefetched.
         """
         self._rank, self._step = rank, step
 
     def __len__(self) -> int:
-        """Return the steps of an epoch; a last batch that is not full is dropped."""
+        """Return the steps per epoch; an incomplete last batch is dropped."""
         return self._n_pairs // (self._batch_size * self._devices)
 
     def __iter__(self) -> Iterator[list[PairKey]]:
-        """Yield the batches that are left of the epoch."""
+        """Yield the remaining batches of the epoch."""
         epoch, first = divmod(self._step(), len(self))
         groups = self._epoch(epoch)
         for step in range(first, len(self)):
@@ -227,14 +229,14 @@ class PairSampler(Sampler[list[PairKey]]):
             ]
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Rounds over all groups, each in an order of its own, so that a batch has as many groups as there can be."""
+        """Return the group of each pair: permutations of all groups, so that a batch has as many groups as possible."""
         rng = np.random.default_rng((self._seed, epoch))
         rounds = math.ceil(self._n_pairs / self._n_groups)
         return np.concatenate([rng.permutation(self._n_groups) for _ in range(rounds)])
 
 
 def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[int]]:
-    """Indices of the recordings that pairs are drawn from: each alone, or those of each singer."""
+    """Return the groups that pairs are drawn from, as indices: single recordings, or all recordings of a singer."""
     if not by_singer:
         return [[index] for index in range(len(recordings))]
     members: dict[str, list[int]] = defaultdict(list)
@@ -248,11 +250,11 @@ def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[in
     return list(members.values())
 
 
-# --- pitch variants made beforehand ---------------------------------------------------------------------------------
+# --- pitch variants -------------------------------------------------------------------------------------------------
 
 
 def variant_path(data: DataConfig, recording: Recording, number: int) -> Path:
-    """Return where variant `number` of a recording lies. Raises UsageError where `data.source` is no folder."""
+    """Return the path of variant `number` of a recording. Raises UsageError if `data.source` is not a folder."""
     if not Path(data.source).is_dir():
         raise UsageError(f"pitch variants lie beside the recordings of a folder, and {data.source} is not one")
     relative = Path(recording.path).relative_to(data.source)
@@ -260,7 +262,7 @@ def variant_path(data: DataConfig, recording: Recording, number: int) -> Path:
 
 
 def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[int, list[str]]:
-    """Variants there are of each recording, by its index. Raises UsageError where there are none at all."""
+    """Return the existing variants of each recording, by its index. Raises UsageError if there are none at all."""
     found: dict[int, list[str]] = {}
     for index, recording in enumerate(recordings):
         paths = takewhile(Path.exists, (variant_path(data, recording, number) for number in count()))
@@ -276,10 +278,10 @@ def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[in
 
 
 class CropDataset(Dataset[dict[str, Any]]):
-    """Crops of the validation recordings, not augmented, always the same."""
+    """Crops of the validation recordings, not augmented, the same in each epoch."""
 
     def __init__(self, recordings: Sequence[Recording], config: TrainConfig, seconds: float | None = None) -> None:
-        """`seconds`: of a crop; None for those of the finished encoder."""
+        """`seconds`: length of a crop; None for the encoder's."""
         spec = config.front_end()
         self._config = config
         self._sample_rate = spec.sample_rate
@@ -300,19 +302,19 @@ class CropDataset(Dataset[dict[str, Any]]):
         return len(self._recordings)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `clips`, float32 [samples], zeros for a recording that cannot be used, and `indices`."""
+        """Return `clips`, float32 [samples], and `indices`; zeros and -1 for a recording that cannot be used."""
         recording = self._recordings[index]
         rng = np.random.default_rng((self._config.seed, index))
         try:
             pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _warn_once(recording.path, f"{exc}; its crops stay out of the validation")
+            _warn_once(recording.path, f"{exc}; its crops are left out of the validation")
             return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
         return {"clips": pcm, "indices": index}
 
 
-class _Share(Sampler[int]):
-    """One device's share of the validation crops; all devices get as many, the first crops twice if need be."""
+class _ValidationSampler(Sampler[int]):
+    """One device's share of the validation crops. All devices get as many; if necessary the first crops repeat."""
 
     def __init__(self, n_crops: int, rank: int, devices: int) -> None:
         self._n_crops, self._rank, self._devices = n_crops, rank, devices
@@ -332,10 +334,10 @@ class _Loading(TypedDict):
 
 
 class PairData(lightning.LightningDataModule):
-    """The loaders of a run."""
+    """The data loaders of a run."""
 
     def __init__(self, recordings: Sequence[Recording], config: TrainConfig, devices: int) -> None:
-        """`devices`: in all. Raises UsageError where the recordings do not fit the configuration."""
+        """`devices`: number over all nodes. Raises UsageError if the recordings do not fit the configuration."""
         super().__init__()
         self._config = config
         training = [each for each in recordings if each.split == TRAIN]
@@ -345,12 +347,12 @@ class PairData(lightning.LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in one epoch."""
+        """Optimiser steps per epoch."""
         return len(self._sampler)
 
     @property
     def can_validate(self) -> bool:
-        """Whether there are two validation singers to be told apart."""
+        """Whether there are at least two validation singers."""
         return len(set(self._crops.labels.singers.tolist())) > 1
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
@@ -362,14 +364,14 @@ class PairData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return this device's share of the validation crops."""
         trainer = self._trainer()
-        share = _Share(len(self._crops), trainer.global_rank, trainer.world_size)
-        # Validation crops are often longer than those of training, but need no gradients: the same number fits.
-        return DataLoader(self._crops, batch_size=self._config.data.batch_size, sampler=share, **self._loading())
+        sampler = _ValidationSampler(len(self._crops), trainer.global_rank, trainer.world_size)
+        # Validation crops are often longer than training crops, but need no gradients, so the same batch size fits.
+        return DataLoader(self._crops, batch_size=self._config.data.batch_size, sampler=sampler, **self._loading())
 
     def validation_metrics(self, embeddings: NDArray[np.float32], indices: NDArray[np.int64]) -> dict[str, float]:
-        """Return the metrics of embeddings [n, dim] of the validation crops `indices`, [n]; repeats count once.
+        """Return the metrics of embeddings [n, dim] of the validation crops `indices`, [n]; duplicates count once.
 
-        NaN where too few crops could be read: that is no reason to end a training.
+        They are NaN if too few crops could be read, which should not end a training.
         """
         unique, first = np.unique(indices, return_index=True)
         usable = unique >= 0
@@ -378,7 +380,7 @@ class PairData(lightning.LightningDataModule):
         try:
             return verification_metrics(embeddings[first], labels)
         except ValueError as exc:
-            _log.warning("no figures from %d validation crops: %s", len(first), exc)
+            _log.warning("no metrics from %d validation crops: %s", len(first), exc)
             return dict.fromkeys(METRICS, math.nan)
 
     def _trainer(self) -> lightning.Trainer:

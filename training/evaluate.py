@@ -1,4 +1,4 @@
-"""Scores training checkpoints on a labelled folder, beside two floors: `singerembed evaluate` does it in full."""
+"""Scores training checkpoints and two baselines on labelled data. `singerembed evaluate` is the full evaluation."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from training.recordings import VALIDATION, build_index
 
 N_MFCC = 20
 
-Embedder = Callable[[Samples], NDArray[np.float32]]  # a crop, [samples], to its embedding, [dim]
+Embedder = Callable[[Samples], NDArray[np.float32]]  # crop [samples] -> embedding [dim]
 
 
 def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
-    """Return mean and deviation over time of 20 cepstral coefficients (the first, the level, left out) and deltas."""
+    """Return mean and deviation over time of 20 cepstral coefficients, without the first (level), and their deltas."""
     spec = ModelSpec(name="mfcc", method="mfcc", mel_sample_rate=44_100, mel_fmax=16_000.0)
     power = MelSpectrogram(spec)(torch.from_numpy(pcm)[None])[0].numpy()
     cepstrum = dct(10 * np.log10(power + 1e-10), axis=0, norm="ortho")[1 : N_MFCC + 1]
@@ -39,7 +39,7 @@ def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
 
 
 def encoder_embedder(path: str) -> Embedder:
-    """Return the encoder of a checkpoint, or a freshly initialised one for an empty path."""
+    """Return the encoder of a checkpoint, or a randomly initialised one for an empty path."""
     spec = ModelSpec(name="untrained", method="untrained")
     if path:
         checkpoint = load_checkpoint(path)
@@ -58,17 +58,16 @@ def encoder_embedder(path: str) -> Embedder:
 
 
 def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> dict[str, float]:
-    """Return the verification metrics of `embed` on those of `crops` that can be read and are not silent.
+    """Return the verification metrics of `embed` on the `crops` that can be read and are not silent.
 
-    `standardise`: bring each dimension to mean 0 and deviation 1 over the crops: features of different units cannot be
-    compared by their cosine otherwise.
+    `standardise`: scale each dimension to mean 0 and deviation 1 over the crops, for features of different units.
     """
     items = (crops[index] for index in tqdm(range(len(crops)), disable=None))
     embedded = [(item["indices"], embed(item["clips"])) for item in items if item["indices"] >= 0]
     kept = [index for index, _ in embedded]
     labels = CropLabels(crops.labels.singers[kept], crops.labels.recordings[kept])
     if len(set(labels.singers.tolist())) < 2:
-        raise UsageError("the data has no two singers to be told apart, with crops that can be read and are not silent")
+        raise UsageError("the data has no two singers with crops that can be read and are not silent")
     embeddings = np.stack([embedding for _, embedding in embedded])
     if standardise:
         embeddings = (embeddings - embeddings.mean(axis=0)) / (embeddings.std(axis=0) + 1e-9)
@@ -76,7 +75,7 @@ def score(embed: Embedder, crops: CropDataset, *, standardise: bool = False) -> 
 
 
 def labelled_crops(source: str, crops: int, seconds: float | None = None) -> CropDataset:
-    """Return `crops` crops of each recording of labelled data, of the encoder's length or `seconds`."""
+    """Return `crops` crops per recording of labelled data, `seconds` long (default: the encoder's length)."""
     length = ModelSpec(name="", method="").crop_seconds if seconds is None else seconds
     data = DataConfig(source=source, validation_fraction=0, validation_crops=crops, crop_seconds=length)
     config = TrainConfig(method="", data=data)

@@ -1,4 +1,4 @@
-"""Exports a training checkpoint: to the project's own layout, or to that of the official release."""
+"""Exports training checkpoints to the project's own layout or to that of the official release."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def main(source: Path, target: Path, layout: str, half: bool) -> None:
 
 
 def training_facts(source: Path) -> dict[str, Any]:
-    """Return what the Lightning checkpoint `source` says of its training, as JSON types.
+    """Return the training metadata of the Lightning checkpoint `source`, as JSON types.
 
-    Folders are named without what leads to them: that is nobody's business but the trainer's. Raises CheckpointError
-    where `source` is of another making.
+    Of paths only the last part is kept, for privacy. Raises CheckpointError if `source` was not written by
+    training.train.
     """
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
@@ -85,7 +85,7 @@ def training_facts(source: Path) -> dict[str, Any]:
 def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, half: bool = False) -> None:
     """Write the project's layout, which `singerembed.model.checkpoint` reads. Raises OutputError.
 
-    `half` rounds the tensors of two and more dimensions to FP16; batch norm's statistics may lie beyond its range.
+    `half` rounds tensors of two or more dimensions to FP16; the statistics of batch norms may exceed its range.
     """
     tensors = _dense(checkpoint.state_dict)
     if half:
@@ -101,9 +101,9 @@ def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, h
 
 
 def export_official(checkpoint: Checkpoint, target: Path) -> None:
-    """Write the official release's folder. Raises OutputError where `target` is a file or cannot be written.
+    """Write a folder in the official layout. Raises OutputError if `target` is a file or cannot be written.
 
-    The official code divides by the maximum over whatever batch it is given; on single crops that equals this spec's
+    The official code divides the log-mel by the maximum over its batch; with single crops that equals the spec's
     "crop".
     """
     if target.exists() and not target.is_dir():
@@ -120,7 +120,7 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
 
 
 def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
-    """Return the kernels that nnAudio's MelSpectrogram keeps in its state: windowed sines, cosines, and the basis."""
+    """Return the tensors of nnAudio's MelSpectrogram: windowed sines and cosines, the window, and the mel basis."""
     sample = np.arange(spec.n_fft)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * sample / spec.n_fft)
     phase = 2 * np.pi / spec.n_fft * (np.arange(spec.n_fft // 2 + 1)[:, None] * sample % spec.n_fft)
@@ -135,7 +135,7 @@ def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def _dense(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bring tensors that were trained with channels last back to the usual order in memory."""
+    """Return the tensors in contiguous memory format; those of training are channels last."""
     return {name: tensor.contiguous() for name, tensor in state_dict.items()}
 
 

@@ -1,4 +1,4 @@
-"""Writes a run's tensors so that a reader finds the whole file, or the one before it."""
+"""Writes files of tensors atomically."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from singerembed.storage import publishing
 
 
 def save(content: object, path: Path) -> None:
-    """`torch.save` beside `path`, then rename. Raises OutputError; an older `path` is then as it was."""
+    """Save `content` with `torch.save` to a temporary file, then rename. On failure keep `path`, raise OutputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with publishing(str(path)) as temporary, Path(temporary).open("wb") as file:
-            torch.save(content, file)  # given a name it would write that into the archive
-    except (OSError, RuntimeError) as exc:  # a full disk is a RuntimeError to torch
+            torch.save(content, file)  # given a file name it would store the name in the archive
+    except (OSError, RuntimeError) as exc:  # torch raises RuntimeError on a full disk
         raise OutputError(f"{path} cannot be written: {str(exc).splitlines()[0]}. Is there room on the disk?") from exc

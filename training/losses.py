@@ -1,8 +1,8 @@
-"""Terms of the five methods' losses, as pure functions of projections.
+"""Loss terms of the five methods, as functions of projections.
 
-Each takes the projections of two views of a batch, `z1` and `z2`, float, [batch, dim], where rows of equal index are a
-positive pair, and returns a scalar. Constants that the papers leave open (the epsilons) are those of the singer
-identity release (github SonyCSLParis/ssl-singer-identity, losses.py), whose values the tests reproduce.
+Each takes the projections of two views of a batch, `z1` and `z2`, float [batch, dim], where rows of equal index are a
+positive pair, and returns a scalar. Epsilons that the papers do not give are those of the official code (github
+SonyCSLParis/ssl-singer-identity, losses.py), whose values the tests reproduce.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def contrastive(
     decoupled: bool,
     singers: Tensor | None = None,
 ) -> Tensor:
-    """Contrast each pair's cosine similarity with that of `negatives` others: NT-Xent, arXiv 2002.05709, one direction.
+    """Return NT-Xent (arXiv 2002.05709) in one direction, from z1 to z2, with `negatives` negatives per row.
 
-    The negatives of row i are rows i - 1, i - 2, ... of `z2`, wrapping round: the batch shifted, as the singer identity
-    release does it. `decoupled` leaves the positive out of the denominator (arXiv 2110.06848). With `singers`, int
-    [batch], rows of the same singer are no negatives (arXiv 2407.08647), and a row that has none left does not count. A
-    batch of one singer has nothing to say: 0, with gradients of 0.
+    The negatives of row i are rows i - 1, i - 2, ... of `z2`, wrapping around, as in the official code. `decoupled`
+    leaves the positive out of the denominator (arXiv 2110.06848). With `singers`, int [batch], rows of the same singer
+    are no negatives (arXiv 2407.08647), and rows without negatives do not count. For a batch of one singer the loss and
+    its gradients are 0.
     """
     _check_pair(z1, z2)
     with _full_precision(z1):
@@ -50,15 +50,15 @@ def contrastive(
 
 
 def invariance(z1: Tensor, z2: Tensor) -> Tensor:
-    """Mean squared difference over all elements: VICReg (arXiv 2105.04906), equation 5, divided by the dimension."""
+    """Return the mean squared difference over all elements: VICReg (arXiv 2105.04906), equation 5, divided by dim."""
     _check_pair(z1, z2)
     return F.mse_loss(z1, z2)
 
 
 def variance(z1: Tensor, z2: Tensor, *, gamma: float) -> Tensor:
-    """Hinge on each dimension's standard deviation, mean of both views: VICReg, equation 1.
+    """Return the hinge loss on the standard deviation of each dimension, mean of both views: VICReg, equation 1.
 
-    0 where every standard deviation reaches `gamma`. Raises ValueError for a batch below 2.
+    It is 0 if all standard deviations reach `gamma`. Raises ValueError for a batch below 2.
     """
     _check_pair(z1, z2)
 
@@ -69,7 +69,7 @@ def variance(z1: Tensor, z2: Tensor, *, gamma: float) -> Tensor:
 
 
 def covariance(z1: Tensor, z2: Tensor) -> Tensor:
-    """Squared off-diagonal covariances over the dimension, summed over both views: VICReg, equations 3 and 4.
+    """Return the squared off-diagonal covariances over the dimension, summed over both views: VICReg, equations 3, 4.
 
     Raises ValueError for a batch below 2.
     """
@@ -85,16 +85,16 @@ def covariance(z1: Tensor, z2: Tensor) -> Tensor:
 
 
 def alignment(z1: Tensor, z2: Tensor, *, alpha: float = 2.0) -> Tensor:
-    """Mean distance within pairs, to the power `alpha`: arXiv 2005.10242, section 4.1."""
+    """Return the mean distance within pairs to the power `alpha`: arXiv 2005.10242, section 4.1."""
     _check_pair(z1, z2)
     distances: Tensor = torch.linalg.vector_norm(z1 - z2, dim=1)
     return distances.pow(alpha).mean()
 
 
 def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
-    """Log of the mean Gaussian potential over all pairs of one view: arXiv 2005.10242, section 4.1.
+    """Return the log of the mean Gaussian potential over all pairs of one view: arXiv 2005.10242, section 4.1.
 
-    On the unit sphere of many dimensions it is about -2 t at best. Raises ValueError for a batch below 2.
+    On a unit sphere of many dimensions its minimum is about -2 t. Raises ValueError for a batch below 2.
     """
     _check_pair(z, z)
     squared_distances: Tensor = torch.pdist(z).square()
@@ -103,7 +103,7 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
 
 
 def _full_precision(z: Tensor) -> torch.autocast:
-    """In mixed precision a product of matrices would be rounded to half precision: a similarity of 5 to 0.03."""
+    """Disable autocast, which would round matrix products to half precision: a similarity of 5 to within 0.03."""
     return torch.autocast(z.device.type, enabled=False)
 
 

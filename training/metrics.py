@@ -1,4 +1,4 @@
-"""What validation measures, on embeddings as numpy arrays; `singerembed evaluate` is the full evaluation."""
+"""Validation metrics of embeddings. `singerembed evaluate` is the full evaluation."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ METRICS = ("eer", "mean_rank", "alignment", "uniformity", "spread")
 
 @dataclass(frozen=True)
 class CropLabels:
-    """Whose crops embeddings are of, row by row."""
+    """Singer and recording of each row of the embeddings, as numbers, [n] each."""
 
     singers: NDArray[np.int64]
     recordings: NDArray[np.int64]
 
     def same_singer(self) -> NDArray[np.bool_]:
-        """Return which of the pairs [n, n] are positive: one singer in two recordings.
+        """Return a mask [n, n] of positive pairs: one singer in two recordings.
 
-        Where no singer has two recordings, as in unlabelled data: two crops of one recording.
+        If no singer has two recordings, as in unlabelled data, they are two crops of one recording.
         """
         singers = self.singers[:, None] == self.singers[None, :]
         recordings = self.recordings[:, None] == self.recordings[None, :]
@@ -37,7 +37,7 @@ class CropLabels:
         return np.asarray(across if across.any() else recordings & ~np.eye(len(self.singers), dtype=bool))
 
     def other_singer(self) -> NDArray[np.bool_]:
-        """Return which of the pairs [n, n] are negative."""
+        """Return a mask [n, n] of negative pairs: two singers."""
         return np.asarray(self.singers[:, None] != self.singers[None, :])
 
 
@@ -56,7 +56,8 @@ def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, fl
     return {
         "eer": equal_error_rate(scores, similarity[negative & once]),
         "mean_rank": mean_normalised_rank(similarity, positive, negative),
-        # `losses.alignment` of unit vectors, whose pairs would take gigabytes: their squared distance is 2 - 2 cos.
+        # `losses.alignment` of unit vectors: the squared distance is 2 - 2 cos. The pairs themselves would take
+        # gigabytes.
         "alignment": float(2 - 2 * scores.mean(dtype=np.float64)),
         "uniformity": float(losses.uniformity(unit)),
         "spread": float(spread(unit)),
@@ -64,7 +65,7 @@ def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, fl
 
 
 def equal_error_rate(positive: Floats, negative: Floats) -> float:
-    """Return the rate at which false acceptances and false rejections of scores are equal, on the interpolated ROC."""
+    """Return the equal error rate of positive and negative scores, on the linearly interpolated ROC curve."""
     truth = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
     false_positive, true_positive, _ = roc_curve(truth, np.concatenate([positive, negative]))
     rate = interp1d(false_positive, true_positive)
@@ -72,9 +73,9 @@ def equal_error_rate(positive: Floats, negative: Floats) -> float:
 
 
 def mean_normalised_rank(similarity: Floats, positive: NDArray[np.bool_], negative: NDArray[np.bool_]) -> float:
-    """Return the mean rank of each positive among its anchor's negatives, over their number: 0 is best, 0.5 is chance.
+    """Return the mean normalised rank of each positive among its anchor's negatives: 0 is best, 0.5 is chance.
 
-    As the official code's, with every positive and all negatives where that draws some; ties count half.
+    As in the official code, but over all positives and negatives instead of drawn ones; ties count half.
     """
     ranks = []
     for row, is_positive, is_negative in zip(similarity, positive, negative, strict=True):
@@ -86,5 +87,5 @@ def mean_normalised_rank(similarity: Floats, positive: NDArray[np.bool_], negati
 
 
 def spread(z: Tensor) -> Tensor:
-    """Return the total variance of the directions of `z`, [batch, dim]: 0 when all are one, 1 when they cancel out."""
+    """Return the total variance of the directions of `z`, [batch, dim]: 0 if all are equal, 1 if their mean is 0."""
     return 1 - F.normalize(z.float(), dim=1).mean(dim=0).square().sum()

@@ -1,6 +1,6 @@
 """The networks: the mel front end in torch, the encoder, the projection and BYOL's predictor.
 
-Names of modules are those of the official training code, so that one reader serves the checkpoints of both.
+Module names are those of the official training code, so that `model.checkpoint` reads the checkpoints of both.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from singerembed.model.spec import ModelSpec
 
 PROJECTION_DIM = 128
 PREDICTOR_WIDTH = 1024
-# The official code divides by the maximum over the batch in training and evaluation alike. Here evaluation divides by a
-# running mean of those maxima, as batch normalisation does, so that an embedding depends on its own crop alone.
+# The official code divides by the maximum over the batch in training and evaluation. Here evaluation divides by a
+# running mean of those maxima, as in batch normalisation, so that an embedding depends only on its own crop.
 _MAXIMUM_MOMENTUM = 0.01
-# The mean of batches of 128 crops of professional singing: where the running mean starts.
+# Initial value of the running mean: the mean over batches of 128 crops of professional singing.
 _FIRST_MAXIMUM = 9.2
 
 
 class MelSpectrogram(nn.Module):
-    """Mel power spectrograms of waveforms of any length in torch, from the same spec as `singerembed.model.mel`."""
+    """Mel power spectrograms of waveforms of any length in torch, equal to those of `singerembed.model.mel`."""
 
     window: Tensor
     basis: Tensor
@@ -35,7 +35,7 @@ class MelSpectrogram(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self._hop_samples = spec.hop_samples
-        # Not persistent: they follow from the spec, and a checkpoint need not carry them.
+        # Not persistent: they are computed from the spec.
         self.register_buffer("window", torch.hann_window(spec.n_fft, periodic=True), persistent=False)
         self.register_buffer("basis", torch.from_numpy(mel_basis(spec)), persistent=False)
 
@@ -61,19 +61,19 @@ class LogScale(nn.Module):
 
 
 class Image(nn.Module):
-    """What the encoder sees: the normalised log-mel spectrogram, three times, with ImageNet's mean and deviation."""
+    """The input of the backbone: the normalised log-mel as three channels, standardised by ImageNet statistics."""
 
     mean: Tensor
     std: Tensor
     running_maximum: Tensor
 
     def __init__(self, spec: ModelSpec, normalise: str | float) -> None:
-        """Normalise by the crop's maximum ("crop"), a constant, or as the official code by the batch's ("batch")."""
+        """`normalise`: divide by the maximum of the "crop", of the "batch" (as the official code), or by a constant."""
         super().__init__()
         self.normalise = normalise
         self.register_buffer("mean", torch.tensor(spec.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.image_std).view(3, 1, 1), persistent=False)
-        # Only "batch" keeps state.
+        # Only "batch" has state.
         self.register_buffer("running_maximum", torch.tensor(_FIRST_MAXIMUM), persistent=normalise == "batch")
 
     def forward(self, log_mel: Tensor) -> Tensor:
@@ -103,23 +103,23 @@ class Encoder(nn.Module):
         super().__init__()
         make = _imagenet_backbone if pretrained else partial(efficientnet_b0, num_classes=spec.embedding_dim)
         backbone = make(**backbone_options)
-        # Channels last trains 1.2 to 1.7 times as many crops a second on a CPU, and feeds the tensor cores of a GPU.
+        # Channels last is 1.2 to 1.7 times as fast on a CPU, and can use the tensor cores of a GPU.
         self.net = nn.Sequential(LogScale(spec), Image(spec, normalise), backbone.to(memory_format=torch.channels_last))
 
     @property
     def backbone(self) -> nn.Module:
-        """The EfficientNet, whose tensors are a checkpoint."""
+        """The EfficientNet, whose tensors make up a checkpoint."""
         return self.net[2]
 
     def forward(self, power: Tensor) -> Tensor:
         """Return embeddings [crops, embedding_dim] of mel power [crops, n_mels, frames]."""
         with torch.no_grad(), torch.autocast(power.device.type, enabled=False):
-            image = self.net[1](self.net[0](power))  # log(1e-8) and a maximum in half precision would cost the detail
+            image = self.net[1](self.net[0](power))  # log(1e-8) and the division need more than half precision
         return cast(Tensor, self.net[2](image))
 
 
 class Projection(nn.Module):
-    """SiLU and a linear layer, L2-normalised by default: where the losses are taken, thrown away afterwards."""
+    """Projection head: SiLU and a linear layer, L2-normalised by default. Used by the losses only, not exported."""
 
     def __init__(self, embedding_dim: int, *, l2_normalise: bool) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Projection(nn.Module):
 
 
 class Predictor(nn.Module):
-    """BYOL's predictor (arXiv 2006.07733): linear, batch norm, ReLU, linear; the bias before batch norm is left out."""
+    """BYOL's predictor (arXiv 2006.07733): linear without bias, batch norm, ReLU, linear."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Predictor(nn.Module):
 
 
 def _imagenet_backbone(**options: float) -> nn.Module:
-    """EfficientNet-B0 with torchvision's ImageNet weights. Raises CheckpointError where they are not to be had."""
+    """Return EfficientNet-B0 with torchvision's ImageNet weights. Raises CheckpointError if they cannot be fetched."""
     weights = EfficientNet_B0_Weights.IMAGENET1K_V1
     try:
         return cast(nn.Module, efficientnet_b0(weights=weights, **options))

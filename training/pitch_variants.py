@@ -1,4 +1,4 @@
-"""Shifts the pitch of whole recordings beforehand, where doing it while training would starve the device."""
+"""Shifts the pitch of whole recordings before training, for machines where doing it in training is too slow."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from training.config import SHORTEST_CROP_SECONDS, DataConfig, TrainConfig
 from training.data import read_crop, variant_path
 from training.recordings import Recording, build_index
 
-# Praat takes about a hundredth of a recording's length; a hang takes minutes.
+# Praat takes about 1 % of a recording's length; a hang takes minutes.
 _TIMEOUT_SECONDS = 20.0
 _TIMEOUT_PER_SECOND = 1.0
-_BLOCK_SAMPLES = 1 << 16  # libsndfile's encoders are not made for whole songs in one call
+_BLOCK_SAMPLES = 1 << 16  # libsndfile's encoders cannot take whole songs in one call
 
 
 @command
@@ -35,13 +35,13 @@ _BLOCK_SAMPLES = 1 << 16  # libsndfile's encoders are not made for whole songs i
 def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
     """Write COUNT pitch-shifted variants of each recording in the folder DATA to the folder OUT.
 
-    What is there already is kept: the same command goes on after a crash. Train with --set data.pitch_variants=OUT.
+    Existing variants are kept, so after a crash the same command continues. Train with --set data.pitch_variants=OUT.
     """
     section = DataConfig(
         source=str(Path(data).absolute()),
         pitch_variants=str(Path(out).absolute()),
         validation_fraction=0,
-        crop_seconds=SHORTEST_CROP_SECONDS,  # whatever a training may use
+        crop_seconds=SHORTEST_CROP_SECONDS,  # include all recordings that a training may use
     )
     config = TrainConfig(method="", data=section)
     tasks = [(each, number) for each in build_index(config) for number in range(count)]
@@ -58,7 +58,7 @@ def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
 
 
 def make_variant(recording: Recording, number: int, config: TrainConfig, shifter: PitchShifter, seed: int) -> bool:
-    """Write one variant, if it is not there; return whether there is one. Its ratios follow from seed and name.
+    """Write one variant, unless it exists. Return whether it exists now. Its ratios are a function of seed and name.
 
     Raises OutputError.
     """
@@ -79,8 +79,8 @@ def make_variant(recording: Recording, number: int, config: TrainConfig, shifter
     shifted = shifter.shift(pcm, sample_rate, ratio, range_ratio, int(rng.integers(2**31)), timeout_seconds=timeout)
     if shifted is pcm:
         return False
-    encoded = io.BytesIO()  # of a full disk libsndfile says "System error"
-    # 24 bits: a quiet recording keeps its detail, and the level by which silence is told.
+    encoded = io.BytesIO()  # in memory, because libsndfile reports a full disk only as "System error"
+    # 24 bits preserve quiet recordings, and their level for the silence threshold.
     with soundfile.SoundFile(encoded, "w", sample_rate, 1, "PCM_24", format="FLAC") as file:
         for block in _blocks(shifted / max(1.0, float(np.abs(shifted).max()))):
             file.write(block)
@@ -90,7 +90,7 @@ def make_variant(recording: Recording, number: int, config: TrainConfig, shifter
         temporary.write_bytes(encoded.getbuffer())
         temporary.replace(target)
     except OSError as exc:
-        raise OutputError(f"{target} cannot be written: {exc.strerror}. The same command then goes on") from exc
+        raise OutputError(f"{target} cannot be written: {exc.strerror}. The same command continues") from exc
     return True
 
 

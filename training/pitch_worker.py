@@ -1,7 +1,7 @@
-"""Shifts pitch with Praat, in a process of its own: requests on stdin, replies on stdout.
+"""Worker process that shifts pitch with Praat: requests on stdin, replies on stdout.
 
-A process, because Praat's "Change gender" cannot be interrupted from within and was seen to hang for minutes on short,
-noisy speech. Only numpy and parselmouth are imported, so that it starts quickly.
+It is a process because Praat's "Change gender" cannot be interrupted, and was seen to hang for minutes on short, noisy
+speech. It imports only numpy and parselmouth, to start quickly.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from parselmouth.praat import call, run
 REQUEST = struct.Struct("<qdddq")
 REPLY = struct.Struct("<q")
 
-# Where the paper's code looks for pitch, in Hz. Praat advises a time step of 0.75 to 0.8 periods of the lowest.
+# Pitch range of the paper's code, Hz. Praat's manual advises a time step of 0.75 to 0.8 periods of the floor.
 PITCH_FLOOR, PITCH_CEILING = 75.0, 600.0
 
 Samples = NDArray[np.float32]
 
 
 def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: float, seed: int) -> Samples:
-    """Multiply the pitch of `pcm` by `ratio` and its range about the median by `range_ratio`; formants stay.
+    """Multiply the pitch of `pcm` by `ratio`, and its range about the median by `range_ratio`, preserving formants.
 
-    Returns as many samples as it was given; unvoiced audio comes back as it was. Method: PSOLA, Praat's "Change gender"
+    Return as many samples as given; audio without pitch is returned unchanged. Method: PSOLA, Praat's "Change gender"
     with a formant shift ratio of 1.
     """
-    # Where the voice is unvoiced Praat places periods at random.
+    # Praat places periods at random in unvoiced parts.
     run(f"random_initializeWithSeedUnsafelyButPredictably ({seed})")
     sound = parselmouth.Sound(pcm.astype(np.float64), sampling_frequency=sample_rate)
     pitch = call(sound, "To Pitch", 0.8 / PITCH_FLOOR, PITCH_FLOOR, PITCH_CEILING)
@@ -43,7 +43,7 @@ def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: flo
     if math.isnan(median):
         return pcm
     lowest = call(pitch, "Get minimum", 0.0, 0.0, "Hertz", "Parabolic")
-    if median + (lowest - median) * range_ratio <= 0:  # Praat would be asked for a pitch below zero
+    if median + (lowest - median) * range_ratio <= 0:  # the lowest pitch would become negative
         range_ratio = 1.0
     shifted = call((sound, pitch), "Change gender", 1.0, median * ratio, range_ratio, 1.0)
     samples = np.zeros_like(pcm)
@@ -53,11 +53,11 @@ def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: flo
 
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
-    """Answer requests until there are no more."""
+    """Answer requests until the end of `requests`."""
     while header := requests.read(REQUEST.size):
         n_samples, sample_rate, ratio, range_ratio, seed = REQUEST.unpack(header)
         pcm = np.frombuffer(requests.read(4 * n_samples), np.float32)
-        with contextlib.suppress(parselmouth.PraatError):  # a crop that Praat refuses is used as it is
+        with contextlib.suppress(parselmouth.PraatError):  # a crop that Praat rejects is returned unchanged
             pcm = shift_pitch(pcm, sample_rate, ratio, range_ratio, seed)
         replies.write(REPLY.pack(len(pcm)))
         replies.write(np.ascontiguousarray(pcm, np.float32).tobytes())
@@ -65,5 +65,5 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training's, whose end closes our stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C; its end closes our stdin
     serve(sys.stdin.buffer, sys.stdout.buffer)

@@ -1,4 +1,4 @@
-"""The recordings of a training set: found in a folder or a catalogue, split by singer, kept as a small Parquet file."""
+"""The recordings of a training set: found in a folder or a catalogue, split by singer, indexed in a Parquet file."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from training.config import DataConfig, TrainConfig
 AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
 TRAIN, VALIDATION = "train", "validation"
 _COLUMNS = ("path", "singer", "seconds", "start", "split")
-# What an index follows from, with the seed.
-_ASKED = {"source", "validation", "validation_fraction", "path_column", "singer_column", "crop_seconds"}
+# The fields of DataConfig that, with the seed, determine an index.
+_INDEX_FIELDS = {"source", "validation", "validation_fraction", "path_column", "singer_column", "crop_seconds"}
 _PROBE_SECONDS = 60.0
-_PROBE_SAMPLE_RATE = 44_100  # any will do: lengths are in seconds
+_PROBE_SAMPLE_RATE = 44_100  # any rate: lengths are in seconds
 _PROBE_THREADS = 8
 
 
 @dataclass(frozen=True)
 class Recording:
-    """One file and whose voice it is."""
+    """A file, or a part of one, and its singer."""
 
     path: str
     singer: str
-    seconds: float = math.inf  # as long as the file goes, until it is measured
+    seconds: float = math.inf  # infinite: to the end of the file
     start: float = 0.0  # seconds from the beginning of the file
     split: str = TRAIN
 
 
 def build_index(config: TrainConfig) -> list[Recording]:
-    """Find, measure and split the recordings of a run, in an order that depends on their names only.
+    """Find, measure and split the recordings of a run, in an order that depends only on their names.
 
-    What cannot be opened, or is shorter than the crops taken of it, is left out and counted. Raises CatalogError where
+    Recordings that cannot be opened, or are shorter than a crop, are left out and counted. Raises CatalogError if
     nothing is left to train on.
     """
     data, crop_seconds = config.data, config.front_end().crop_seconds
@@ -68,23 +68,23 @@ def build_index(config: TrainConfig) -> list[Recording]:
 
 
 def write_index(path: Path, recordings: Sequence[Recording], config: TrainConfig) -> None:
-    """Write the index of `config` so that readers see the whole file or none."""
+    """Write the index of `config`, atomically."""
     columns = {name: [getattr(each, name) for each in recordings] for name in _COLUMNS}
     with publishing(str(path)) as temporary:
-        pq.write_table(pa.table(columns).replace_schema_metadata({"asked": _asked(config)}), temporary)
+        pq.write_table(pa.table(columns).replace_schema_metadata({"asked": _index_key(config)}), temporary)
 
 
 def is_index_of(path: Path, config: TrainConfig) -> bool:
-    """Say whether `path` is an index, made of the data that `config` asks for."""
-    return path.exists() and (pq.read_schema(path).metadata or {}).get(b"asked") == _asked(config).encode()
+    """Return whether `path` is an index of the data that `config` names."""
+    return path.exists() and (pq.read_schema(path).metadata or {}).get(b"asked") == _index_key(config).encode()
 
 
-def _asked(config: TrainConfig) -> str:
-    return json.dumps({"seed": config.seed, **config.data.model_dump(include=_ASKED)}, sort_keys=True)
+def _index_key(config: TrainConfig) -> str:
+    return json.dumps({"seed": config.seed, **config.data.model_dump(include=_INDEX_FIELDS)}, sort_keys=True)
 
 
 def read_index(path: Path) -> list[Recording]:
-    """Read what `write_index` wrote."""
+    """Read an index written by `write_index`."""
     return [Recording(**row) for row in pq.read_table(path).to_pylist()]
 
 
@@ -100,9 +100,9 @@ def _find(source: str, config: TrainConfig) -> list[Recording]:
 
 
 def _in_folder(folder: Path) -> Iterator[Recording]:
-    """`folder/SINGER/**/*.wav` and the like. A file that lies in no singer's folder is a singer of its own.
+    """Yield the files `folder/SINGER/**/*.wav`, and other formats. A file directly in `folder` is its own singer.
 
-    Links are followed, but for those to a folder that they lie in.
+    Symbolic links are followed, except those to a parent folder.
     """
     for root, folders, names in os.walk(folder, followlinks=True):
         above = {each.resolve() for each in (Path(root), *Path(root).parents)}
@@ -113,7 +113,7 @@ def _in_folder(folder: Path) -> Iterator[Recording]:
 
 
 def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[Recording]:
-    """Rows of a catalogue; without a singer each row is a singer of its own. Rows that are wrong are left out."""
+    """Yield the valid rows of a catalogue. A row without a singer is its own singer."""
     catalog = Catalog(path, columns)
     names = catalog.extra_schema().names
     known = singer_column in names
@@ -133,17 +133,17 @@ def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[R
             nobody = singer is None or singer == "" or (isinstance(singer, float) and math.isnan(singer))
             yield Recording(track.location, track.track_id if nobody else str(singer), seconds, track.start)
     if n_wrong:
-        tqdm.write(f"left out  {n_wrong} rows of {path} that are wrong (first: {first})")
+        tqdm.write(f"left out  {n_wrong} invalid rows of {path} (first: {first})")
 
 
 def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
-    """Return those of `recordings` that last `min_seconds`, with their lengths from the files' headers."""
+    """Return the recordings of at least `min_seconds`, with their lengths from the file headers."""
     with ThreadPoolExecutor(_PROBE_THREADS) as threads:
         lengths = list(
             tqdm(
                 threads.map(_seconds, recordings),
                 total=len(recordings),
-                desc="looking at recordings",
+                desc="reading headers",
                 unit=" files",
                 disable=None,
             )
@@ -164,7 +164,7 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
 
 
 def _seconds(recording: Recording) -> float | None:
-    """Length of a recording in seconds; None for a file that cannot be opened."""
+    """Return the length of a recording in seconds; None if it cannot be opened."""
     limit = TimeLimit(_PROBE_SECONDS)
     try:
         with limit.counting(), open_recording(recording.path, _PROBE_SAMPLE_RATE, limit) as reader:
@@ -175,7 +175,7 @@ def _seconds(recording: Recording) -> float | None:
 
 
 def _draw_singers(singers: set[str], fraction: float, seed: int) -> set[str]:
-    """Draw `fraction` of the singers, two at least where any are wanted, as one has nobody to be told from."""
+    """Draw `fraction` of the singers; at least two unless it is 0, because error rates need two."""
     if fraction == 0:
         return set()
     count = max(2, round(fraction * len(singers)))

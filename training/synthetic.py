@@ -1,9 +1,9 @@
-"""A made corpus of synthetic singers, on which a method can be seen to work within minutes.
+"""Generates a corpus of synthetic singers, on which a method can be tested within minutes.
 
-A singer is a vocal tract (its length, its own deviation of each formant, its bandwidths), a glottis (spectral tilt,
-breath, jitter) and manners (vibrato, tremolo, onset of notes, range). A recording is a melody in a part of the range,
-on vowels of which it prefers some, through a channel of its own (equaliser, noise). Statistics of a crop's spectrum say
-more of its vowels, pitch and channel than of the singer.
+A singer is a vocal tract (length, deviation of each formant, bandwidths), a glottis (spectral tilt, breath, jitter) and
+a style (vibrato, tremolo, onset of notes, range). A recording is a melody in a part of the range, on vowels of random
+frequency, through its own channel (equaliser, noise). Statistics of a crop's spectrum depend more on vowels, pitch and
+channel than on the singer.
 """
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ VOWELS = {
 BANDWIDTHS = (80.0, 90.0, 120.0, 160.0, 220.0)  # Hz
 _RELEASE_SECONDS = 0.02
 _NOTE_SECONDS = (0.2, 0.7)
-_JITTER_SAMPLES = 441  # from one turn of the course to the next: 10 ms
-_RANGE = 18  # semitones, of a singer
-_TESSITURA = 9  # semitones that a melody moves in, somewhere in the singer's range
-_CHANNEL_DB = 10.0  # standard deviation of a recording chain's gains
-_NOISE = (0.0003, 0.02)  # standard deviation against the voice's peak
+_JITTER_SAMPLES = 441  # between random pitch deviations, interpolated: 10 ms
+_RANGE = 18  # semitones; range of a singer
+_TESSITURA = 9  # semitones; range of a melody, within that of the singer
+_CHANNEL_DB = 10.0  # standard deviation of the channel's gains
+_NOISE = (0.0003, 0.02)  # standard deviation relative to the voice's peak
 
 Samples = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Singer:
-    """What is the same in all recordings of a singer."""
+    """The parameters of a singer, equal in all recordings."""
 
     tract: float  # factor on all formants: a shorter vocal tract has higher ones
     formant_deviation: tuple[float, ...]  # factors
     bandwidth: float  # factor
     tilt_hz: float  # corner of the source's low-pass
-    breath: float  # noise against the pulses
-    jitter_cents: float  # standard deviation of a random course of the pitch
+    breath: float  # noise relative to the pulses
+    jitter_cents: float  # standard deviation of the random pitch deviation
     vibrato_hz: float
     vibrato_cents: float
-    tremolo: float  # share by which loudness follows the vibrato
-    onset_seconds: float  # of a note's rise
-    lowest_midi: float  # of a range of an octave and a half
+    tremolo: float  # depth of the amplitude modulation by the vibrato
+    onset_seconds: float  # attack time of a note
+    lowest_midi: float  # lowest note of the range
 
 
 def draw_singer(rng: np.random.Generator) -> Singer:
@@ -76,7 +76,7 @@ def draw_singer(rng: np.random.Generator) -> Singer:
 
 
 def sing(singer: Singer, seconds: float, rng: np.random.Generator) -> Samples:
-    """Sing a random melody on random vowels, float64 [samples] with a peak of 0.9."""
+    """Return a random melody on random vowels, float64 [samples] at 44.1 kHz with a peak of 0.9."""
     notes: list[Samples] = []
     remaining = round(seconds * SAMPLE_RATE)
     lowest = singer.lowest_midi + rng.uniform(0, _RANGE - _TESSITURA)
@@ -113,7 +113,7 @@ def _note(singer: Singer, midi: float, vowel: str, n_samples: int, rng: np.rando
 
 
 def _pulses(midi: Samples) -> Samples:
-    """A band-limited pulse train of the pitch `midi`: the closed sum of equal cosines up to half the sample rate."""
+    """Return a band-limited pulse train of pitch `midi`: the closed form of a sum of equal cosines below Nyquist."""
     frequency = 440 * 2 ** ((midi - 69) / 12)
     phase = 2 * np.pi * np.cumsum(frequency) / SAMPLE_RATE
     harmonics = int(0.45 * SAMPLE_RATE / frequency.max())
@@ -124,7 +124,7 @@ def _pulses(midi: Samples) -> Samples:
 
 
 def _resonators(frequencies: Samples, bandwidths: Samples) -> Samples:
-    """Two-pole resonators with a gain of 1 at 0 Hz, as second-order sections: Klatt (1980), equation 3."""
+    """Return two-pole resonators with gain 1 at 0 Hz, as second-order sections: Klatt (1980), equation 3."""
     radius = np.exp(-np.pi * bandwidths / SAMPLE_RATE)
     b = 2 * radius * np.cos(2 * np.pi * frequencies / SAMPLE_RATE)
     c = -(radius**2)
@@ -133,7 +133,7 @@ def _resonators(frequencies: Samples, bandwidths: Samples) -> Samples:
 
 
 def _channel(pcm: Samples, rng: np.random.Generator) -> Samples:
-    """A recording chain: gains in smooth curves over log frequency, by multiplication of the spectrum."""
+    """Apply a random equaliser with gains interpolated over log frequency, in the frequency domain."""
     frequencies = np.fft.rfftfreq(len(pcm), 1 / SAMPLE_RATE)
     knots = np.geomspace(60, 16_000, 7)
     gain_db = np.interp(np.log(frequencies + 1), np.log(knots), rng.normal(0, _CHANNEL_DB, len(knots)))
@@ -143,7 +143,7 @@ def _channel(pcm: Samples, rng: np.random.Generator) -> Samples:
 def make_corpus(folder: Path, *, singers: int, recordings: int, seconds: float, seed: int, first: int = 0) -> None:
     """Write `folder`/singer-000/0.wav and so on, mono PCM16 at 44.1 kHz.
 
-    Singer n of a seed is always the same, and so is recording m of a singer; `first` is the first recording's number.
+    Singer n and its recording m are functions of the seed; `first` is the number of the first recording.
     """
     for number in range(singers):
         singer = draw_singer(np.random.default_rng((seed, number)))

@@ -47,9 +47,9 @@ LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
 def main(config_paths: tuple[Path, ...], data: str, out: Path, overrides: tuple[str, ...]) -> None:
     """Train a singer encoder with one of five self-supervised methods.
 
-    The run's folder gets last.ckpt (every few hundred steps and every epoch), best.ckpt (lowest error rate on the
-    validation singers), the list of recordings, and TensorBoard's events. The same command after a crash or a kill goes
-    on from last.ckpt, bit for bit where --set trainer.deterministic=true.
+    Writes last.ckpt (every few hundred steps and every epoch), best.ckpt (lowest error rate on the validation singers),
+    the list of recordings, and TensorBoard events to the run's folder. After a crash or a kill the same command resumes
+    from last.ckpt, bit for bit with --set trainer.deterministic=true.
 
     \b
     python -m training.train --config training/configs/contrastive.yaml --data vocals/ --out runs/contrastive
@@ -62,10 +62,9 @@ def main(config_paths: tuple[Path, ...], data: str, out: Path, overrides: tuple[
 
 
 def train(config: TrainConfig, out: Path) -> None:
-    """Run `config` in the folder `out`, going on from its `last.ckpt` if there is one.
+    """Run `config` in the folder `out`, resuming from its `last.ckpt` if there is one.
 
-    Raises UsageError where that was made with another configuration or on another number of devices, naming the
-    differences.
+    Raises UsageError, naming the differences, if `last.ckpt` was made with another configuration or number of devices.
     """
     last = out / LAST
     devices = _refuse_differences(config, last) if last.exists() else None
@@ -77,25 +76,26 @@ def train(config: TrainConfig, out: Path) -> None:
     _keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
-    # TF32 is for the network's convolutions, where torch has it by default. In products of matrices it would round the
-    # mel spectrogram, which is to equal the engine's, and the losses' similarities.
+    # torch uses TF32 in convolutions by default. In matrix products it would round the mel spectrogram, which must
+    # equal the engine's, and the similarities in the losses.
     torch.set_float32_matmul_precision("highest")
     lightning.seed_everything(config.seed, verbose=False)
     recordings = _recordings(config, out / INDEX, going_on=last.exists())
     try:
         trainer = build_trainer(config, out)
     except (MisconfigurationException, ValueError) as exc:
-        raise UsageError(f"the trainer section does not suit this machine, or Lightning: {exc}") from exc
+        raise UsageError(f"the trainer section does not work on this machine: {exc}") from exc
     if devices not in {None, trainer.world_size}:
         raise UsageError(
-            f"{last} was made on {devices} device(s), here are {trainer.world_size}: an epoch would have another number"
-            " of steps, and learning rate and moving average another course. Go on with as many, or give another --out"
+            f"{last} was made on {devices} device(s), here are {trainer.world_size}: that changes the steps"
+            " of an epoch, learning rate and moving average. Use as many devices, or give another --out"
         )
     data = PairData(recordings, config, trainer.world_size)
     if not data.can_validate:
         trainer.limit_val_batches = 0
     method = build_method(config, data.steps_per_epoch)
-    # The sampler starts at the checkpoint's step, which Lightning cannot know; the run's folder holds its recordings.
+    # The sampler resumes at the checkpoint's step, which Lightning does not know; the folder holds the recordings'
+    # index.
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
     warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # Lightning's own
@@ -104,13 +104,13 @@ def train(config: TrainConfig, out: Path) -> None:
 
 @rank_zero_only
 def _remove_half_checkpoints(out: Path) -> None:
-    """Remove what a kill in the middle of writing leaves of a checkpoint."""
+    """Remove temporary files of checkpoints whose writing was interrupted."""
     for leftover in out.glob(".*.ckpt.*.tmp"):
         leftover.unlink()
 
 
 def _keep_freed_memory() -> None:
-    """Have glibc keep what is freed for the next step. A step on a CPU spends half of its time on new pages else."""
+    """Make glibc keep freed memory. Otherwise a step on a CPU spends half of its time on page faults."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
@@ -119,7 +119,7 @@ def _keep_freed_memory() -> None:
 
 
 def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
-    """Make Lightning's Trainer for `config`, writing to the folder `out`."""
+    """Return Lightning's Trainer for `config`, which writes to the folder `out`."""
     settings = config.trainer
     on_cuda = torch.cuda.is_available() and settings.accelerator in {"auto", "gpu", "cuda"}
     precision = ("bf16-mixed" if on_cuda else "32-true") if settings.precision == "auto" else settings.precision
@@ -128,7 +128,7 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         filename=Path(BEST).stem,
         monitor="validation/eer",
         mode="min",
-        save_on_train_epoch_end=False,  # but after each validation, so that last.ckpt, which comes then, knows of it
+        save_on_train_epoch_end=False,  # after validation instead, so that last.ckpt, saved later, has its state
         enable_version_counter=False,
     )
     callbacks: list[Callback] = [
@@ -143,23 +143,23 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.nodes,
-        precision=precision,  # type: ignore[arg-type]  # one of Lightning's names, which it checks itself
+        precision=precision,  # type: ignore[arg-type]  # Lightning checks the name
         sync_batchnorm=settings.sync_batchnorm,
         deterministic=settings.deterministic,
         check_val_every_n_epoch=settings.validate_every_epochs,
         log_every_n_steps=settings.log_every_steps,
         num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # PairSampler deals the batches out
+        use_distributed_sampler=False,  # PairSampler distributes the batches
         callbacks=callbacks,
         plugins=[WholeCheckpoints()],
-        logger=TensorBoardLogger(out, name="tensorboard", version=""),  # a version would show in the progress bar
+        logger=TensorBoardLogger(out, name="tensorboard", version=""),  # a version would appear in the progress bar
     )
 
 
 def _recordings(config: TrainConfig, index: Path, *, going_on: bool) -> list[Recording]:
-    """The recordings of the run: looked for once, then kept, so that a resumed run has the same.
+    """Return the recordings of the run: found once and stored in `index`, so that a resumed run has the same.
 
-    What an earlier run left that got to no checkpoint is kept only where it was of the same data.
+    An index of an earlier run without a checkpoint is reused only if it is of the same data.
     """
     if not (index.exists() if going_on else is_index_of(index, config)):
         write_index(index, build_index(config), config)
@@ -167,16 +167,16 @@ def _recordings(config: TrainConfig, index: Path, *, going_on: bool) -> list[Rec
 
 
 def _refuse_differences(config: TrainConfig, last: Path) -> int | None:
-    """Raise UsageError where `last` was made with another configuration; return on how many devices it was made."""
+    """Raise UsageError if `last` was made with another configuration. Return the number of devices it was made on."""
     try:
         content = torch.load(last, map_location="cpu", weights_only=True)
         earlier = parse_config(content["hyper_parameters"]["config"], str(last))
-    except Exception as exc:  # a damaged file may raise anything at all
-        raise CheckpointError(f"{last} cannot be gone on from: {exc}. Give another --out, or remove it") from exc
+    except Exception as exc:  # a damaged file may raise anything
+        raise CheckpointError(f"cannot resume from {last}: {exc}. Give another --out, or remove it") from exc
     differences = config.differences(earlier)
     if differences:
         raise UsageError(f"{last} was made with another configuration ({'; '.join(differences)}). Give another --out")
-    return content.get("devices")  # type: ignore[no-any-return]  # earlier ones did not say
+    return content.get("devices")  # type: ignore[no-any-return]  # missing in older checkpoints
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engine seam: PCM crops go in, embeddings and levels come out."""
+"""The interface of an engine: crops of PCM in, embeddings and levels out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from singerembed.model.spec import ModelSpec
 
 @dataclass(frozen=True)
 class EmbeddedCrops:
-    """What an engine says of a batch of n crops."""
+    """Results for a batch of n crops."""
 
     embedding: NDArray[np.float32]  # [loud crops, embedding_dim], in the order of the loud crops
     peak: NDArray[np.float32]  # [n], full scale is 1; NaN in an invalid crop
@@ -23,20 +23,20 @@ class EmbeddedCrops:
 
 
 class Engine(Protocol):
-    """One loaded model. Any number of threads may call `embed`; a crop's result does not depend on the others."""
+    """A loaded model. `embed` is thread-safe; the result for a crop does not depend on the other crops of the call."""
 
     spec: ModelSpec
-    description: str  # for people: back end, precision, device
-    batch: int  # crops in one call that keep it busy
-    waits: bool  # whether `embed` waits for a device, so that more callers than cores keep it busy
+    description: str  # for display: model, precision, back end, device
+    batch: int  # crops per call at which throughput is best
+    waits: bool  # `embed` blocks on a device, so use more calling threads than cores
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
-        """Embed `crops`, int16 or float32 [n, crop_samples], n >= 1, C-contiguous; silent crops cost no inference.
+        """Embed `crops`, int16 or float32 [n, crop_samples], n >= 1, C-contiguous. Silent crops are not inferred.
 
         Raises EngineError when the back end fails.
         """
         ...
 
     def close(self) -> None:
-        """Free the device; the engine cannot be used afterwards."""
+        """Free the device. The engine cannot be used afterwards."""
         ...

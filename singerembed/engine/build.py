@@ -1,4 +1,4 @@
-"""Turns a checkpoint into an engine file: fold, export, compare with the oracle, publish. Needs torch and onnx."""
+"""Builds an engine file from a checkpoint: fold batch norms, export, verify, write. Needs torch and onnx."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from singerembed.engine.precision import to_fp16
 from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices, usable_library
 from singerembed.engine.tensorrt_build import PlanOptions, build_plan, facts_entry
 from singerembed.errors import EngineError, MissingDependencyError, OutputError, UsageError
-from singerembed.model.checkpoint import Checkpoint, load_checkpoint
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint, parameter_count
 from singerembed.model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -36,24 +36,25 @@ _VERIFY_CROPS = 16
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far an engine may be from the FP32 torch encoder."""
+    """Allowed difference between an engine and the FP32 torch encoder."""
 
     cosine: float  # at least
-    difference: float  # at most; largest |difference| of a number, as a share of the embedding's norm
+    difference: float  # at most; largest absolute difference, divided by the norm of the expected embedding
 
 
-# FP32 differs by rounding alone: independent implementations reach 2.5e-6. FP16 keeps 11 bits through 81 convolutions.
+# FP32 engines differ by rounding only: independent implementations reach 2.5e-6. FP16 has 11 bits, over 81
+# convolutions.
 TOLERANCES = {"fp32": Tolerance(0.999999, 1e-3), "fp16": Tolerance(0.9995, 3e-2)}
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `build-engine` lets a user choose."""
+    """Options of `build_engine`."""
 
     backend: str = "auto"
-    normalise: str | float | None = None  # None: as the checkpoint's spec has it
-    precision: str = "auto"  # "fp16" on the GPU's own back ends, else "fp32"
-    plan: PlanOptions = field(default_factory=PlanOptions)  # of the GPU's own back ends
+    normalise: str | float | None = None  # None: as in the checkpoint's spec
+    precision: str = "auto"  # "fp16" with TensorRT, else "fp32"
+    plan: PlanOptions = field(default_factory=PlanOptions)  # for TensorRT
 
 
 def build_engine(
@@ -64,10 +65,11 @@ def build_engine(
     force: bool = False,
     say: Callable[[str, str], None] = lambda _what, _text: None,
 ) -> EngineFile:
-    """Build the engine of the checkpoint `source` and publish it as `output`.
+    """Build an engine from the checkpoint `source` and write it to `output`.
 
-    `say(what, text)` is told each step. Raises CheckpointError, UsageError, MissingDependencyError, OutputError when
-    `output` exists and not `force`, and EngineError when the engine is further from the oracle than TOLERANCES allow.
+    `say(what, text)` is called after each step. Raises CheckpointError, UsageError, MissingDependencyError, OutputError
+    if `output` exists without `force`, and EngineError if the engine differs from the FP32 torch encoder by more than
+    TOLERANCES.
     """
     options = options or BuildOptions()
     if Path(output).exists() and not force:
@@ -78,7 +80,7 @@ def build_engine(
     if options.normalise is not None:
         checkpoint = replace(checkpoint, spec=replace(checkpoint.spec, normalise=options.normalise))
     spec = replace(checkpoint.spec, precision=precision)
-    n_parameters = sum(t.numel() for name, t in checkpoint.state_dict.items() if not _is_statistic(name))
+    n_parameters = parameter_count(checkpoint.state_dict)
     say(
         "checkpoint",
         f"{source}: {checkpoint.layout}, {spec.method}, {n_parameters:,} parameters, sha256 {spec.weights_sha256[:12]}",
@@ -99,7 +101,7 @@ def build_engine(
         verification={},
     )
     engine = network if backend == "onnxruntime" else _as_plan(network, backend, options.plan)
-    engine = replace(engine, verification=_verify(checkpoint, *_runnable(engine, network, options.plan.device), say))
+    engine = replace(engine, verification=_verify(checkpoint, *_verifiable(engine, network, options.plan.device), say))
     engine.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return engine
@@ -127,22 +129,18 @@ def _as_plan(network: EngineFile, backend: str, options: PlanOptions) -> EngineF
     return replace(network, backend=backend, payload=plan, build=network.build | facts_entry(facts))
 
 
-def _runnable(engine: EngineFile, network: EngineFile, device: int) -> tuple[Engine, str]:
-    """An engine to verify, and what it is: a plan for another machine is represented by its network on the CPU."""
+def _verifiable(engine: EngineFile, network: EngineFile, device: int) -> tuple[Engine, str]:
+    """Return the engine to verify, and its name: its network on the CPU if the plan cannot run on this machine."""
     if engine.backend == TENSORRT_RTX.backend and not cuda_devices():
         return OnnxRuntimeEngine(network), "its network on the CPU (no GPU here to run the plan)"
     return open_engine(engine, device=device), "the engine"
-
-
-def _is_statistic(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
 
 
 def export_onnx(checkpoint: Checkpoint) -> bytes:
-    """The encoder as an ONNX model, batch norm folded: log_mel [batch, n_mels, n_frames] -> embedding [batch, dim]."""
+    """Export the encoder to ONNX, batch norms folded: log_mel [batch, n_mels, n_frames] -> embedding [batch, dim]."""
     try:
         import onnx  # noqa: F401  (torch's exporter needs it)
         import torch
@@ -156,7 +154,7 @@ def export_onnx(checkpoint: Checkpoint) -> bytes:
     example = torch.zeros(1, checkpoint.spec.n_mels, checkpoint.spec.n_frames)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "encoder.onnx"
-        warnings.simplefilter("ignore")  # the exporter's notes on itself
+        warnings.simplefilter("ignore")  # the exporter warns that it is deprecated
         torch.onnx.export(
             encoder,
             (example,),
@@ -171,7 +169,7 @@ def export_onnx(checkpoint: Checkpoint) -> bytes:
 
 
 def fold_batch_norm(encoder: EncoderNet) -> EncoderNet:
-    """A copy of `encoder` with every batch norm folded into the convolution before it, computed in float64."""
+    """Return a copy of `encoder` with each batch norm folded into the convolution before it, computed in float64."""
     import torch
     from torch.nn.utils.fusion import fuse_conv_bn_eval
     from torchvision.ops.misc import Conv2dNormActivation
@@ -189,10 +187,10 @@ def fold_batch_norm(encoder: EncoderNet) -> EncoderNet:
 
 
 def verification_crops(spec: ModelSpec) -> NDArray[np.float32]:
-    """Crops to compare engines on, [16, crop_samples]: tones from bass to soprano, noises, a sawtooth.
+    """Return crops to compare engines on, [16, crop_samples]: tones from bass to soprano, noises, a sawtooth.
 
-    No lone click: its log-mel maximum is nearly 0, and dividing by that (as the official pipeline does) magnifies any
-    rounding without bound.
+    There is no single click: its log-mel maximum is nearly 0, and division by it (as in the official pipeline)
+    magnifies rounding without bound.
     """
     rng = np.random.default_rng(0)
     t = np.arange(spec.crop_samples) / spec.sample_rate
@@ -211,7 +209,7 @@ def verification_crops(spec: ModelSpec) -> NDArray[np.float32]:
 
 
 def compare(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> Tolerance:
-    """Smallest cosine, and largest difference as a share of the expected norm, over rows [n, dim]."""
+    """Return the smallest cosine, and the largest difference divided by the expected norm, over rows [n, dim]."""
     a, b = embedding.astype(np.float64), expected.astype(np.float64)
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     cosine = (a * b).sum(axis=1) / (norm_a * norm_b)

@@ -1,8 +1,8 @@
-"""The CUDA device, through pycuda: context, streams, events, device and page-locked memory.
+"""A CUDA device through pycuda: context, streams, events, device and page-locked memory.
 
-The context is the device's primary one, which the CUDA runtime in the mel extension, TensorRT and ONNX Runtime use by
-themselves. A context made anew would give each of them handles that the others refuse (NVIDIA/TensorRT issues 930,
-1133 and 4335, inducer/pycuda issue 242). It is current in the thread that opened the device, and in no other.
+The context is the device's primary context, which the CUDA runtime in the mel extension, TensorRT and ONNX Runtime
+use. Handles of another context would be invalid in those libraries (NVIDIA/TensorRT issues 930, 1133 and 4335,
+inducer/pycuda issue 242). It is current only in the thread that opened the device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.model.mel import cuda_mel
 from singerembed.model.spec import ModelSpec
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: does not wait for the legacy default stream, nor it for this
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the legacy default stream
 
 
 def load_driver() -> Any:
-    """pycuda's driver module, initialised. Raises MissingDependencyError, or EngineError where there is no driver."""
+    """Return pycuda's driver module, initialised. Raises MissingDependencyError, or EngineError without a driver."""
     try:
         from pycuda import driver
     except ImportError as exc:
@@ -37,7 +37,7 @@ def load_driver() -> Any:
 
 
 def device_count() -> int:
-    """CUDA devices that this process may use. Raises as `load_driver`."""
+    """Return the number of CUDA devices visible to this process. Raises as `load_driver`."""
     return int(load_driver().Device.count())
 
 
@@ -45,7 +45,7 @@ class CudaDevice:
     """See `Device`. Open, use and close it in one thread."""
 
     def __init__(self, index: int = 0) -> None:
-        """Retain the primary context of device `index`. Raises EngineError, or MissingDependencyError."""
+        """Retain the primary context of device `index`. Raises EngineError or MissingDependencyError."""
         self._driver = load_driver()
         count = self._driver.Device.count()
         if not 0 <= index < count:
@@ -58,13 +58,13 @@ class CudaDevice:
             self._context = device.retain_primary_context()
         except self._driver.Error as exc:
             raise EngineError(
-                f"{self.name} gives no context: {exc}. Is it in use, or in another compute mode?"
+                f"cannot create a context on {self.name}: {exc}. Is it in use, or in another compute mode?"
             ) from exc
         self._context.push()
         self._streams: dict[int, Any] = {}
 
     def close(self) -> None:
-        """Give the context back. What was allocated must have been freed."""
+        """Release the context. Buffers must have been freed before."""
         self._streams.clear()  # before the context that they belong to
         self._context.pop()
         self._context.detach()
@@ -91,7 +91,7 @@ class CudaDevice:
         return int(stream.handle)
 
     def as_stream(self, stream: int) -> Any:
-        """pycuda's own object for a stream of this device."""
+        """Return pycuda's object for a stream handle of this device."""
         return self._streams[stream]
 
     def upload(self, destination: int, source: NDArray[Any], stream: int) -> None:
@@ -142,5 +142,5 @@ class _PinnedBuffer:
         self.array = array
 
     def free(self) -> None:
-        allocation: Any = self.array.base  # pycuda's; left to the garbage collector it would go in any thread
+        allocation: Any = self.array.base  # pycuda's; the garbage collector might free it in another thread
         allocation.free()

@@ -1,4 +1,4 @@
-"""What the GPU runtime asks of a device and of the encoder on it; a fake of both runs the runtime on a CPU."""
+"""The interfaces of a GPU and of the encoder on it, as the GPU runtime uses them. Tests run it on fakes of both."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from singerembed.model.spec import ModelSpec
 
 
 class OutOfDeviceMemory(Exception):
-    """The device has no room for a buffer or a batch; a smaller one may fit."""
+    """The device has too little memory for a buffer or a batch; a smaller one may fit."""
 
 
 class DeviceBuffer(Protocol):
@@ -33,7 +33,7 @@ class PinnedBuffer(Protocol):
 
 
 class DeviceMel(Protocol):
-    """The mel kernels, as csrc/mel_device.h says. Addresses are the device's; the calls only enqueue."""
+    """The mel kernels, see csrc/mel_device.h. Addresses are device addresses; the calls are asynchronous."""
 
     def scratch_bytes(self, crops: int) -> int: ...
 
@@ -43,7 +43,7 @@ class DeviceMel(Protocol):
 
 
 class Capture(Protocol):
-    """A recording of what a stream is told, to be replayed."""
+    """A CUDA graph being captured from a stream, then launched."""
 
     def finish(self) -> None: ...
 
@@ -53,9 +53,9 @@ class Capture(Protocol):
 
 
 class Device(Protocol):
-    """What the runtime asks of a GPU. All calls come from the thread that opened it; copies are asynchronous.
+    """A GPU. All calls must come from the thread that opened it; copies are asynchronous.
 
-    Calls raise OutOfDeviceMemory, or whatever the library below raises: either ends up as EngineError in the callers.
+    Calls raise OutOfDeviceMemory, or whatever the library below raises; the caller of `embed` gets an EngineError.
     """
 
     name: str
@@ -71,17 +71,17 @@ class Device(Protocol):
     def download(self, destination: NDArray[Any], source: int, stream: int) -> None: ...
 
     def record(self, stream: int) -> object:
-        """An event after all that `stream` was told so far."""
+        """Return an event after all work enqueued on `stream` so far."""
         ...
 
     def wait(self, stream: int, event: object) -> None:
-        """Have `stream` wait for `event`."""
+        """Make `stream` wait for `event`; the calling thread does not."""
         ...
 
     def is_done(self, event: object) -> bool: ...
 
     def synchronize(self) -> None:
-        """Wait for all streams."""
+        """Block until all streams are idle."""
         ...
 
     def capture(self, stream: int) -> Capture: ...
@@ -96,15 +96,15 @@ class Network(Protocol):
 
     description: str
     max_batch: int  # crops
-    half_input: bool  # takes log-mel as FP16, else FP32
-    capturable: bool  # `enqueue` may be recorded in a graph
+    half_input: bool  # log-mel input is FP16, else FP32
+    capturable: bool  # `enqueue` may be captured in a CUDA graph
 
     def prepare(self, batch: int) -> None:
-        """Make ready for batches up to `batch`. Raises OutOfDeviceMemory."""
+        """Allocate for batches up to `batch`. Raises OutOfDeviceMemory."""
         ...
 
     def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
-        """Map [batch, n_mels, n_frames] at `log_mel` to float32 [batch, embedding_dim] at `embedding`."""
+        """Enqueue inference from [batch, n_mels, n_frames] at `log_mel` to float32 [batch, embedding_dim]."""
         ...
 
     def close(self) -> None: ...

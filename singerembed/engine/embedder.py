@@ -1,4 +1,4 @@
-"""Embeds one array of audio: the Python door for those who decode themselves."""
+"""The Python API for audio that is already decoded: arrays in, embeddings out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from singerembed.model.spec import ModelSpec
 
 
 class Embedder:
-    """A loaded engine for arrays. Threads may share one."""
+    """A loaded engine that takes arrays of audio. Thread-safe."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -27,11 +27,12 @@ class Embedder:
         return self.engine.spec
 
     def embed(self, audio: NDArray[Any], sample_rate: int) -> NDArray[np.float32]:
-        """Embed the consecutive crops of `audio`: float32 [crops, embedding_dim]; NaN in the rows of silent crops.
+        """Embed the consecutive crops of `audio`. Return float32 [crops, embedding_dim]; rows of silent crops are NaN.
 
-        `audio`: int16, or float with full scale 1; mono [samples] or [samples, channels], which are averaged.
-        `sample_rate`: Hz; other rates than the model's are resampled. Audio shorter than a crop is padded with zeros, a
-        remainder is dropped, as in `singerembed run`. Raises ValueError for another shape or type, no samples, or NaN.
+        `audio`: int16, or float with full scale 1; mono [samples], or [samples, channels], which are averaged.
+        `sample_rate`: Hz; audio at another rate than the model's is resampled. Audio shorter than a crop is padded with
+        zeros, and a remainder is dropped, as in `singerembed run`. Raises ValueError for another shape or type, no
+        samples, NaN or infinity.
         """
         crops = self._crops(np.asarray(audio), sample_rate)
         embedding = np.full((len(crops), self.spec.embedding_dim), np.nan, np.float32)

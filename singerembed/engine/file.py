@@ -1,7 +1,7 @@
-"""The engine file: one file that carries the frozen spec and the network.
+"""The engine file: one file with the model spec and the network.
 
 Layout, little-endian: 8 bytes magic, uint32 format version, uint32 header size, header (JSON), payload. The header
-names the payload's size and SHA-256, so that a cut or altered file is refused before any back end reads it.
+holds the payload's size and SHA-256, so that a truncated or altered file is refused before a back end reads it.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from singerembed import storage
 from singerembed.errors import EngineError, OutputError
 from singerembed.model.spec import ModelSpec
 
-# As in PNG: a byte that is not ASCII, and line ends that a transfer in text mode would change.
+# As in PNG: a byte that is not ASCII, and line endings that a transfer in text mode would change.
 MAGIC = b"\x89SGR\r\n\x1a\n"
 FORMAT_VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PAYLOAD_BYTES = 1 << 30
-_AGAIN = "Build it again, or copy it again"
+_REBUILD = "Build it again, or copy it again"
 
 
 @dataclass(frozen=True)
 class EngineFile:
-    """What an engine file holds."""
+    """The contents of an engine file."""
 
     spec: ModelSpec
     backend: str  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
-    payload: bytes  # an ONNX model, or the plan of a TensorRT
-    build: dict[str, Any]  # how it was made: versions, target device, batch profile, the checkpoint's own facts
-    verification: dict[str, Any]  # how far it is from the FP32 torch encoder, and on what
+    payload: bytes  # an ONNX model, or a TensorRT plan
+    build: dict[str, Any]  # versions, target device, batch profile, metadata of the checkpoint
+    verification: dict[str, Any]  # differences from the FP32 torch encoder, and the input they were measured on
 
     @property
     def sha256(self) -> str:
-        """Identity of the engine: spec, back end and payload; not when or by which version it was built."""
+        """Hash of spec, back end and payload; build date and versions do not change it."""
         return _identity(self.spec, self.backend, hashlib.sha256(self.payload).hexdigest())
 
     def write(self, path: str) -> None:
-        """Publish the engine as `path`. Raises OutputError."""
+        """Write the engine to `path`, atomically. Raises OutputError."""
         header = {
             "spec": self.spec.to_dict(),
             "backend": self.backend,
@@ -62,7 +62,7 @@ class EngineFile:
 
 
 def read_engine_file(path: str) -> EngineFile:
-    """Read and check an engine file. Raises EngineError naming what is wrong with it."""
+    """Read and check an engine file. Raises EngineError with the reason if it is damaged or of another format."""
     try:
         with storage.open_input(path) as file:
             content = file.read(_PREFIX.size + _MAX_HEADER_BYTES + _MAX_PAYLOAD_BYTES + 1)
@@ -71,7 +71,7 @@ def read_engine_file(path: str) -> EngineFile:
     if not is_engine(content):
         raise EngineError(f"{path} is not an engine file. Make one with: singerembed build-engine CHECKPOINT")
     if len(content) < _PREFIX.size:
-        raise EngineError(f"{path} is cut short. {_AGAIN}")
+        raise EngineError(f"{path} is cut short. {_REBUILD}")
     _, version, header_size = _PREFIX.unpack_from(content)
     if version != FORMAT_VERSION:
         raise EngineError(
@@ -80,12 +80,12 @@ def read_engine_file(path: str) -> EngineFile:
         )
     header_end = _PREFIX.size + header_size
     if header_size > _MAX_HEADER_BYTES or header_end > len(content):
-        raise EngineError(f"{path} is damaged: its header has no end. {_AGAIN}")
+        raise EngineError(f"{path} is damaged: its header is truncated. {_REBUILD}")
     return _parse(path, content[_PREFIX.size : header_end], content[header_end:])
 
 
 def is_engine(content: bytes) -> bool:
-    """Say whether a file that begins with `content` is an engine."""
+    """Return whether a file that begins with `content` is an engine."""
     return content.startswith(MAGIC)
 
 
@@ -101,11 +101,11 @@ def _parse(path: str, encoded: bytes, payload: bytes) -> EngineFile:
         )
         size, sha256 = int(header["payload_bytes"]), str(header["payload_sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
-        raise EngineError(f"{path} is damaged: its header cannot be read ({exc}). {_AGAIN}") from exc
+        raise EngineError(f"{path} is damaged: its header cannot be read ({exc}). {_REBUILD}") from exc
     if len(payload) != size:
-        raise EngineError(f"{path} is damaged: {len(payload)} of {size} bytes of the network are there. {_AGAIN}")
+        raise EngineError(f"{path} is damaged: {len(payload)} of {size} bytes of the network are there. {_REBUILD}")
     if hashlib.sha256(payload).hexdigest() != sha256:
-        raise EngineError(f"{path} is damaged: the network's checksum does not fit. {_AGAIN}")
+        raise EngineError(f"{path} is damaged: the network's checksum does not fit. {_REBUILD}")
     return engine
 
 

@@ -1,8 +1,7 @@
-"""The GPU runtime: callers' crops gathered into batches, and one thread that talks to the device.
+"""The GPU runtime: gathers the crops of all callers into batches, and runs them from one device thread.
 
-Callers copy their crops into the slots of a ring (`ring`) and wait; the device thread moves them through mel and
-network (`gpu_worker`). docs/gpu.md has a drawing. What differs between libraries is behind two protocols, `Device` and
-`Network`; a fake of both runs all of it on a CPU.
+Callers copy their crops into the slots of a ring buffer (ring.py) and wait; the device thread runs mel kernels and
+network on them (gpu_worker.py). docs/gpu.md has a diagram. Libraries are behind the protocols `Device` and `Network`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from singerembed.errors import EngineError
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, LOUD, Pcm
 from singerembed.model.spec import ModelSpec
 
-_CALLERS_A_BATCH = 4  # what a caller is asked to bring at a time: a batch is gathered from several
+_CALLERS_PER_BATCH = 4  # a device batch is gathered from several calls of `embed`
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
 
@@ -39,10 +38,10 @@ class GpuEngine:
         open_network: Callable[[AnyDevice], Network],
         silence_dbfs: float = DEFAULT_SILENCE_DBFS,
     ) -> None:
-        """Start the device thread, which opens the device and the network. Returns when both are ready.
+        """Start the device thread, which opens the device and the network. Return when both are ready.
 
-        As many crops go to the device at a time as the network takes, halved until they fit into its memory.
-        Raises EngineError, or MissingDependencyError, when one of them cannot be opened.
+        The device batch is the network's largest, halved until it fits into the device's memory.
+        Raises EngineError or MissingDependencyError if device or network cannot be opened.
         """
         self.spec = spec
         self.description = ""
@@ -72,7 +71,7 @@ class GpuEngine:
         return EmbeddedCrops(request.embedding[request.state == LOUD], request.peak, request.rms, request.state)
 
     def close(self) -> None:
-        """Free the device. Callers that still wait get EngineError."""
+        """Free the device. Calls of `embed` in progress raise EngineError."""
         self._ring.fail(EngineError("the engine was closed"))
         self._thread.join()
 
@@ -87,7 +86,7 @@ class GpuEngine:
                 owned.callback(network.close)
                 worker = Worker(self.spec, device, network, self._ring, silence_dbfs)
                 owned.callback(worker.close)
-                self.batch = max(1, worker.batch // _CALLERS_A_BATCH)
+                self.batch = max(1, worker.batch // _CALLERS_PER_BATCH)
                 self.description = f"{self.spec.name}, {self.spec.precision}, {network.description} on {device.name}"
                 self._started.set()
                 self._serve(worker)
@@ -104,4 +103,4 @@ class GpuEngine:
         except BaseException as exc:
             self._ring.fail(exc)
         finally:
-            self._ring.wait_for_writers()  # before their page-locked memory goes
+            self._ring.wait_for_writers()  # before the page-locked memory they copy into is freed

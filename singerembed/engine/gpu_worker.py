@@ -1,7 +1,7 @@
-"""The device thread's work: slots uploaded, levels read back, loud crops through mel and network, embeddings returned.
+"""The work of the device thread: upload slots, read levels back, run mel kernels and network, return embeddings.
 
-Loud crops are listed wherever they lie, and full batches of them computed. Three streams let copy in, computation and
-copy out overlap.
+Batches are gathered from the loud crops of several slots, through a list of their addresses, so that most batches are
+full. Three streams let copy in, computation and copy out overlap.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from singerembed.model.spec import ModelSpec
 
 logger = logging.getLogger(__name__)
 
-SLOTS = 4  # one that callers fill, one on the bus, two whose crops are being computed or wait for it
-_UPLOADS = 2  # in flight, so that the bus never waits for the host
+SLOTS = 4  # one being filled, one being uploaded, two whose crops are being computed or are pending
+_UPLOADS = 2  # in flight, so that the copy engine never waits for the host
 _LANES = 2  # batches in flight, so that the device never waits for the host
 
 
 @dataclass(eq=False)
 class Lane:
-    """Buffers of one batch in flight. Their addresses never change, so that a graph may be replayed."""
+    """Buffers of one batch in flight. Their addresses are fixed, so that a CUDA graph can be replayed."""
 
     crops: NDArray[Any]  # DEVICE_CROP [batch], page-locked
     device_crops: DeviceBuffer
@@ -39,13 +39,13 @@ class Lane:
     log_mel: DeviceBuffer
     device_embedding: DeviceBuffer
     embedding: NDArray[np.float32]  # [batch, embedding_dim], page-locked
-    batch: list[tuple[Slot, int]] = field(default_factory=list)  # slot and place of each crop
+    batch: list[tuple[Slot, int]] = field(default_factory=list)  # slot and index of each crop
     downloaded: object = None  # event
     graph: Capture | None = None  # of a full batch
 
 
 class Worker:
-    """Moves crops through the device. `step` never waits."""
+    """Runs crops through the device. `step` never blocks."""
 
     def __init__(self, spec: ModelSpec, device: Device, network: Network, ring: Ring, silence_dbfs: float) -> None:
         self._spec, self._device, self._network, self._ring = spec, device, network, ring
@@ -67,14 +67,14 @@ class Worker:
 
     @property
     def busy(self) -> bool:
-        """Whether the device has something in hand."""
+        """Whether uploads, pending crops or batches are left."""
         return bool(self._uploads or self._pending or self._computing)
 
     def close(self) -> None:
-        """Free what was allocated, in the thread that did it."""
-        with contextlib.suppress(Exception):  # of a device that is lost, which has been reported
+        """Free all buffers. Call it in the thread that allocated them."""
+        with contextlib.suppress(Exception):  # a lost device, which has been reported
             self._device.synchronize()
-        # Graphs, events and kernels go here and now: with their last reference they would go in any thread.
+        # Graphs, events and kernels are released here, because their last reference might go in another thread.
         for lane in self._lanes:
             lane.graph = lane.downloaded = None
         for slot in self._uploads:
@@ -83,14 +83,14 @@ class Worker:
         self._owned.close()
 
     def step(self) -> bool:
-        """Do what can be done without waiting; say whether anything was."""
+        """Do all work that needs no waiting. Return whether there was any."""
         done = [self._finish_uploads(), self._finish_batches(), self._start_uploads(), self._start_batch()]
         return any(done)
 
-    # memory
+    # --- memory ---
 
     def _allocate(self) -> list[Lane]:
-        """Make the slots and lanes, for batches half as large as long as there is no room."""
+        """Allocate slots and lanes, halving the batch until they fit."""
         while True:
             try:
                 self._network.prepare(self.batch)
@@ -150,14 +150,14 @@ class Worker:
             raise EngineError("the engine was closed")
         return self._mel
 
-    # copy in, levels
+    # --- copy in, levels ---
 
     def _start_uploads(self) -> bool:
         started = False
         while len(self._uploads) < _UPLOADS:
-            # A slot that is not full goes only when the device would run dry: slots are few.
-            runs_dry = not self._uploads and len(self._pending) < self.batch and bool(self._idle_lanes)
-            slot = self._ring.take(partial=runs_dry)
+            # Upload a slot that is not full only if the device would be idle: there are few slots.
+            starved = not self._uploads and len(self._pending) < self.batch and bool(self._idle_lanes)
+            slot = self._ring.take(partial=starved)
             if slot is None:
                 break
             self._upload(slot)
@@ -182,12 +182,12 @@ class Worker:
     def _finish_uploads(self) -> bool:
         finished = False
         while self._uploads and self._device.is_done(self._uploads[0].uploaded):
-            self._sort_out(self._uploads.popleft())
+            self._dispatch_levels(self._uploads.popleft())
             finished = True
         return finished
 
-    def _sort_out(self, slot: Slot) -> None:
-        """Report the levels of a slot's crops; the loud ones go on."""
+    def _dispatch_levels(self, slot: Slot) -> None:
+        """Write the levels of a slot's crops into their requests, and queue the loud ones."""
         slot.uploaded = None
         levels = slot.levels[: len(slot.entries)]
         loud = levels["state"] == LOUD
@@ -201,12 +201,12 @@ class Worker:
         if slot.waiting == 0:
             self._ring.recycle(slot)
 
-    # mel, network, copy out
+    # --- mel, network, copy out ---
 
     def _start_batch(self) -> bool:
         full = len(self._pending) >= self.batch
-        runs_dry = not self._uploads and not self._computing
-        if not self._idle_lanes or not (full or (self._pending and runs_dry)):
+        starved = not self._uploads and not self._computing
+        if not self._idle_lanes or not (full or (self._pending and starved)):
             return False
         lane = self._idle_lanes.pop()
         lane.batch = [self._pending.popleft() for _ in range(min(self.batch, len(self._pending)))]
@@ -219,7 +219,7 @@ class Worker:
         return True
 
     def _shrink(self, exc: OutOfDeviceMemory) -> None:
-        while self._computing:  # what the network has in hand still needs its memory
+        while self._computing:  # batches in flight still use the network's memory
             if not self._finish_batches():
                 time.sleep(POLL_SECONDS)
         self._halve(exc)
@@ -232,19 +232,19 @@ class Worker:
 
     def _launch(self, lane: Lane) -> None:
         n = len(lane.batch)
-        self._describe(lane)
+        self._fill_crop_records(lane)
         if n == self.batch and lane.graph is not None:
             lane.graph.launch(self._compute)
         else:
             self._enqueue(lane, n)
-            if n == self.batch and self._capture_graphs:  # after a first run, in which libraries set themselves up
+            if n == self.batch and self._capture_graphs:  # after a first run, in which libraries initialise
                 lane.graph = self._capture(lane)
         self._device.wait(self._down, self._device.record(self._compute))
         self._device.download(lane.embedding[:n], lane.device_embedding.address, self._down)
         lane.downloaded = self._device.record(self._down)
         self._computing.append(lane)
 
-    def _describe(self, lane: Lane) -> None:
+    def _fill_crop_records(self, lane: Lane) -> None:
         n = self._spec.crop_samples
         lane.crops[: len(lane.batch)] = [
             (
@@ -272,7 +272,7 @@ class Worker:
         try:
             self._enqueue(lane, self.batch)
             graph.finish()
-        except Exception as exc:  # graphs only save launches; a device that is lost fails the next call as well
+        except Exception as exc:  # graphs only save launch overhead; a lost device fails the next call too
             graph.abandon()
             self._capture_graphs = False
             logger.warning("%s: going on without CUDA graphs: %s", self._device.name, exc)

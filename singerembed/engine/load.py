@@ -11,14 +11,14 @@ from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
 
 def bundled_engine_path() -> str:
-    """Path of the engine that ships with the package."""
+    """Return the path of the engine that ships with the package."""
     return str(resources.files("singerembed") / "data" / "default.engine")
 
 
 def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> Engine:
-    """Start the back end of `file`, one for GPUs on CUDA device `device`. Raises EngineError where it cannot run.
+    """Start the back end of `file`, on CUDA device `device` if it uses a GPU. Raises EngineError if it cannot run here.
 
-    An ONNX Runtime engine runs on the GPU where one is there and ONNX Runtime, pycuda and the CUDA kernels all are.
+    An ONNX Runtime engine uses a GPU if there is one, with onnxruntime-gpu, pycuda and the CUDA kernels.
     """
     if file.backend == "onnxruntime":
         from singerembed.engine import onnxruntime, onnxruntime_cuda
@@ -34,7 +34,7 @@ def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, de
 
 
 def devices_for(backend: str) -> int:
-    """CUDA devices that an engine of `backend` would run on here; 0 if it would run on the CPU."""
+    """Return how many CUDA devices an engine of `backend` would use here; 0 if it would run on the CPU."""
     from singerembed.engine import onnxruntime_cuda
     from singerembed.engine.tensorrt import cuda_devices
 

@@ -1,4 +1,4 @@
-"""Says what this machine can do, and what to install for what it cannot."""
+"""Reports what this machine supports, and what to install for the rest."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from singerembed.model.mel import available_isas, require_cuda_kernels
 
 
 def available_cores() -> int:
-    """Cores this process may use, by its affinity and its control group's limit."""
+    """Return how many cores this process may use, from its CPU affinity and its cgroup's CPU quota."""
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such limit
+    except (OSError, ValueError):  # no quota
         return cores
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report."""
+    """One line of the report of `singerembed doctor`."""
 
     subject: str
     ok: bool
@@ -33,7 +33,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this machine: processor, codecs, back ends and optional packages."""
+    """Check processor, codecs, back ends and optional packages."""
     return [
         Finding(
             "singerembed", True, f"{version('singerembed')}, Python {platform.python_version()}, {platform.platform()}"

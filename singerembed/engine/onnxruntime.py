@@ -1,8 +1,8 @@
-"""The CPU back end: ONNX Runtime, one session that all worker threads share.
+"""The CPU back end: one ONNX Runtime session, shared by all worker threads.
 
-Each call of the session runs one crop on the calling thread. Threads of a session's own would fight with the workers,
-batches are no faster (the activations of one crop fill the cache), and a crop on its own gives the same bits whatever
-else is embedded.
+Each call of the session runs one crop on the calling thread. A thread pool of the session's own would compete with the
+worker threads, batches are no faster (the activations of one crop fill the cache), and with one crop per call its
+embedding has the same bits whatever else is embedded.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LOG_ERRORS_ONLY = 3
 class OnnxRuntimeEngine:
     """An engine whose payload is an ONNX model, run on the CPU."""
 
-    batch = 4  # crops: enough that the cost of a call does not show, few enough to stay in the cache
+    batch = 4  # crops: enough to hide the overhead of a call, few enough to stay in the cache
     waits = False
 
     def __init__(self, file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> None:
-        """Load `file`. Raises EngineError when ONNX Runtime refuses it."""
+        """Load `file`. Raises EngineError if ONNX Runtime cannot load the model."""
         self.spec = file.spec
         self.description = f"{file.spec.name}, {file.spec.precision}, ONNX Runtime {onnxruntime.__version__}"
         self._mel = MelExtractor(file.spec, silence_dbfs)
@@ -37,7 +37,7 @@ class OnnxRuntimeEngine:
         options.log_severity_level = _LOG_ERRORS_ONLY
         try:
             self._session = onnxruntime.InferenceSession(file.payload, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # ONNX Runtime's exceptions share no base class
+        except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
         self._input_type = np.float16 if file.spec.precision == "fp16" else np.float32
 
@@ -54,4 +54,4 @@ class OnnxRuntimeEngine:
         return EmbeddedCrops(embedding, mel.peak, mel.rms, mel.state)
 
     def close(self) -> None:
-        """Nothing to free: the session goes with its last user."""
+        """Do nothing: the session is freed with its last reference."""

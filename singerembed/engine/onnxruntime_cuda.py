@@ -1,4 +1,4 @@
-"""The GPU where there is no TensorRT: ONNX Runtime's CUDA provider, bound to the buffers of gpu_worker.py."""
+"""The GPU back end without TensorRT: ONNX Runtime's CUDA provider, bound to the device buffers of gpu_worker.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda failure 2:
 
 
 def is_usable() -> bool:
-    """Whether the CUDA provider (package onnxruntime-gpu), the kernels, pycuda and a device are all there.
+    """Return whether the CUDA provider (package onnxruntime-gpu), the CUDA kernels, pycuda and a device are present.
 
-    Where the first is and another is not, the log says so, because the CPU then does a GPU's work.
+    If only the provider is, log a warning, because the engine then runs on the CPU.
     """
     if _PROVIDER not in onnxruntime.get_available_providers():
         return False
@@ -40,11 +40,11 @@ def is_usable() -> bool:
 
 
 class OnnxRuntimeNetwork:
-    """See `Network`. Runs on a stream of its own, which waits for the caller's and the caller's for it."""
+    """See `Network`. Runs on its own stream, ordered with the caller's stream by events in both directions."""
 
     description = f"ONNX Runtime {onnxruntime.__version__} (CUDA)"
     max_batch = _MAX_BATCH
-    capturable = False  # the session's own allocations would end up in the graph
+    capturable = False  # the session allocates while it runs, which a graph would record
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class OnnxRuntimeNetwork:
         self._place = (device_type, index)
         self.half_input = session.get_inputs()[0].type == "tensor(float16)"
         self._options = onnxruntime.RunOptions()
-        # The stream is waited for where its result is needed, by an event.
+        # An event orders the streams instead.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def prepare(self, batch: int) -> None:
-        """See `Network.prepare`. The session allocates when it first runs a batch."""
+        """See `Network.prepare`. Does nothing: the session allocates when it first runs a batch."""
 
     def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
         """See `Network.enqueue`."""
@@ -77,7 +77,7 @@ class OnnxRuntimeNetwork:
         binding.bind_output(OUTPUT_NAME, *self._place, np.float32, (batch, self._spec.embedding_dim), embedding)
         try:
             self._session.run_with_iobinding(binding, self._options)
-        except Exception as exc:  # ONNX Runtime's exceptions share no base class
+        except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             if any(sign in str(exc).lower() for sign in _OUT_OF_MEMORY):
                 raise OutOfDeviceMemory(str(exc)) from exc
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
@@ -91,7 +91,7 @@ class OnnxRuntimeNetwork:
 def open_onnxruntime_cuda(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> GpuEngine:
     """Start the engine of `file`, an ONNX model, on CUDA device `device`.
 
-    Raises EngineError, or MissingDependencyError.
+    Raises EngineError or MissingDependencyError.
     """
 
     def open_network(cuda: CudaDevice) -> OnnxRuntimeNetwork:
@@ -106,7 +106,7 @@ def _open_session(model: bytes, index: int, stream: int) -> Any:
     provider = {
         "device_id": str(index),
         "user_compute_stream": str(stream),
-        "use_tf32": "0",  # FP32 means FP32: TF32 keeps as few bits as FP16
+        "use_tf32": "0",  # TF32 has no more mantissa bits than FP16
     }
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
@@ -114,7 +114,7 @@ def _open_session(model: bytes, index: int, stream: int) -> Any:
         session = onnxruntime.InferenceSession(model, options, providers=[(_PROVIDER, provider)])
     except Exception as exc:
         raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
-    if _PROVIDER not in session.get_providers():  # it falls back to the CPU and only logs why
+    if _PROVIDER not in session.get_providers():  # ONNX Runtime falls back to the CPU and only logs the reason
         raise EngineError(
             f"ONNX Runtime {onnxruntime.__version__} could not start its CUDA provider: cuDNN and the CUDA "
             "libraries that it was built for must be installed (pip install 'onnxruntime-gpu[cuda,cudnn]')"

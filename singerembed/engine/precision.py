@@ -1,4 +1,4 @@
-"""Halves the encoder's FP32 ONNX model: in arithmetic and storage, or in storage alone. Needs onnx."""
+"""Converts the encoder's FP32 ONNX model to FP16, in arithmetic and storage or in storage alone. Needs onnx."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from singerembed.errors import EngineError, MissingDependencyError
 
 _POOLING = "GlobalAveragePool"
-_LARGE = 1024  # numbers: smaller tensors are not worth a node
+_MIN_ELEMENTS = 1024  # smaller tensors are not worth a Cast node
 
 
 def to_fp16(model: bytes) -> bytes:
-    """The model with FP16 input, weights and activations; from the last pooling on, and in its output, FP32.
+    """Return the model with FP16 input, weights and activations; FP32 from the last pooling on and in the output.
 
-    The types say it all (strong typing): TensorRT 11 and TensorRT for RTX have no flags that would choose a precision.
-    The tail is a few thousand numbers a crop, so that FP32 costs nothing there and the embedding is rounded once less.
-    Raises EngineError for a weight beyond the range of FP16 and a model that is not the encoder's.
+    TensorRT 11 and TensorRT for RTX are strongly typed: precision comes from the tensor types, not from builder flags.
+    The part after the pooling handles a few thousand numbers per crop, so FP32 costs nothing there and the embedding is
+    rounded once less. Raises EngineError for a weight beyond the range of FP16, and for another network.
     """
     onnx = _require_onnx()
     from onnx import TensorProto, helper
@@ -38,19 +38,19 @@ def to_fp16(model: bytes) -> bytes:
             if attribute.HasField("t"):
                 _halve(attribute.t)
     graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
-    del graph.value_info[:]  # of FP32
+    del graph.value_info[:]  # they name FP32 types
     pooled = tail[0].input[0]
     tail[0].input[0] = f"{pooled}_fp32"
     cast = helper.make_node("Cast", [pooled], [f"{pooled}_fp32"], to=TensorProto.FLOAT)
     graph.node.insert(pools[-1], cast)
-    onnx.checker.check_model(proto, full_check=True)  # infers every type, so that a mixture is found here
+    onnx.checker.check_model(proto, full_check=True)  # infers all types, and so finds operators of mixed types
     return bytes(proto.SerializeToString())
 
 
 def store_halved(model: bytes) -> bytes:
-    """The model with its weights rounded to FP16 in the file, and all arithmetic in FP32: half as many bytes.
+    """Return the model with its weights stored as FP16 and cast to FP32: half as many bytes, arithmetic in FP32.
 
-    A back end widens them when it loads the model. Raises EngineError for a weight beyond the range of FP16.
+    A back end folds the casts when it loads the model. Raises EngineError for a weight beyond the range of FP16.
     """
     onnx = _require_onnx()
     from onnx import TensorProto, helper
@@ -58,7 +58,7 @@ def store_halved(model: bytes) -> bytes:
     proto = onnx.load_from_string(model)
     for tensor in proto.graph.initializer:
         name = tensor.name
-        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= _LARGE:
+        if tensor.data_type == TensorProto.FLOAT and np.prod(tensor.dims) >= _MIN_ELEMENTS:
             _halve(tensor)
             tensor.name = f"{name}_fp16"
             proto.graph.node.insert(0, helper.make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT))

@@ -1,4 +1,4 @@
-"""What callers and the device thread share: requests, and the ring of page-locked slots that crops wait in."""
+"""The queue between callers and the device thread: requests, and a ring buffer of page-locked slots for crops."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ POLL_SECONDS = 0.001  # a batch of 64 takes longer than this on any device
 
 
 class Request:
-    """One call of `embed`. The device thread writes the results and sets `finished`."""
+    """One call of `embed`. The device thread fills in the results and sets `finished`."""
 
     def __init__(self, n: int, embedding_dim: int) -> None:
-        self.embedding = np.empty((n, embedding_dim), np.float32)  # rows of loud crops are written
+        self.embedding = np.empty((n, embedding_dim), np.float32)  # only rows of loud crops are written
         self.peak = np.empty(n, np.float32)
         self.rms = np.empty(n, np.float32)
         self.state = np.empty(n, np.uint8)
@@ -31,7 +31,7 @@ class Request:
         self._finish_if_done()
 
     def crop_done(self) -> None:
-        """Count one crop as done; after the last the caller goes on."""
+        """Count one crop as done; the last one sets `finished`."""
         self._left -= 1
         self._finish_if_done()
 
@@ -42,7 +42,7 @@ class Request:
 
 @dataclass(eq=False)
 class Slot:
-    """Room for crops of one sample type, in page-locked memory and on the device."""
+    """A buffer for crops of one sample type, in page-locked memory and on the device."""
 
     capacity: int  # crops
     pcm: PinnedBuffer
@@ -50,8 +50,8 @@ class Slot:
     levels: NDArray[Any]  # DEVICE_LEVEL [capacity], page-locked
     device_levels: DeviceBuffer
     is_int16: bool = False
-    entries: list[tuple[Request, int]] = field(default_factory=list)  # whose crops lie here, and their rows
-    writers: int = 0  # callers that still copy
+    entries: list[tuple[Request, int]] = field(default_factory=list)  # request of each crop, and the crop's row in it
+    writers: int = 0  # callers that are copying into it
     waiting: int = 0  # loud crops that are not embedded yet
     uploaded: object = None  # event
 
@@ -61,7 +61,7 @@ class Slot:
 
 
 class Ring:
-    """Slots between callers and the device thread: free, filling (one a sample type), full, in the device's hands."""
+    """The slots, each free, filling (at most one per sample type), full, or with the device thread. Thread-safe."""
 
     def __init__(self, crop_samples: int) -> None:
         self._crop_samples = crop_samples
@@ -70,13 +70,13 @@ class Ring:
         self._free: list[Slot] = []
         self._filling: dict[bool, Slot] = {}  # by is_int16
         self._full: deque[Slot] = deque()
-        self._requests: set[Request] = set()  # that may still need to be failed
+        self._requests: set[Request] = set()  # unfinished; `fail` fails them
         self.failure: SingerEmbedError | None = None
 
-    # callers
+    # --- called by callers of `embed` ---
 
     def put(self, request: Request, crops: Pcm) -> None:
-        """Copy `crops` into slots, waiting for room. After a failure `request` is failed, not raised from here."""
+        """Copy `crops` into slots, waiting for free ones. After a failure, set `request.failure` instead of raising."""
         with self._changed:
             self._requests = {known for known in self._requests if not known.finished.is_set()} | {request}
             if self.failure is not None:
@@ -115,15 +115,15 @@ class Ring:
                 self._full.append(self._filling.pop(is_int16))
             return slot, at, count
 
-    # the device thread
+    # --- called by the device thread ---
 
     def add(self, slot: Slot) -> None:
-        """Give a slot to the ring."""
+        """Add a free slot."""
         self._slots.append(slot)
         self._free.append(slot)
 
     def take(self, partial: bool) -> Slot | None:
-        """The next slot to upload, if all who write to it have finished; with `partial` also one that is not full."""
+        """Return the next full slot, or with `partial` a filling one, that no caller is writing to; else None."""
         with self._changed:
             for slot in self._full:
                 if slot.writers == 0:
@@ -135,14 +135,14 @@ class Ring:
             return None
 
     def recycle(self, slot: Slot) -> None:
-        """Take back a slot whose crops are all done."""
+        """Mark a slot as free, when all its crops are done."""
         with self._changed:
             slot.entries = []
             self._free.append(slot)
             self._changed.notify_all()
 
     def wait(self, busy: bool) -> None:
-        """Wait for crops; when the device is `busy`, no longer than its progress may be left alone."""
+        """Wait for a slot to upload, or a failure; while the device is `busy`, at most POLL_SECONDS."""
         with self._changed:
             if busy:
                 self._changed.wait(POLL_SECONDS)
@@ -155,7 +155,7 @@ class Ring:
                 )
 
     def fail(self, exc: BaseException) -> None:
-        """Fail all requests, now and from now on. The first failure counts."""
+        """Fail all unfinished and all later requests. Only the first failure is kept."""
         with self._changed:
             if self.failure is None:
                 self.failure = _as_singerembed_error(exc)
@@ -165,7 +165,7 @@ class Ring:
             self._changed.notify_all()
 
     def wait_for_writers(self) -> None:
-        """Return when no caller copies any more; after a failure none begins to."""
+        """Wait until no caller is copying. After a failure no new copy starts."""
         with self._changed:
             self._changed.wait_for(lambda: all(slot.writers == 0 for slot in self._slots))
 

@@ -1,4 +1,4 @@
-"""The NVIDIA back ends: TensorRT (10 and 11) and TensorRT for RTX, which share an API, on the runtime of gpu.py."""
+"""The back ends TensorRT (10 and 11) and TensorRT for RTX, which share an API, on the runtime of gpu.py."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedE
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
 
 _AMPERE = (8, 0)  # compute capability
-_FACTS = "tensorrt"  # where EngineFile.build keeps what PlanFacts holds
+_FACTS = "tensorrt"  # key of the PlanFacts in EngineFile.build
 
 
 @dataclass(frozen=True)
 class Library:
-    """One of the two libraries."""
+    """One of the two TensorRT libraries."""
 
-    backend: str  # as in an engine file
+    backend: str  # name in the engine file
     package: str
     title: str
     extra: str
-    oldest: int  # major version whose API this module was written for
+    oldest: int  # oldest supported major version
 
 
 TENSORRT = Library("tensorrt", "tensorrt", "TensorRT", "gpu", 10)
@@ -37,17 +37,17 @@ LIBRARIES = {library.backend: library for library in (TENSORRT, TENSORRT_RTX)}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFacts:
-    """Where a plan runs, as recorded when it was built."""
+    """The versions and GPUs that a plan runs on, recorded when it was built."""
 
     version: str  # of the library
-    compute_capabilities: tuple[str, ...]  # of the GPUs it was built for, "8.9"
-    hardware_compatible: bool  # it runs on any GPU from Ampere on
-    version_compatible: bool  # later versions of the library take it too
+    compute_capabilities: tuple[str, ...]  # of the GPUs it was built for, such as "8.9"
+    hardware_compatible: bool  # runs on any GPU from Ampere on
+    version_compatible: bool  # runs on later versions of the library too
     max_batch: int
 
     @classmethod
     def from_file(cls, file: EngineFile) -> PlanFacts:
-        """Read the facts from an engine file. Raises EngineError."""
+        """Read the facts from an engine file. Raises EngineError if they are missing."""
         try:
             facts = file.build[_FACTS]
             return cls(**{**facts, "compute_capabilities": tuple(facts["compute_capabilities"])})
@@ -55,7 +55,7 @@ class PlanFacts:
             raise EngineError(f"the engine does not say what its plan was built for ({exc}). Build it again") from exc
 
     def check(self, library: Library, version: str, compute_capability: tuple[int, int]) -> None:
-        """Raise EngineError, with the difference, unless a GPU and a version of the library can run the plan."""
+        """Raise EngineError, naming the difference, unless this GPU and version of the library can run the plan."""
         here = ".".join(map(str, compute_capability))
         anywhere = self.hardware_compatible and compute_capability >= _AMPERE
         if here not in self.compute_capabilities and not anywhere:
@@ -77,7 +77,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def load_library(library: Library) -> Any:
-    """Import the library. Raises MissingDependencyError, or EngineError for a version that is too old."""
+    """Import and return the library. Raises MissingDependencyError, or EngineError if it is too old."""
     try:
         module = importlib.import_module(library.package)
     except ImportError as exc:
@@ -91,7 +91,7 @@ def load_library(library: Library) -> Any:
 
 
 def cuda_devices() -> int:
-    """Devices that the GPU path can use: 0 also where the CUDA kernels, pycuda or the driver are missing."""
+    """Return the number of usable CUDA devices: 0 also if the CUDA kernels, pycuda or the driver are missing."""
     try:
         require_cuda_kernels()
         return device_count()
@@ -100,13 +100,13 @@ def cuda_devices() -> int:
 
 
 def usable_library() -> Library | None:
-    """The library that serves this machine best, None without a GPU or where neither is installed."""
+    """Return the preferred library that is installed, TensorRT first; None if there is none, or no GPU."""
     installed = [library for library in LIBRARIES.values() if importlib.util.find_spec(library.package)]
     return installed[0] if installed and cuda_devices() else None
 
 
 def make_log(trt: Any) -> Any:
-    """A logger for `trt` that keeps its errors, which come with no exception, in `errors`."""
+    """Return a logger for `trt` that collects error messages, because the API reports them only there."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -118,7 +118,7 @@ def make_log(trt: Any) -> Any:
                 self.errors.append(message)
 
         def taken(self) -> str:
-            """The errors since the last call, on one line."""
+            """Return the errors since the last call, on one line."""
             text, self.errors = "; ".join(self.errors), []
             return text or "no reason given"
 
@@ -126,7 +126,7 @@ def make_log(trt: Any) -> Any:
 
 
 def create(factory: Any, log: Any, library: Library) -> Any:
-    """Make a Builder or a Runtime. Raises EngineError, where the library would raise TypeError and log why."""
+    """Make a Builder or a Runtime. Raises EngineError with the logged reason; the library only raises TypeError."""
     try:
         return factory(log)
     except TypeError as exc:
@@ -134,10 +134,10 @@ def create(factory: Any, log: Any, library: Library) -> Any:
 
 
 class TensorRtNetwork:
-    """See `Network`. Belongs to the thread that made it."""
+    """See `Network`. Use it only in the thread that made it."""
 
     def __init__(self, file: EngineFile, device: CudaDevice) -> None:
-        """Load the plan of `file` on `device`. Raises EngineError, or MissingDependencyError."""
+        """Load the plan of `file` on `device`. Raises EngineError or MissingDependencyError."""
         library = LIBRARIES[file.backend]
         self._trt = load_library(library)
         facts = PlanFacts.from_file(file)
@@ -148,7 +148,7 @@ class TensorRtNetwork:
         self._log = make_log(self._trt)
         self._memory: DeviceBuffer | None = None
         self._runtime = create(self._trt.Runtime, self._log, library)
-        # A plan for later versions carries its own runtime, which is host code.
+        # A version-compatible plan contains its own runtime, which is host code.
         self._runtime.engine_host_code_allowed = facts.version_compatible
         self._engine = self._runtime.deserialize_cuda_engine(file.payload)
         if self._engine is None:
@@ -158,7 +158,7 @@ class TensorRtNetwork:
         self._context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._context is None:
             raise EngineError(f"{library.title} cannot prepare the engine: {self._log.taken()}")
-        # TensorRT for RTX compiles for a shape when it first meets it, and may do so again later on another thread.
+        # TensorRT for RTX compiles kernels when it first sees a shape, and may replace them later from another thread.
         self.capturable = library is TENSORRT
 
     def prepare(self, batch: int) -> None:
@@ -169,7 +169,7 @@ class TensorRtNetwork:
         self._set_batch(batch)
         if batch == self.max_batch:
             n_bytes = self._engine.device_memory_size_v2
-        else:  # less than the profile's largest batch would need
+        else:  # less than the profile's largest batch needs
             n_bytes = self._context.update_device_memory_size_for_shapes()
         self._memory = self._device.allocate(max(n_bytes, 1))
         self._context.set_device_memory(self._memory.address, n_bytes)
@@ -187,7 +187,7 @@ class TensorRtNetwork:
 
     def close(self) -> None:
         """See `Network.close`."""
-        del self._context, self._engine, self._runtime  # in this order, while the CUDA context is there
+        del self._context, self._engine, self._runtime  # in this order, while the CUDA context exists
         if self._memory is not None:
             self._memory.free()
 
@@ -205,6 +205,6 @@ class TensorRtNetwork:
 
 
 def open_tensorrt(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> GpuEngine:
-    """Start the engine of `file`, a plan, on CUDA device `device`. Raises EngineError, or MissingDependencyError."""
-    load_library(LIBRARIES[file.backend])  # what is to be installed is said before what the device lacks
+    """Start the engine of `file`, a plan, on CUDA device `device`. Raises EngineError or MissingDependencyError."""
+    load_library(LIBRARIES[file.backend])  # first, so that a missing package is reported before a missing device
     return GpuEngine(file.spec, lambda: CudaDevice(device), lambda cuda: TensorRtNetwork(file, cuda), silence_dbfs)

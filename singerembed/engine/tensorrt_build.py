@@ -1,4 +1,4 @@
-"""Builds TensorRT plans from the encoder's ONNX model. TensorRT times kernels on a GPU; TensorRT for RTX needs none."""
+"""Builds TensorRT plans from the encoder's ONNX model. TensorRT needs a GPU for it, TensorRT for RTX does not."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from singerembed.engine.tensorrt import TENSORRT_RTX, Library, PlanFacts, create
 from singerembed.errors import EngineError, UsageError
 from singerembed.model.spec import ModelSpec
 
-# RTX 30, 40 and 50. A plan is compiled further for the GPU where it is first run.
+# RTX 30, 40 and 50. TensorRT for RTX finishes the compilation on the GPU that runs the plan.
 RTX_COMPUTE_CAPABILITIES = ("8.6", "8.9", "12.0")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What a user may choose of a plan."""
+    """Options of a plan."""
 
-    max_batch: int = 64  # crops; more fill larger GPUs no further, and every buffer is this large
+    max_batch: int = 64  # crops; a larger batch is no faster on larger GPUs, and all buffers have this size
     device: int = 0  # CUDA device to build on and for; TensorRT for RTX uses none
     hardware_compatible: bool = False  # for any GPU from Ampere on, at some cost in speed; TensorRT only
     version_compatible: bool = False  # also for later versions, at some cost in speed; TensorRT only
 
 
 def build_plan(model: bytes, spec: ModelSpec, library: Library, options: PlanOptions) -> tuple[bytes, PlanFacts]:
-    """Build a plan for batches of 1 to `options.max_batch` from the ONNX `model`, whose types it takes as they are.
+    """Build a plan for batches of 1 to `options.max_batch` from the ONNX `model`, in the precision of its types.
 
-    Raises UsageError for options that do not fit the library, MissingDependencyError, and EngineError with what the
-    library reported.
+    Raises UsageError for options that the library does not have, MissingDependencyError, and EngineError with the
+    library's own message.
     """
     if options.max_batch < 1:
         raise UsageError(f"--max-batch must be at least 1, not {options.max_batch}")
@@ -77,7 +77,7 @@ def _build(trt: Any, library: Library, model: bytes, spec: ModelSpec, facts: Pla
 
 
 def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
-    """Raise EngineError unless `network` has the tensors, types and weights that `spec` asks for."""
+    """Raise EngineError unless the tensors and convolutions of `network` have the shapes and types of `spec`."""
     found = {
         tensor.name: (tensor.dtype, tuple(tensor.shape))
         for tensor in (
@@ -99,20 +99,20 @@ def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
 
 
 def facts_entry(facts: PlanFacts) -> dict[str, Any]:
-    """The entry of EngineFile.build that PlanFacts.from_file reads."""
+    """Return the entry of EngineFile.build that PlanFacts.from_file reads."""
     return {"tensorrt": dataclasses.asdict(facts)}
 
 
 def _configure(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any:
     config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # FP32 means FP32: TF32 keeps as few bits as FP16
+    config.clear_flag(trt.BuilderFlag.TF32)  # TF32 has no more mantissa bits than FP16
     if facts.hardware_compatible:
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
     if facts.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     profile = builder.create_optimization_profile()
     smallest, largest = ((batch, spec.n_mels, spec.n_frames) for batch in (1, facts.max_batch))
-    profile.set_shape(INPUT_NAME, smallest, largest, largest)  # tuned for full batches: nearly all are
+    profile.set_shape(INPUT_NAME, smallest, largest, largest)  # tuned for full batches, which nearly all are
     config.add_optimization_profile(profile)
     return config
 
@@ -127,7 +127,7 @@ def _set_targets(trt: Any, config: Any, compute_capabilities: tuple[str, ...]) -
 
 @contextlib.contextmanager
 def _gpu(index: int) -> Iterator[tuple[str, ...]]:
-    """Make the primary context of a device current; gives its compute capability."""
+    """Make the primary context of a device current, and yield its compute capability."""
     from singerembed.engine.cuda_driver import CudaDevice
 
     device = CudaDevice(index)
@@ -144,7 +144,7 @@ def _timing_cache_path(facts: PlanFacts) -> Path:
 
 @contextlib.contextmanager
 def _timing_cache(config: Any, path: Path) -> Iterator[None]:
-    """Let a build use, and add to, the measurements of earlier ones. A cache that cannot be kept costs only time."""
+    """Reuse kernel timings of earlier builds, and save those of this one. Errors are ignored: they cost only time."""
     saved = b""
     with contextlib.suppress(OSError):
         saved = path.read_bytes()

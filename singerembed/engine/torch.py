@@ -1,4 +1,4 @@
-"""The oracle back end: the encoder in FP32 torch as torchvision defines it. For verification and tests."""
+"""The reference back end: the encoder in FP32 torch as torchvision defines it. For verification and tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from singerembed.model.spec import ModelSpec
 
 
 class EncoderNet(nn.Module):
-    """The encoder from log-mel on: three equal channels, ImageNet statistics, EfficientNet."""
+    """The encoder after the log-mel: three equal channels, normalised by ImageNet statistics, into EfficientNet-B0."""
 
     mean: Tensor
     std: Tensor
@@ -40,7 +40,7 @@ def load_encoder(checkpoint: Checkpoint) -> EncoderNet:
 
 
 class TorchEngine:
-    """An engine that runs the checkpoint itself."""
+    """An engine that runs a checkpoint in torch, without an engine file."""
 
     batch = 8
     waits = False
@@ -52,7 +52,7 @@ class TorchEngine:
         self._encoder = load_encoder(checkpoint)
 
     def encode(self, log_mel: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Embed spectrograms [n, n_mels, n_frames] one at a time; returns [n, embedding_dim]."""
+        """Embed spectrograms [n, n_mels, n_frames] one at a time. Return float32 [n, embedding_dim]."""
         with torch.inference_mode():
             rows = [self._encoder(torch.from_numpy(one[np.newaxis]))[0].numpy() for one in log_mel]
         return np.stack(rows) if rows else np.empty((0, self.spec.embedding_dim), np.float32)
@@ -63,4 +63,4 @@ class TorchEngine:
         return EmbeddedCrops(self.encode(mel.mel), mel.peak, mel.rms, mel.state)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""

@@ -1,4 +1,4 @@
-"""Labelled recordings: a folder with a sub-folder a singer, a catalogue with a singer column, or what `run` wrote."""
+"""Reads labelled recordings: a folder with one sub-folder per singer, a catalogue, or the output of `run`."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ DEFAULT_SINGER_COLUMN = "singer"
 
 @dataclass(frozen=True)
 class Recording:
-    """One labelled recording, or the stretch of one that a catalogue row names."""
+    """A labelled recording, or the part of one that a catalogue row names."""
 
-    name: str  # as the folder or the catalogue has it; what pair files say
-    location: str  # where it is
+    name: str  # path as in the folder or the catalogue; pair files use it
+    location: str  # path or URL to open
     singer: str
     start: float = 0.0  # seconds
-    end: float | None = None  # seconds; None: the recording's end
+    end: float | None = None  # seconds; None: end of the recording
     conditions: dict[str, str] = field(default_factory=dict)  # the catalogue's other columns
 
 
 @dataclass(frozen=True)
 class StoredEmbeddings:
-    """What a Parquet file written by `run` holds."""
+    """The embeddings in an output of `run`."""
 
-    recording: NDArray[np.int64]  # [n], index of each crop's recording
-    crop: NDArray[np.int64]  # [n], its number in the recording
+    recording: NDArray[np.int64]  # [n], index of the crop's recording
+    crop: NDArray[np.int64]  # [n], number of the crop in the recording
     start: NDArray[np.float64]  # [n], seconds
     embedding: NDArray[np.float32]  # [n, dim]
     n_silent: int
@@ -55,22 +55,22 @@ class StoredEmbeddings:
 
 @dataclass(frozen=True)
 class LabelledData:
-    """Recordings with singers, and embeddings where the source has them."""
+    """Recordings with singers, and their embeddings if the source has them."""
 
     source: str
     recordings: list[Recording]
     stored: StoredEmbeddings | None = None
-    notes: list[str] = field(default_factory=list)  # what a person should know of how it was read
+    notes: list[str] = field(default_factory=list)  # for display: what was left out
 
 
 def read_labelled(
     source: str, singer_column: str | None = None, path_column: str = Columns.path, audio_root: str | None = None
 ) -> LabelledData:
-    """Read `source`, which says by what it is how it is read.
+    """Read `source`: a folder, a catalogue, or a Parquet output of `run`.
 
-    `singer_column`: of a catalogue or a Parquet file, `singer` unless it is given. `audio_root`: what relative paths in
-    a Parquet file written by `run` count from, for models that have to hear them; otherwise the file's own folder.
-    Raises UsageError or CatalogError where there is nothing of the kind, or no singer column.
+    `singer_column`: of a catalogue or an output; default `singer`. `audio_root`: base of relative paths in an output,
+    for models that read the audio; default the output's own folder.
+    Raises UsageError or CatalogError if `source` is none of these, or has no singer column.
     """
     if is_partitioned(source):
         return read_output(source.rstrip("/"), singer_column, audio_root)
@@ -84,7 +84,7 @@ def read_labelled(
 
 
 def is_output(path: str) -> bool:
-    """Say whether the Parquet file, or folder of them, `path` was written by `run`. Raises UsageError if it is none."""
+    """Return whether the Parquet file or folder `path` was written by `run`. Raises UsageError if it is not Parquet."""
     if is_partitioned(path):
         return True
     try:
@@ -143,11 +143,11 @@ def _as_text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-# --- what `run` has written ----------------------------------------------------------------------------------------
+# --- output of `run` ------------------------------------------------------------------------------------------------
 
 
 def read_output(path: str, singer_column: str | None, audio_root: str | None = None) -> LabelledData:
-    """Read what `run` wrote; rows without an embedding are counted. Raises UsageError without the singer column."""
+    """Read an output of `run`. Rows without an embedding are only counted. Raises UsageError without singer column."""
     partitioned = is_partitioned(path)
     schema = read_schema(path) if partitioned else pq.read_schema(path)
     column = singer_column or DEFAULT_SINGER_COLUMN

@@ -1,4 +1,4 @@
-"""From recordings and a model to a table of embedded crops, and the crops that several models have in common."""
+"""Embeds labelled recordings with a model, and selects the crops that several models have in common."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from singerembed.evaluation.data import Recording, StoredEmbeddings
 from singerembed.evaluation.metrics import Ints
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
-CROP_SECONDS = 4.0  # as the paper evaluates
+CROP_SECONDS = 4.0  # as in the paper
 MAX_FAILURES_KEPT = 5
 
 
 @dataclass(frozen=True)
 class EmbeddedTable:
-    """The crops of all recordings that one model has embedded."""
+    """The embeddings of all crops by one model."""
 
     facts: ModelFacts
-    recording: Ints  # [n], index of each crop's recording
-    crop: Ints  # [n], its number in the recording
-    start: NDArray[np.float64]  # [n], seconds from the recording's beginning
+    recording: Ints  # [n], index of the crop's recording
+    crop: Ints  # [n], number of the crop in the recording
+    start: NDArray[np.float64]  # [n], seconds from the start of the recording
     layers: dict[str, NDArray[np.float32]]  # [n, dim] each
     n_silent: int
     n_invalid: int  # NaN or infinity, in the samples or in the embedding
-    n_failed: int  # recordings that could not be read to their end
-    failures: list[str]  # the first of them, with the reason
-    seconds: float  # that decoding and embedding took; 0 where embeddings were stored
+    n_failed: int  # recordings that could not be read to the end
+    failures: list[str]  # the first few, with the reason
+    seconds: float  # time of decoding and embedding; 0 for stored embeddings
 
     def select(self, rows: Ints) -> EmbeddedTable:
-        """The crops `rows`."""
+        """Return the table with only the crops `rows`."""
         layers = {name: embedding[rows] for name, embedding in self.layers.items()}
         return replace(
             self, recording=self.recording[rows], crop=self.crop[rows], start=self.start[rows], layers=layers
@@ -66,8 +66,8 @@ def embed_recordings(
 ) -> EmbeddedTable:
     """Cut each recording into crops of 4 s at the model's rate, and embed those that are not silent.
 
-    `crops`: this many of each recording, evenly spaced; None: all consecutive ones, cut as `run` cuts them. `advance`
-    is called after each recording. Raises UsageError if there is nothing to embed in any of them.
+    `crops`: number per recording, evenly spaced; None: all consecutive ones, as in `run`. `advance` is called after
+    each recording. Raises UsageError if no crop of any recording could be embedded.
     """
     started = time.monotonic()
 
@@ -120,14 +120,14 @@ def _embed_recording(model: Model, recording: Recording, crops: int | None, sile
                     start += (block.start[loud] / rate).tolist()
                     for name, embedding in model.embed(np.ascontiguousarray(pcm[loud])).items():
                         parts.setdefault(name, []).append(embedding)
-    except TrackError as exc:  # what came before the damage counts
+    except TrackError as exc:  # crops before the damage are kept
         failure = f"{recording.name}: {exc}"
     layers = {name: np.concatenate(blocks) for name, blocks in parts.items()}
     return _RecordingResult(index, start, layers, n_silent, n_invalid, failure)
 
 
 def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
-    """The embeddings of a Parquet file as a table."""
+    """Return stored embeddings as a table."""
     spec = stored.metadata.get("spec", {})
     facts = ModelFacts(
         name=str(spec.get("name", "stored")),
@@ -144,7 +144,7 @@ def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
 
 
 def _without_invalid(table: EmbeddedTable) -> EmbeddedTable:
-    """The table without crops of which some layer has NaN or infinity; they are counted."""
+    """Drop, and count, crops with NaN or infinity in any layer."""
     finite = np.ones(len(table.crop), bool)
     for embedding in table.layers.values():
         finite &= np.isfinite(embedding).all(axis=1)
@@ -154,7 +154,7 @@ def _without_invalid(table: EmbeddedTable) -> EmbeddedTable:
 
 
 def in_common(tables: list[EmbeddedTable]) -> list[EmbeddedTable]:
-    """The same tables with the crops that all of them have, in one order: so all models are asked the same."""
+    """Return the tables restricted to the crops that all of them have, in the same order."""
     keys = [set(zip(t.recording.tolist(), t.crop.tolist(), strict=True)) for t in tables]
     shared = sorted(set.intersection(*keys))
     selected = []
@@ -165,7 +165,7 @@ def in_common(tables: list[EmbeddedTable]) -> list[EmbeddedTable]:
 
 
 def standardised(embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each dimension at mean 0 and deviation 1 over the rows; one that never changes becomes 0."""
+    """Scale each dimension to mean 0 and standard deviation 1 over the rows; a constant one becomes 0."""
     centred = embedding - embedding.mean(axis=0)
     deviation = centred.std(axis=0)
     return np.asarray(centred / np.where(deviation > 0, deviation, 1), np.float32)

@@ -1,4 +1,4 @@
-"""Figures for a paper, PNG and SVG: heat map, map of embeddings, DET curves, score histograms."""
+"""Figures as PNG and SVG: heat map, t-SNE map, DET curves, score histograms."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import numpy as np
 
 from singerembed.evaluation.baselines.base import require
 from singerembed.evaluation.result import Evaluation, ModelResult
-from singerembed.evaluation.views import View
+from singerembed.evaluation.views import DET_TICKS, View
 
 _SUFFIXES = (".png", ".svg")
-_MOST_TICKS = 60  # names beyond these do not fit on an axis
-_DET_TICKS = (0.001, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+_MAX_TICKS = 60  # with more singers the names do not fit on an axis
 
 
 def save_figures(evaluation: Evaluation, views: list[View], folder: str) -> list[str]:
-    """Write all figures of `evaluation` to `folder`, in both formats; returns the paths.
+    """Write all figures of `evaluation` to `folder`, in both formats. Return the paths.
 
     Raises MissingDependencyError without matplotlib.
     """
@@ -37,12 +36,12 @@ def save_figures(evaluation: Evaluation, views: list[View], folder: str) -> list
 
 
 def file_stem(name: str) -> str:
-    """`name` as a file's name."""
+    """Return `name` as a valid file name."""
     return re.sub(r"[^\w.-]+", "_", name).strip("_") or "model"
 
 
 def _figure(width: float, height: float, **axes: Any) -> tuple[Any, Any]:
-    """A figure without pyplot, whose state would outlive it; sizes in inches."""
+    """Return a figure and its axes, without pyplot and its global state; sizes in inches."""
     figure = require("matplotlib.figure", "drawing figures").Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot(**axes)
 
@@ -59,7 +58,7 @@ def _heat_map(view: View) -> Any:
     size = min(12.0, 3.5 + 0.11 * n)
     figure, axes = _figure(size + 0.8, size)
     image = axes.imshow(view.heat, cmap="viridis", interpolation="nearest")
-    if n <= _MOST_TICKS:
+    if n <= _MAX_TICKS:
         axes.set_xticks(range(n), view.heat_names, rotation=90, fontsize=6)
         axes.set_yticks(range(n), view.heat_names, fontsize=6)
     figure.colorbar(image, ax=axes, label="average cosine similarity")
@@ -89,7 +88,7 @@ def _histogram(result: ModelResult) -> Any:
 
 
 def _det(evaluation: Evaluation) -> Any:
-    """Error rates on normal deviates (Martin et al. 1997): scores that are normal give straight lines."""
+    """Draw DET curves on normal deviate axes (Martin et al. 1997), where normal scores give straight lines."""
     figure, axes = _figure(4.5, 4.5)
     deviate = require("scipy.special", "the DET curve", "scipy").ndtri
     for result in evaluation.results:
@@ -97,8 +96,8 @@ def _det(evaluation: Evaluation) -> Any:
             inside = (result.curve.false_acceptance > 0) & (result.curve.false_rejection > 0)
             rates = result.curve.false_acceptance[inside], result.curve.false_rejection[inside]
             axes.plot(deviate(rates[0]), deviate(rates[1]), linewidth=1, label=result.table.facts.name)
-    ticks = deviate(np.array(_DET_TICKS))
-    labels = [f"{100 * tick:g}" for tick in _DET_TICKS]
+    ticks = deviate(np.array(DET_TICKS))
+    labels = [f"{100 * tick:g}" for tick in DET_TICKS]
     axes.set_xticks(ticks, labels)
     axes.set_yticks(ticks, labels)
     axes.set(xlabel="false acceptances, %", ylabel="false rejections, %", xlim=ticks[[0, -1]], ylim=ticks[[0, -1]])

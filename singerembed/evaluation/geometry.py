@@ -1,4 +1,4 @@
-"""What embeddings look like: similarities between singers, their order, a map in three dimensions, and confusions."""
+"""Geometry of embeddings: similarities between singers, clustering, a t-SNE map in 3D, and confusions."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from numpy.typing import NDArray
 from singerembed.evaluation.baselines.base import one_thread, require
 from singerembed.evaluation.metrics import Floats, Ints
 
-DRAWS = 100  # pairs of crops for each pair of singers, as on the poster
+DRAWS = 100  # pairs of crops per pair of singers, as on the poster of the official work
 _PERPLEXITY = 30.0
 _BLOCK_DRAWS = 1 << 15
 
 
 def average_similarity(unit: NDArray[np.float32], singers: Ints, *, draws: int = DRAWS, seed: int = 0) -> Floats:
-    """Mean cosine similarity of `draws` random pairs of crops for each pair of singers: [singers, singers], symmetric.
+    """Return the mean cosine similarity of `draws` random pairs of crops for each pair of singers.
 
-    On the diagonal the two crops are different ones; NaN there for a singer with one crop.
+    `unit`: [n, dim], rows of length 1. The result is [singers, singers], symmetric. On the diagonal the two crops
+    differ; it is NaN for a singer with one crop.
     """
     rng = np.random.default_rng(seed)
     rows = np.argsort(singers, kind="stable")
@@ -41,7 +42,7 @@ def average_similarity(unit: NDArray[np.float32], singers: Ints, *, draws: int =
 
 
 def cluster_order(similarity: Floats) -> Ints:
-    """An order of the singers in which alike ones are neighbours: average linkage on 1 - similarity, optimal leaves."""
+    """Order the singers with similar ones adjacent: average linkage on 1 - similarity, optimal leaf order."""
     if len(similarity) < 3:
         return np.arange(len(similarity))
     hierarchy = require("scipy.cluster.hierarchy", "the heat map", "scipy")
@@ -51,9 +52,9 @@ def cluster_order(similarity: Floats) -> Ints:
 
 
 def map_3d(unit: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
-    """t-SNE (van der Maaten and Hinton 2008) of cosine distances in three dimensions: [n, 3]; zeros below 5 rows.
+    """Return a 3D t-SNE (van der Maaten and Hinton 2008) of cosine distances, float32 [n, 3]; zeros below 5 rows.
 
-    Perplexity is 30, or less where there are few rows. Distances between far groups mean nothing in such a map.
+    Perplexity is 30, or less for few rows. Distances between separate groups mean nothing in such a map.
     """
     if len(unit) < 5:
         return np.zeros((len(unit), 3), np.float32)
@@ -63,46 +64,46 @@ def map_3d(unit: NDArray[np.float32], *, seed: int = 0) -> NDArray[np.float32]:
         perplexity=min(_PERPLEXITY, (len(unit) - 1) / 3),
         init="pca",
         random_state=seed,
-        # scikit-learn's own rate is never below 50: with some hundred rows single points then fly far away, and the
-        # divergence reached is twice as high (192 rows: 0.50 against 0.21).
+        # scikit-learn's "auto" is never below 50: with a few hundred rows single points then move far away, and the
+        # final KL divergence is twice as high (192 rows: 0.50 against 0.21).
         learning_rate=max(len(unit) / 48, 10.0),
-        angle=0.8,  # in three dimensions 0.5 takes twice as long, and the picture is the same
+        angle=0.8,  # in three dimensions 0.5 takes twice as long for the same picture
         max_iter=500,
     )
-    # On unit vectors the Euclidean distance orders neighbours as the cosine does, and is found faster.
+    # On unit vectors the Euclidean distance gives the same neighbours as the cosine, and is faster.
     with one_thread():
         return np.asarray(tsne.fit_transform(unit), np.float32)
 
 
 def spread_sample(singers: Ints, limit: int, *, seed: int = 0) -> Ints:
-    """At most `limit` rows, as evenly over singers as their numbers of crops allow; in rising order."""
+    """Return at most `limit` row indices, ascending, spread over singers as evenly as their numbers of crops allow."""
     if len(singers) <= limit:
         return np.arange(len(singers))
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(len(singers))
     order = shuffled[np.argsort(singers[shuffled], kind="stable")]
     n_rows = np.bincount(singers)
-    rank = np.arange(len(order)) - (np.cumsum(n_rows) - n_rows)[singers[order]]  # of a row among its singer's
+    rank = np.arange(len(order)) - (np.cumsum(n_rows) - n_rows)[singers[order]]  # of a row among the rows of its singer
     return np.sort(order[np.argsort(rank, kind="stable")[:limit]])
 
 
 @dataclass(frozen=True)
 class Cohesion:
-    """How one singer's crops hold together, and whom they are taken for."""
+    """Similarity among the crops of one singer, and the singers they are confused with."""
 
     singer: int
     n_crops: int
     n_recordings: int
     within: float  # mean similarity of two of the singer's crops; NaN with one crop
-    nearest: int  # the singer most alike; -1 with one singer
+    nearest: int  # the most similar other singer; -1 with one singer
     nearest_similarity: float  # mean similarity to that singer
-    recognised: float  # share of crops whose nearest centroid is the singer's own; NaN if none could be asked
-    confused_with: int  # whom the others are taken for most; -1 if there are none
-    confusions: int  # how often
+    recognised: float  # share of crops whose nearest centroid is the singer's own; NaN with one recording
+    confused_with: int  # the most frequent other nearest centroid; -1 if there is none
+    confusions: int  # number of crops nearest to it
 
 
 def cohesion(similarity: Floats, confusions: Ints, singers: Ints, recordings: Ints) -> list[Cohesion]:
-    """One entry a singer, from `average_similarity` and `centroid_confusions`."""
+    """Return one entry per singer, from the results of `average_similarity` and `centroid_confusions`."""
     n_recordings = np.bincount(np.unique(np.stack([singers, recordings]), axis=1)[0], minlength=len(similarity))
     n_crops = np.bincount(singers, minlength=len(similarity))
     entries = []
@@ -110,7 +111,7 @@ def cohesion(similarity: Floats, confusions: Ints, singers: Ints, recordings: In
         others = np.delete(np.arange(len(row)), singer)
         nearest = int(others[np.argmax(row[others])]) if len(others) else -1
         wrong = confusions[singer].copy()
-        asked, wrong[singer] = int(wrong.sum()), 0
+        counted, wrong[singer] = int(wrong.sum()), 0
         worst = int(np.argmax(wrong))
         entries.append(
             Cohesion(
@@ -120,7 +121,7 @@ def cohesion(similarity: Floats, confusions: Ints, singers: Ints, recordings: In
                 within=float(row[singer]),
                 nearest=nearest,
                 nearest_similarity=float(row[nearest]) if nearest >= 0 else float("nan"),
-                recognised=float(confusions[singer, singer] / asked) if asked else float("nan"),
+                recognised=float(confusions[singer, singer] / counted) if counted else float("nan"),
                 confused_with=worst if wrong[worst] else -1,
                 confusions=int(wrong[worst]),
             )
@@ -129,10 +130,10 @@ def cohesion(similarity: Floats, confusions: Ints, singers: Ints, recordings: In
 
 
 def centroid_confusions(unit: NDArray[np.float32], singers: Ints, recordings: Ints) -> Ints:
-    """Which singer's centroid is nearest to each crop: counts, [true singers, found singers].
+    """Count the nearest centroid of each crop: int64 [true singers, nearest singers].
 
-    A singer's own centroid is of the singer's other recordings, so a crop is never compared with itself or its song;
-    crops of singers with one recording are not asked.
+    The centroid of a crop's own singer leaves out the crop's recording, so that a crop is never compared with itself or
+    its song; crops of singers with one recording are not counted.
     """
     n = int(singers.max()) + 1
     sums = np.zeros((n, unit.shape[1]))

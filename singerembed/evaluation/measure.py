@@ -1,4 +1,4 @@
-"""One model's error rates, ranks and identification."""
+"""Computes the metrics of one model: error rates, rank and identification accuracy."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from singerembed.evaluation.pairs import Pairs, all_pairs, draw_pairs, draw_rank
 from singerembed.evaluation.probe import Identification, identify_singers
 from singerembed.evaluation.result import Crops, EvaluationOptions, Measure, ModelResult
 
-_INTERVAL_PAIRS = 200_000  # drawn of all pairs for their interval
-_MIN_PAIRS_OF_VALUE = 20  # of each kind, below which a value of a condition is not reported
+_INTERVAL_PAIRS = 200_000  # pairs drawn for the interval of the error rate over all pairs
+_MIN_PAIRS_OF_VALUE = 20  # of each kind; values of a condition with fewer are not reported
 
 
 def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: EvaluationOptions) -> ModelResult:
+    """Compute all metrics of a model; of several layers, for the one with the lowest equal error rate on `pairs`."""
     layer_eer = {}
     for name, embedding in table.layers.items():
         try:
@@ -68,7 +69,7 @@ def _equal_error(
     options: EvaluationOptions,
     condition: Callable[[Ints, Ints], Bools] | None,
 ) -> tuple[Measure, float, ErrorCurve | None]:
-    """Equal error rate of the pairs whose rows satisfy `condition`."""
+    """Return equal error rate, threshold and curve of the pairs whose rows satisfy `condition`."""
     if condition is not None:
         kept = condition(pairs.first, pairs.second)
         pairs, scores = pairs.select(kept), scores[kept]
@@ -124,7 +125,7 @@ def _identified(identification: Identification | None, why_not: str, name: str) 
 def _conditions(
     unit: NDArray[np.float32], crops: Crops, pairs: Pairs, scores: Floats, options: EvaluationOptions
 ) -> dict[str, Measure]:
-    """Equal error rates of pairs from two recordings, and for each condition of pairs that share it and do not."""
+    """Return equal error rates of pairs from two recordings, and of pairs with the same and different conditions."""
     tests: dict[str, Callable[[Ints, Ints], Bools]] = {
         "two recordings": lambda a, b: crops.recording[a] != crops.recording[b]
     }
@@ -144,7 +145,7 @@ def _conditions(
 
 @dataclass(frozen=True)
 class _Sharing:
-    """Which pairs share a value, or, `apart`, have two values; crops with value -1 are in no such pair."""
+    """Filter of pairs with the same value, or, with `apart`, different values; -1 is no value."""
 
     value: Ints  # [n]
     apart: bool = False

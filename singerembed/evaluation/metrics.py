@@ -1,7 +1,7 @@
-"""Error rates and ranks as pure functions of scores; NumPy only.
+"""Error rates, ranks and their confidence intervals, computed from scores with NumPy.
 
-Definitions follow the official evaluation (github SonyCSLParis/ssl-singer-identity, `eval.py`), whose error rate is
-that of SUPERB.
+Definitions follow the official evaluation (github SonyCSLParis/ssl-singer-identity, `eval.py`), whose equal error rate
+is that of SUPERB.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
 
-CONFIDENCE = 0.95  # of every interval
-REPLICATES = 200  # of a bootstrap
+CONFIDENCE = 0.95  # level of all intervals
+REPLICATES = 200  # bootstrap replicates
 
 
 @dataclass(frozen=True)
 class EqualErrorRate:
-    """Where false acceptances and false rejections are equally frequent."""
+    """The error rate at which false acceptance and false rejection rates are equal."""
 
-    rate: float  # a share, 0 to 1
-    threshold: float  # the score from which a pair is accepted
+    rate: float  # 0 to 1
+    threshold: float  # pairs with this score or a higher one are accepted
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval; NaN where there was nothing to compute it from."""
+    """A confidence interval; NaN if there was no data."""
 
     low: float
     high: float
@@ -38,25 +38,25 @@ class Interval:
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """Error rates at each distinct score, from the highest threshold, where nothing is accepted, to the lowest."""
+    """Error rates at each distinct score, from the highest threshold, which accepts nothing, to the lowest."""
 
-    threshold: Floats  # [k], falling; the first is above every score
-    false_acceptance: Floats  # [k], rising from 0 to 1
-    false_rejection: Floats  # [k], falling from 1 to 0
+    threshold: Floats  # [k], descending; the first is infinite
+    false_acceptance: Floats  # [k], ascending from 0 to 1
+    false_rejection: Floats  # [k], descending from 1 to 0
 
 
 def error_curve(labels: Bools, scores: Floats, weights: Floats | None = None) -> ErrorCurve:
-    """Error rates of accepting pairs by their score.
+    """Return the error rates of accepting pairs whose score reaches a threshold.
 
-    `labels`: [n], True for a pair of one singer. `scores`: [n], higher is more alike; tied scores are accepted
-    together. `weights`: [n], how often a pair counts. Raises ValueError for NaN, or without a pair of each kind.
+    `labels`: [n], True for a pair of one singer. `scores`: [n], higher is more similar; tied scores are accepted
+    together. `weights`: [n], the weight of each pair. Raises ValueError for NaN, or without a pair of each kind.
     """
     order = np.argsort(-np.asarray(scores), kind="stable")
     return _curve_of_sorted(labels[order], scores[order], None if weights is None else weights[order])
 
 
 def curve_of_counts(scores: Floats, positive: Floats, negative: Floats) -> ErrorCurve:
-    """As `error_curve`, from distinct `scores` [k], falling, and how many pairs of each kind have them."""
+    """As `error_curve`, from distinct `scores` [k], descending, and the number of pairs of each kind at each score."""
     accepted_positive, accepted_negative = np.cumsum(positive, dtype=float), np.cumsum(negative, dtype=float)
     if not len(scores) or accepted_positive[-1] <= 0 or accepted_negative[-1] <= 0:
         raise ValueError("an error rate needs pairs of one singer and pairs of two singers")
@@ -81,16 +81,16 @@ def _last_of_ties(scores: Floats) -> Ints:
 
 
 def equal_error_rate(labels: Bools, scores: Floats, weights: Floats | None = None) -> EqualErrorRate:
-    """Equal error rate of accepting pairs by their score; arguments and errors as `error_curve`.
+    """Return the equal error rate; arguments and errors as `error_curve`.
 
-    The point where the ROC curve, drawn with straight lines between distinct scores, meets the line on which both error
-    rates are equal: what the official code finds with scikit-learn's `roc_curve` and a root of its interpolation.
+    The ROC curve is interpolated linearly between distinct scores and intersected with the line of equal error rates,
+    as the official code does with scikit-learn's `roc_curve` and a root finder.
     """
     return equal_error_of(error_curve(labels, scores, weights))
 
 
 def equal_error_of(curve: ErrorCurve) -> EqualErrorRate:
-    """Equal error rate of a curve."""
+    """Return the equal error rate of a curve."""
     gap = curve.false_rejection - curve.false_acceptance  # falls from 1 to -1
     after = int(np.argmax(gap <= 0))
     before = after - 1
@@ -104,11 +104,11 @@ def equal_error_of(curve: ErrorCurve) -> EqualErrorRate:
 
 
 def normalised_rank(positive: Floats, distractors: Floats) -> Floats:
-    """Share of the candidates that are nearer to the query than its positive; 0 is best, 0.5 is chance.
+    """Return the share of candidates nearer to the query than its positive, [q]; 0 is best, 0.5 is chance.
 
-    `positive`: [q], similarity of each query to its positive. `distractors`: [q, n], to crops of other singers. The
-    official code counts the positive as a candidate, so the divisor is n + 1. It leaves ties to an unstable sort; here
-    a tied distractor counts half. Raises ValueError for NaN.
+    `positive`: [q], similarity of each query to its positive. `distractors`: [q, n], to crops of other singers. As in
+    the official code the positive is a candidate too, so the divisor is n + 1. There an unstable sort decides ties;
+    here a tied distractor counts half. Raises ValueError for NaN.
     """
     if np.isnan(positive).any() or np.isnan(distractors).any():
         raise ValueError("similarities hold NaN")
@@ -123,10 +123,10 @@ def normalised_rank(positive: Floats, distractors: Floats) -> Floats:
 def bootstrap_over_singers(
     statistic: Callable[[Ints], float], n_singers: int, *, replicates: int = REPLICATES, seed: int = 0
 ) -> Interval:
-    """Percentile interval of `statistic`, which is told how often each singer was drawn, int64 [n_singers].
+    """Return the percentile interval of `statistic`, called with how often each singer was drawn, int64 [n_singers].
 
-    Singers are what a data set samples, and crops of one singer are alike: drawing pairs anew would give intervals that
-    are far too narrow. Draws for which `statistic` raises ValueError (no pairs left) are left out.
+    Singers are resampled, not pairs: crops of one singer are correlated, so resampled pairs would give intervals that
+    are far too narrow. Draws for which `statistic` raises ValueError (no pairs left) are skipped.
     """
     rng = np.random.default_rng(seed)
     values = []
@@ -145,10 +145,10 @@ def bootstrap_over_singers(
 def equal_error_interval(
     labels: Bools, scores: Floats, singers: tuple[Ints, Ints], *, replicates: int = REPLICATES, seed: int = 0
 ) -> Interval:
-    """Interval of the equal error rate over singers.
+    """Return the interval of the equal error rate over singers.
 
-    `singers`: of the first and the second crop of each pair, [n] each. A pair counts as often as its singer, or both
-    its singers, were drawn; two copies of one singer make no pair.
+    `singers`: singer of the first and of the second crop of each pair, [n] each. The weight of a pair is how often its
+    singer was drawn, or for two singers the product; two copies of one singer form no pair.
     """
     order = np.argsort(-np.asarray(scores), kind="stable")
     labels, scores = labels[order], scores[order]
@@ -162,7 +162,7 @@ def equal_error_interval(
 
 
 def mean_interval(values: Floats, singers: Ints, *, replicates: int = REPLICATES, seed: int = 0) -> Interval:
-    """Interval of the mean of `values` [n] over singers, `singers` [n] saying whose each value is."""
+    """Return the interval, over singers, of the mean of `values` [n]; `singers` [n] is the singer of each value."""
     n_singers = int(singers.max()) + 1
     sums, counts = np.bincount(singers, values, n_singers), np.bincount(singers, minlength=n_singers)
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of an evaluation: tables, heat maps, maps that turn, DET curves, provenance."""
+"""Renders an evaluation as a self-contained HTML page: tables, heat maps, 3D maps, DET curves, provenance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from singerembed.evaluation.baselines.base import require
 from singerembed.evaluation.metrics import Floats
 from singerembed.evaluation.result import Evaluation, ModelResult
 from singerembed.evaluation.table import HEADER, percent, table_rows
-from singerembed.evaluation.views import View
+from singerembed.evaluation.views import DET_TICKS, View
 
 _MAX_CURVE_POINTS = 400
 _MAX_COHESION_ROWS = 500
@@ -38,7 +38,7 @@ th { border-bottom: 2px solid #8a939c } .wide { overflow-x: auto } .scroll { max
 pre { background: #f6f8fa; padding: 1rem; overflow-x: auto; font-size: .8rem }
 """
 
-# Draws what is in `figures` and `maps`; says on the body how many of them are there.
+# Draws `figures` and `maps`, and then sets data-drawn of the body to their number.
 _SCRIPT = """
 const read = id => Object.entries(JSON.parse(document.getElementById(id).textContent));
 const maps = Object.fromEntries(read('maps').map(([id, map]) => [id, new PointMap(document.getElementById(id), map)]));
@@ -49,7 +49,7 @@ Promise.all(drawn).then(() => { document.body.dataset.drawn = drawn.length + Obj
 
 
 def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
-    """The page as HTML; nothing in it is fetched from anywhere. Raises MissingDependencyError without plotly."""
+    """Return the page as HTML without external resources. Raises MissingDependencyError without plotly."""
     plotly_js = require("plotly.offline", "drawing the page", "plotly").get_plotlyjs()
     map_js = (resources.files("singerembed.evaluation") / "map.js").read_text(encoding="utf-8")
     figures: dict[str, Any] = {}
@@ -85,7 +85,7 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
 
 
 def _json(value: Any) -> str:
-    """JSON that may stand in a script element, whatever names are in it."""
+    """Return JSON that is safe inside a script element."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
@@ -113,7 +113,7 @@ def _layers(evaluation: Evaluation) -> list[str]:
         if result.layer_eer:
             rows = [(layer, f"{100 * rate:.1f}") for layer, rate in result.layer_eer.items()]
             name = html.escape(result.table.facts.name)
-            parts.append(f"<h2>{name}: layer {html.escape(result.layer)} was chosen, on these very pairs</h2>")
+            parts.append(f"<h2>{name}: layer {html.escape(result.layer)} was chosen on these pairs</h2>")
             parts.append(_table(("layer", "EER %"), rows))
     return parts
 
@@ -127,7 +127,7 @@ def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, A
         f"<div class=side><div><h3>Average similarity: {len(view.heat_names)} singers{cut}, 100 draws of two crops "
         f'each, ordered by clustering</h3><div class=plot id="heat{i}"></div></div>',
         f"<div><h3>t-SNE: {len(view.points):,} of {view.n_crops:,} crops</h3><div class=map id='map{i}'></div>"
-        "<p class=note>Drag or arrow keys turn it, the wheel zooms; click a singer or a point to bring one out.</p>"
+        "<p class=note>Drag or arrow keys rotate, the wheel zooms; click a singer or a point to highlight it.</p>"
         "</div></div>",
     ]
     if result.histogram is not None:
@@ -140,7 +140,7 @@ def _model_section(i: int, result: ModelResult, view: View, figures: dict[str, A
 def _cohesion_table(view: View) -> str:
     names = view.heat_names
     header = ("singer", "crops", "recordings", "similarity within", "nearest singer", "similarity to it",
-              "crops nearest to own centroid", "taken for")  # fmt: skip
+              "crops nearest to own centroid", "confused with")  # fmt: skip
     rows = [
         (
             names[c.singer], str(c.n_crops), str(c.n_recordings), _number(c.within),
@@ -158,7 +158,7 @@ def _number(value: float) -> str:
 
 
 def _rounded(values: Any, decimals: int = 4) -> list[Any]:
-    """Numbers short enough for a page; NaN becomes null."""
+    """Return nested lists of rounded numbers; NaN and infinity become None."""
     rounded = np.round(np.asarray(values, float), decimals)
     cells = rounded.astype(object)
     cells[~np.isfinite(rounded)] = None
@@ -181,7 +181,7 @@ def _heat_map(view: View) -> dict[str, Any]:
 
 
 def _map(view: View) -> dict[str, Any]:
-    """What PointMap of map.js takes: points in the unit ball."""
+    """Return the input of PointMap in map.js, with points scaled into the unit ball."""
     points = view.points - view.points.mean(axis=0)
     points /= max(float(np.linalg.norm(points, axis=1).max()), 1e-9)
     return {
@@ -220,7 +220,7 @@ def _det(evaluation: Evaluation) -> dict[str, Any]:
                     "hovertemplate": "%{text}",
                 }
             )  # fmt: skip
-    rates = np.array([0.001, 0.01, 0.05, 0.2, 0.4, 0.6, 0.8, 0.95])
+    rates = np.array(DET_TICKS)
     axis = {"tickvals": _rounded(deviate(rates)), "ticktext": [f"{100 * r:g} %" for r in rates],
             "range": _rounded(deviate(rates[[0, -1]]))}  # fmt: skip
     x, y = ({**axis, "title": {"text": text}} for text in ("false acceptances", "false rejections"))
@@ -228,7 +228,7 @@ def _det(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _thinned(accepted: Floats, rejected: Floats) -> tuple[Floats, Floats]:
-    """The part of a curve that normal deviates can show, in few enough points."""
+    """Return at most _MAX_CURVE_POINTS points of a curve, without rates of 0, whose normal deviate is infinite."""
     inside = np.flatnonzero((accepted > 0) & (rejected > 0))
     some = (
         inside[np.linspace(0, len(inside) - 1, min(len(inside), _MAX_CURVE_POINTS)).astype(int)]

@@ -1,4 +1,4 @@
-"""Pairs of crops: read from a file, drawn, or all of them; and their similarities in bounded memory."""
+"""Pairs of crops, read from a file, drawn, or all of them, and their similarities in bounded memory."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from singerembed.evaluation.metrics import (
     equal_error_of,
 )
 
-BLOCK_ROWS = 1024  # of a block of similarities: 1024 x 1024 scores are 4 MB
+BLOCK_ROWS = 1024  # rows of a block of similarities: 1024 x 1024 float32 are 4 MB
 _BINS = 1 << 16
-_COMPRESS_AT = 1 << 20  # scores of one bin that are gathered before equal ones are counted together
+_COMPRESS_AT = 1 << 20  # number of collected scores at which equal ones are merged
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,21 @@ class Pairs:
         return len(self.labels)
 
     def select(self, mask: Bools) -> Pairs:
-        """The pairs where `mask` [n] is True."""
+        """Return the pairs where `mask` [n] is True."""
         return Pairs(self.first[mask], self.second[mask], self.labels[mask])
 
 
 def unit_rows(embedding: Floats) -> NDArray[np.float32]:
-    """`embedding` [n, dim] with rows of length 1, so that dot products are cosines; a row of zeros stays so."""
+    """Return `embedding` [n, dim] with rows scaled to length 1, as float32; rows of zeros stay zero."""
     norm = np.linalg.norm(embedding.astype(np.float64), axis=1, keepdims=True)
     return np.asarray(embedding / np.maximum(norm, 1e-8), np.float32)
 
 
 def pair_scores(unit: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float32]:
-    """Cosine similarity of each pair, [n], of rows of length 1; no more than a block of rows is copied at a time."""
+    """Return the cosine similarity of each pair, float32 [n]. `unit`: [rows, dim], rows of length 1.
+
+    Computed in blocks, so that only a few rows are copied at a time.
+    """
     scores = np.empty(len(pairs), np.float32)
     for start in range(0, len(pairs), BLOCK_ROWS * 8):
         part = slice(start, start + BLOCK_ROWS * 8)
@@ -60,7 +63,7 @@ def pair_scores(unit: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float32]:
 
 
 def read_pair_file(path: str) -> list[tuple[bool, str, str]]:
-    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises UsageError naming a line."""
+    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises UsageError with the line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
@@ -79,14 +82,14 @@ def read_pair_file(path: str) -> list[tuple[bool, str, str]]:
 
 
 def pairs_of_names(rows: list[tuple[bool, str, str]], row_of: Mapping[str, int]) -> tuple[Pairs, int]:
-    """Pairs of the named rows, and how many lines name something that `row_of` lacks (a silent crop, say)."""
+    """Return the pairs as row indices, and the number of lines with a name not in `row_of`, such as a silent crop."""
     known = [(row_of[a], row_of[b], label) for label, a, b in rows if a in row_of and b in row_of]
     table = np.array(known, np.int64).reshape(-1, 3)
     return Pairs(table[:, 0], table[:, 1], table[:, 2].astype(bool)), len(rows) - len(known)
 
 
 def write_pair_file(path: str, pairs: Pairs, names: list[str]) -> None:
-    """Write `pairs` in the official format, rows called by `names`."""
+    """Write `pairs` in the official format; `names` are the names of the rows."""
     lines = (
         f"{int(label)},{names[a]},{names[b]}\n"
         for label, a, b in zip(pairs.labels, pairs.first, pairs.second, strict=True)
@@ -98,11 +101,11 @@ def write_pair_file(path: str, pairs: Pairs, names: list[str]) -> None:
 
 
 def draw_pairs(singers: Ints, count: int, seed: int, *, uniform: bool = False) -> Pairs:
-    """Draw `count` pairs, as many of one singer as of two; the same arguments always give the same pairs.
+    """Draw `count` pairs, half of one singer and half of two; deterministic for a seed.
 
-    `singers`: whose each row is, [n]. As in the official `create_speaker_pairs.py` singers are drawn first, then a crop
-    of each, so that all singers weigh the same; but a crop is never paired with itself. `uniform`: each pair of a kind
-    is equally likely instead. Where no singer has two crops, or there is one singer only, one kind is missing.
+    `singers`: singer of each row, [n]. As in the official `create_speaker_pairs.py`, singers are drawn first, then a
+    crop of each, so that all singers have equal weight; but a crop is never paired with itself. `uniform`: all pairs of
+    a kind are equally likely instead. If no singer has two crops, or there is only one singer, one kind is missing.
     """
     rng = np.random.default_rng(seed)
     rows = np.argsort(singers, kind="stable")
@@ -129,43 +132,42 @@ def draw_pairs(singers: Ints, count: int, seed: int, *, uniform: bool = False) -
 
 
 def _two_singers(rng: np.random.Generator, weights: Floats, count: int) -> tuple[Ints, Ints]:
-    """Draw `count` pairs of different indices of `weights`, each pair as likely as the product of its weights."""
+    """Draw `count` pairs of different indices, each with probability proportional to the product of its weights."""
     if not count:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     share = weights / weights.sum()
-    # The second is drawn from what the first leaves, which alone would favour pairs with a heavy first: so the first is
-    # drawn by the product with what it leaves.
+    # P(i, j) ~ w_i w_j. Given i, j is drawn with w_j / (1 - w_i), so i must be drawn with w_i (1 - w_i).
     first = rng.choice(len(weights), count, p=share * (1 - share) / (share * (1 - share)).sum())
-    # Inverse of the cumulative weights without the first's own: positions beyond its start jump over it.
+    # Invert the cumulative weights without the first index: positions at or beyond its start skip its interval.
     end = np.cumsum(share)
     position = rng.random(count) * (1 - share[first])
     position += np.where(position >= end[first] - share[first], share[first], 0.0)
     second = np.minimum(np.searchsorted(end, position, side="right"), len(weights) - 1)
-    clash = second == first  # by rounding alone
+    clash = second == first  # possible only by rounding
     second[clash] = (first[clash] + 1) % len(weights)
     return first, second
 
 
 # --- all pairs ------------------------------------------------------------------------------------------------------
 
-PairFilter = Callable[[slice, slice], Bools]  # rows, columns -> which pairs count, [rows, columns]
+PairFilter = Callable[[slice, slice], Bools]  # rows, columns -> mask of accepted pairs, [rows, columns]
 
 
 @dataclass(frozen=True)
 class AllPairs:
-    """What all pairs come to."""
+    """Error rates over all pairs."""
 
-    eer: EqualErrorRate
-    curve: ErrorCurve  # from bins a 65 536th of the range wide: for drawing
+    eer: EqualErrorRate  # exact
+    curve: ErrorCurve  # from 65 536 bins over the range of the scores, for plots
     n_positive: int
     n_negative: int
 
 
 def all_pairs(unit: NDArray[np.float32], singers: Ints, accept: PairFilter | None = None) -> AllPairs:
-    """Equal error rate of all n (n - 1) / 2 pairs of rows, exact, in memory that does not grow with their number.
+    """Return the exact equal error rate of all n (n - 1) / 2 pairs of rows, in memory independent of their number.
 
-    One pass counts scores in bins and finds the bin in which both error rates meet; a second takes that bin's scores
-    one by one. `accept` leaves pairs out. Raises ValueError without a pair of each kind, or for NaN.
+    A first pass counts scores in bins and finds the bin where both error rates are equal; a second pass uses the single
+    scores of that bin. `accept` selects pairs. Raises ValueError without a pair of each kind, or for NaN.
     """
     if np.isnan(unit).any():
         raise ValueError("embeddings hold NaN")
@@ -178,7 +180,7 @@ def all_pairs(unit: NDArray[np.float32], singers: Ints, accept: PairFilter | Non
     coarse_scores = np.linspace(high, low, _BINS)
     curve = curve_of_counts(coarse_scores, counts[1, ::-1].astype(float), counts[0, ::-1].astype(float))
     crossing = _BINS - int(np.argmax(curve.false_rejection - curve.false_acceptance <= 0))
-    # The line of the ROC that meets may begin at the last distinct score above the bin and end in it.
+    # The ROC segment with the intersection may start at the last distinct score above the bin and end in the bin.
     values, positive, negative = _scores_in_bin(unit, singers, accept, (low, high), crossing)
     above, below = slice(crossing + 1, None), slice(0, crossing)
     fine_scores = np.concatenate([[np.inf], values, [-np.inf]])
@@ -195,7 +197,7 @@ def all_pairs(unit: NDArray[np.float32], singers: Ints, accept: PairFilter | Non
 def _blocks(
     unit: NDArray[np.float32], singers: Ints, accept: PairFilter | None
 ) -> Iterator[tuple[NDArray[np.float32], Bools]]:
-    """Scores and labels of all pairs, a block of rows and columns at a time; the same in every pass, to the bit."""
+    """Yield scores and labels of all pairs, block by block; bit-identical in each pass."""
     n = len(unit)
     for top in range(0, n, BLOCK_ROWS):
         rows = slice(top, min(top + BLOCK_ROWS, n))
@@ -211,7 +213,7 @@ def _blocks(
 
 
 def _sampled_range(unit: NDArray[np.float32]) -> tuple[float, float]:
-    """About the range of the scores. It decides where bins lie, and nothing else: others go to the end bins."""
+    """Return the approximate range of the scores, for the bins only: scores outside fall into the end bins."""
     some = unit[np.linspace(0, len(unit) - 1, min(len(unit), 512)).astype(int)]
     scores = (some @ some.T)[np.triu_indices(len(some), k=1)]
     low, high = (float(scores.min()), float(scores.max())) if len(scores) else (-1.0, 1.0)
@@ -226,7 +228,7 @@ def _bin(scores: NDArray[np.float32], low: float, high: float) -> Ints:
 def _scores_in_bin(
     unit: NDArray[np.float32], singers: Ints, accept: PairFilter | None, span: tuple[float, float], index: int
 ) -> tuple[Floats, Floats, Floats]:
-    """The distinct scores of one bin, falling, and how many pairs of one and of two singers have each."""
+    """Return the distinct scores of one bin, descending, and the number of pairs of one and of two singers at each."""
     held: list[_Scores] = [(np.empty(0, np.float32), np.empty(0), np.empty(0))]
     n_held = 0
     for scores, labels in _blocks(unit, singers, accept):
@@ -252,14 +254,14 @@ def _distinct(parts: list[_Scores]) -> _Scores:
 
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
-QUERIES, DISTRACTORS = 1000, 512  # of the official rank
+QUERIES, DISTRACTORS = 1000, 512  # as in the official evaluation
 
 
 @dataclass(frozen=True)
 class RankScores:
-    """Similarities from which ranks follow."""
+    """Similarities to compute ranks from."""
 
-    singer: Ints  # [q], the queries'
+    singer: Ints  # [q], of the queries
     positive: NDArray[np.float32]  # [q]
     distractors: NDArray[np.float32]  # [q, n]
 
@@ -267,12 +269,12 @@ class RankScores:
 def draw_rank_scores(
     unit: NDArray[np.float32], singers: Ints, pairs: Pairs, *, seed: int, queries: int = QUERIES, n: int = DISTRACTORS
 ) -> RankScores:
-    """Draw what the official rank compares: the first `queries` pairs of one singer, each among `n` distractors.
+    """Draw queries, positives and distractors of the official rank metric, and return their similarities.
 
-    Distractors are drawn without repetition from the rows of other singers that occur in `pairs`; where there are fewer
-    than `n`, all of them are taken (the official code fails). The official code excludes every path that contains the
-    query singer's name, so singer10 too for singer1; here singers are compared. Raises ValueError without a query, or
-    with one singer only.
+    Queries and positives are the first `queries` pairs of one singer. The `n` distractors of each are drawn without
+    replacement from the rows of other singers in `pairs`; if there are fewer than `n`, all are taken (the official
+    code fails). The official code excludes every path that contains the query singer's name, so singer10 too for
+    singer1; here singers are compared. Raises ValueError without a query, or with only one singer.
     """
     rng = np.random.default_rng(seed)
     chosen = np.flatnonzero(pairs.labels)[:queries]

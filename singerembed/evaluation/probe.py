@@ -1,4 +1,4 @@
-"""Singer identification: a linear classifier on frozen embeddings, tested on recordings that it has not seen."""
+"""Singer identification: a linear classifier on frozen embeddings, tested on held-out recordings."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _ITERATIONS = 300
 
 @dataclass(frozen=True)
 class Identification:
-    """How often the singer of a crop is the classifier's first guess, or among its first five."""
+    """Top-1 and top-5 accuracy of the classifier, 0 to 1."""
 
     top1: float
     top1_interval: Interval
     top5: float
     top5_interval: Interval
-    n_singers: int  # with two recordings or more; the others cannot be in training and in test
+    n_singers: int  # with at least two recordings; others cannot be in both training and test set
     n_crops: int
     folds: int
-    predicted: Ints  # [n], the first guess for each crop, -1 for those of singers that were left out
+    predicted: Ints  # [n], top-1 prediction; -1 for crops of singers that were left out
 
 
 def identify_singers(embedding: Floats, singers: Ints, recordings: Ints, *, seed: int = 0) -> Identification:
     """Cross-validate a linear probe: multinomial logistic regression on standardised embeddings.
 
-    `embedding`: [n, dim]. `singers`, `recordings`: [n]. All crops of a recording are in one fold, so that the channel
-    and the song do not give the singer away. Intervals are over singers. Raises ValueError where fewer than two singers
-    have two recordings, MissingDependencyError without scikit-learn.
+    `embedding`: [n, dim]. `singers`, `recordings`: [n]. All crops of a recording are in one fold, so that channel and
+    song cannot identify the singer. Intervals are over singers. Raises ValueError if fewer than two singers have two
+    recordings, and MissingDependencyError without scikit-learn.
     """
     linear_model = require("sklearn.linear_model", "singer identification", "scikit-learn")
     model_selection = require("sklearn.model_selection", "singer identification", "scikit-learn")
@@ -52,7 +52,7 @@ def identify_singers(embedding: Floats, singers: Ints, recordings: Ints, *, seed
         scaler = preprocessing.StandardScaler().fit(embedding[kept[train]])
         probe = linear_model.LogisticRegression(max_iter=_ITERATIONS)
         with warnings.catch_warnings(), one_thread():
-            warnings.simplefilter("ignore")  # that 300 steps do not reach the optimum is of no matter for accuracy
+            warnings.simplefilter("ignore")  # not converged after 300 steps, which does not affect accuracy
             probe.fit(scaler.transform(embedding[kept[train]]), singers[kept[train]])
         guesses[test] = _best(probe, scaler.transform(embedding[kept[test]]))
     right = guesses == singers[kept][:, np.newaxis]
@@ -72,13 +72,13 @@ def identify_singers(embedding: Floats, singers: Ints, recordings: Ints, *, seed
 
 
 def _recordings_of_singers(singers: Ints, recordings: Ints) -> Ints:
-    """Number of recordings of each singer, by index."""
+    """Count the recordings of each singer, by index."""
     pairs = np.unique(np.stack([singers, recordings]), axis=1)
     return np.bincount(pairs[0], minlength=int(singers.max()) + 1)
 
 
 def _best(probe: object, features: NDArray[np.floating]) -> Ints:
-    """The TOP likeliest singers of each row, likeliest first; -1 where there are fewer singers."""
+    """Return the TOP most probable singers of each row, in order; -1 if there are fewer singers."""
     probability = probe.predict_proba(features)  # type: ignore[attr-defined]
     order = np.argsort(-probability, axis=1, kind="stable")[:, :TOP]
     best = np.full((len(features), TOP), -1, np.int64)

@@ -1,4 +1,4 @@
-"""What an evaluation is told and what it finds, and that as JSON types."""
+"""Options and results of an evaluation, and the results as JSON types."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from singerembed.evaluation.pairs import Pairs
 from singerembed.evaluation.probe import Identification
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
-DEFAULT_PAIRS = 20_000  # as many as the official pair files hold
+DEFAULT_PAIRS = 20_000  # as in the official pair files
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What an evaluation may be told."""
+    """Options of an evaluation."""
 
-    crops: int | None = None  # of each recording, evenly spaced; None: all consecutive ones
+    crops: int | None = None  # per recording, evenly spaced; None: all consecutive ones
     pairs_file: str | None = None  # in the official format; None: pairs are drawn
     n_pairs: int = DEFAULT_PAIRS
-    every_pair: bool = False  # all pairs instead of drawn ones
-    conditions: tuple[str, ...] = ()  # columns of the catalogue
+    every_pair: bool = False  # error rates over all pairs instead of drawn ones
+    conditions: tuple[str, ...] = ()  # columns of the catalogue to report error rates by
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
     identify: bool = True
     seed: int = 0
@@ -35,7 +35,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Measure:
-    """A figure and its interval over singers; or why there is none."""
+    """A value and its confidence interval over singers, or the reason why there is none."""
 
     value: float = float("nan")
     low: float = float("nan")
@@ -49,16 +49,16 @@ class Measure:
 
 @dataclass(frozen=True)
 class Crops:
-    """The crops that all models are compared on."""
+    """The n crops that all models are compared on."""
 
     recordings: list[Recording]
     singer_names: list[str]
     singer: Ints  # [n]
     recording: Ints  # [n]
-    names: list[str]  # [n], as pair files call them
+    names: list[str]  # [n], names in pair files
 
     def same_value(self, column: str) -> Ints:
-        """The value of a condition, as a number, of each crop: [n]; -1 where it is empty."""
+        """Return the value of a condition for each crop, as a number: int64 [n]; -1 if it is empty."""
         values = [r.conditions.get(column, "") for r in self.recordings]
         number = {value: i for i, value in enumerate(sorted(set(values) - {""}))}
         return np.array([number.get(value, -1) for value in values], np.int64)[self.recording]
@@ -66,12 +66,12 @@ class Crops:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """What was found of one model."""
+    """Results of one model."""
 
     table: EmbeddedTable
-    layer: str
-    layer_eer: dict[str, float]  # of each layer, where there are several
-    unit: NDArray[np.float32]  # [n, dim], of the layer, rows of length 1
+    layer: str  # the layer with the lowest equal error rate
+    layer_eer: dict[str, float]  # equal error rate by layer; empty with one layer
+    unit: NDArray[np.float32]  # [n, dim], embeddings of `layer`, rows of length 1
     eer: Measure
     threshold: float
     mnr: Measure
@@ -89,7 +89,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All of it."""
+    """Data, options and results of an evaluation."""
 
     data: LabelledData
     options: EvaluationOptions
@@ -99,7 +99,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON types; figures that do not exist are null."""
+        """Return the results as JSON types; missing values are null."""
         return {
             "data": self.data.source,
             "recordings": len(np.unique(self.crops.recording)),

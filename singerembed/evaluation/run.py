@@ -1,4 +1,4 @@
-"""The evaluation: models on labelled data, compared on the same crops and pairs."""
+"""Runs an evaluation: compares models on the same crops and pairs of labelled data."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def evaluate(
     say: Callable[[str, str], None] = lambda _what, _text: None,
     advance: Callable[[str], object] = lambda _model: None,
 ) -> Evaluation:
-    """Compare `models`, and the embeddings that `data` may hold, on the crops that all of them have embedded.
+    """Compare `models`, and the embeddings in `data` if any, on the crops that all of them have embedded.
 
-    Models are loaded one after the other, so that one at a time is in memory. `say` is told what happens, `advance`
-    after each recording which model has heard it. Raises UsageError where there is nothing to compare.
+    One model at a time is in memory. Callbacks: `say(what, text)` for each model and note, `advance(model)` after each
+    recording. Raises UsageError if there is nothing to compare.
     """
     options = options or EvaluationOptions()
     tables = [stored_table(data.stored)] if data.stored else []
@@ -45,7 +45,7 @@ def evaluate(
             model.close()
     if not tables:
         raise UsageError("nothing to evaluate: name a model with --model, or give a Parquet file written by run")
-    notes = [*data.notes, *_losses(tables)]
+    notes = [*data.notes, *_notes_on_dropped(tables)]
     tables = in_common(tables)
     crops = describe_crops(data.recordings, tables[0])
     if not len(crops.singer):
@@ -61,7 +61,7 @@ def evaluate(
 
 
 def describe_crops(recordings: list[Recording], table: EmbeddedTable) -> Crops:
-    """Say whose the crops of `table` are and what they are called: `name`, or `name@seconds` if there are several."""
+    """Return singers and names of the crops of `table`: `name`, or `name@seconds` if a recording has several crops."""
     singer_names = sorted({r.singer for r in recordings})
     number = {name: i for i, name in enumerate(singer_names)}
     of_recording = np.array([number[r.singer] for r in recordings], np.int64)
@@ -73,7 +73,7 @@ def describe_crops(recordings: list[Recording], table: EmbeddedTable) -> Crops:
     return Crops(recordings, singer_names, of_recording[table.recording], table.recording, names)
 
 
-def _losses(tables: list[EmbeddedTable]) -> list[str]:
+def _notes_on_dropped(tables: list[EmbeddedTable]) -> list[str]:
     notes = []
     for table in tables:
         name = table.facts.name
@@ -98,7 +98,7 @@ def _find_pairs(crops: Crops, options: EvaluationOptions) -> tuple[Pairs, list[s
         return draw_pairs(crops.singer, options.n_pairs, options.seed), []
     rows = read_pair_file(options.pairs_file)
     row_of = {name: row for row, name in reversed(list(enumerate(crops.names)))}
-    for row in reversed(range(len(crops.names))):  # a recording by its name alone is its first crop
+    for row in reversed(range(len(crops.names))):  # the name of a recording without @seconds is its first crop
         row_of[crops.recordings[crops.recording[row]].name] = row
     pairs, n_missing = pairs_of_names(rows, row_of)
     if not len(pairs):

@@ -1,4 +1,4 @@
-"""The table of an evaluation, as text, Markdown and CSV."""
+"""Formats the results of an evaluation as text, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = (
 
 
 def table_rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
-    """The cells of the table, a row a model, in the order of HEADER."""
+    """Return the cells of the table, one row per model, in the order of HEADER."""
     return [_row(result) for result in evaluation.results]
 
 
@@ -33,7 +33,7 @@ def _row(result: ModelResult) -> tuple[str, ...]:
 
 
 def percent(measure: Measure) -> str:
-    """A share as per cent, with its interval; a dash where there is none."""
+    """Format a share as a percentage with its interval; "-" if there is none."""
     if math.isnan(measure.value):
         return "-"
     text = f"{100 * measure.value:.1f}"
@@ -41,14 +41,14 @@ def percent(measure: Measure) -> str:
 
 
 def as_text(evaluation: Evaluation) -> str:
-    """The table for a terminal: model and figures in columns."""
+    """Return the table for a terminal, in aligned columns."""
     rows = [HEADER, *table_rows(evaluation)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def as_markdown(evaluation: Evaluation) -> str:
-    """The table and all conditions for a document."""
+    """Return the table, the error rates by condition and by layer, and the notes, as Markdown."""
     lines = [_md(HEADER), _md(["---"] * len(HEADER)), *map(_md, table_rows(evaluation))]
     names = list(evaluation.results[0].conditions)
     lines += [
@@ -63,7 +63,7 @@ def as_markdown(evaluation: Evaluation) -> str:
     for result in evaluation.results:
         if result.layer_eer:
             layers = ", ".join(f"{layer}: {100 * rate:.1f}" for layer, rate in result.layer_eer.items())
-            lines += ["", f"{result.table.facts.name}, equal error rate by layer, chosen on these very pairs: {layers}"]
+            lines += ["", f"{result.table.facts.name}, equal error rate by layer, chosen on these pairs: {layers}"]
     return "\n".join([*lines, *([""] if evaluation.notes else []), *(f"- {note}" for note in evaluation.notes), ""])
 
 
@@ -72,7 +72,7 @@ def _md(cells: tuple[str, ...] | list[str]) -> str:
 
 
 def as_csv(evaluation: Evaluation) -> str:
-    """One line a figure: model, metric, value, low, high."""
+    """Return CSV with one line per value: model, layer, metric, value, low, high."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "layer", "metric", "value", "low", "high"])

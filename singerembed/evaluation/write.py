@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: a folder of everything, or one page."""
+"""Writes the results of an evaluation: a folder with all files, or a single page."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from singerembed.evaluation.result import Evaluation
 from singerembed.evaluation.table import as_csv, as_markdown
 from singerembed.evaluation.views import View, make_view
 
-COMPARED_POINTS = 1500  # of each model's map where several are compared: one takes 3 s
+COMPARED_POINTS = 1500  # points per map in a comparison of models; a map takes 3 s
 
 
 def write_folder(evaluation: Evaluation, folder: str) -> None:
     """Write evaluation.json, table.md, table.csv, pairs.txt, index.html and figures/ to `folder`.
 
-    Raises OutputError where it cannot be written.
+    Raises OutputError if it cannot be written.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -37,7 +37,7 @@ def write_folder(evaluation: Evaluation, folder: str) -> None:
 
 
 def write_page(evaluation: Evaluation, path: str) -> str:
-    """Write the page of one set of embeddings to `path`, its figures beside it; returns their folder."""
+    """Write the page of stored embeddings to `path`, and figures to a folder next to it. Return that folder."""
     views: list[View] = [make_view(result, evaluation.crops) for result in evaluation.results]
     _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
     figures = str(Path(path).with_suffix("")) + "-figures"

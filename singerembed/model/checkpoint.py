@@ -1,4 +1,4 @@
-"""Reads singer encoder checkpoints of every layout in circulation, without running anything that they name.
+"""Reads singer encoder checkpoints of all known layouts, without executing code from them.
 
 Layouts: this project's own (`format: singerembed-checkpoint`), the official release (`model.pt` beside
 `hyperparams.yaml`), and Lightning `.ckpt` files of the official training code (self-supervised trainer and BYOL) and of
@@ -29,19 +29,19 @@ FORMAT_VERSION = 1
 OFFICIAL_REPO = "BernardoTorres/singer-identity"
 OFFICIAL_METHODS = ("byol", "contrastive", "contrastive-vc", "unif-align", "vicreg")
 
-# Where the encoder's tensors sit under torchvision's own names; BYOL's last prefix is its online network.
+# Prefixes before torchvision's names of the encoder's tensors; the second is the online network of BYOL.
 ENCODER_PREFIXES = ("encoder.net.2.", "module.encoder.encoder.net.2.", "")
 MEL_BASIS_KEY = "feature_extractor.spec_layer.mel_basis"
-# nnAudio stores its basis in float32, computed in float32 steps; ours is rounded once.
+# nnAudio computes its basis in float32; ours is rounded to float32 once.
 MEL_BASIS_TOLERANCE = 1e-7
-# Objects of these packages appear in the hyper-parameters that Lightning pickles. They are replaced by inert
-# stand-ins: nothing of theirs is imported or run.
+# Objects of these packages appear in the hyper-parameters that Lightning pickles. They are replaced by placeholders:
+# nothing is imported from these packages, and none of their code runs.
 INERT_PACKAGES = {
     "singer_identity", "torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities",
     "torchmetrics", "omegaconf", "jsonargparse", "argparse", "collections", "copyreg", "pathlib", "numpy", "typing",
     "functools",
 }  # fmt: skip
-# What a pickle of tensors needs, and may have.
+# The only names that a pickle may import: those that tensors need.
 REAL_NAMES = {
     "collections.OrderedDict", "torch.Size", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter",
     *(f"torch.{name}" for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "bool")),
@@ -54,19 +54,19 @@ MAX_NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An encoder as read from a file."""
+    """An encoder read from a file."""
 
     spec: ModelSpec
     state_dict: dict[str, torch.Tensor]  # float32, torchvision's names for efficientnet_b0(num_classes=1000)
-    layout: str  # for people: which of the known layouts the file has
-    facts: dict[str, Any]  # what the file says of its training, JSON types
+    layout: str  # for display: the layout of the file
+    facts: dict[str, Any]  # training metadata from the file, JSON types
 
 
 def load_checkpoint(source: str) -> Checkpoint:
-    """Read a checkpoint: a file, a release folder, an official method's name, or `hf:OWNER/REPO/FOLDER`.
+    """Read a checkpoint from a file, a release folder, an official method's name, or `hf:OWNER/REPO/FOLDER`.
 
-    Raises CheckpointError when it is missing, damaged, would run code, or holds another model (the difference is
-    named), and MissingDependencyError without torch.
+    Raises CheckpointError if it is missing, damaged, would execute code, or holds another model (the message names the
+    difference), and MissingDependencyError without torch.
     """
     path, method = _resolve(source)
     model_path = path / "model.pt" if path.is_dir() else path
@@ -81,7 +81,7 @@ def load_checkpoint(source: str) -> Checkpoint:
 
 
 def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
-    """Hash of an encoder's tensors: names, shapes and float32 values, in name order."""
+    """Return the SHA-256 of an encoder's tensors: names, shapes and float32 values, in name order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -89,8 +89,14 @@ def weights_sha256(state_dict: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def parameter_count(state_dict: Mapping[str, torch.Tensor]) -> int:
+    """Count the parameters of an encoder, without the statistics of its batch norms."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    return sum(tensor.numel() for name, tensor in state_dict.items() if not name.endswith(statistics))
+
+
 def encoder_template() -> Mapping[str, torch.Tensor]:
-    """Names and shapes of the encoder's tensors, as torchvision defines them, on the meta device."""
+    """Return the encoder's tensors by name, as torchvision defines them, on the meta device."""
     import torch
     from torchvision.models import efficientnet_b0
 
@@ -98,7 +104,7 @@ def encoder_template() -> Mapping[str, torch.Tensor]:
         return dict(efficientnet_b0(num_classes=1000).state_dict())
 
 
-# --- finding it -----------------------------------------------------------------------------------------------------
+# --- location -------------------------------------------------------------------------------------------------------
 
 
 def _resolve(source: str) -> tuple[Path, str]:
@@ -140,11 +146,11 @@ def _fetch_release(repo: str, folder: str) -> Path:
         ) from exc
 
 
-# --- reading it without running it ----------------------------------------------------------------------------------
+# --- restricted unpickling ------------------------------------------------------------------------------------------
 
 
 class _Inert:
-    """Stands in for an object of a package that is not to be imported; swallows whatever a pickle does to it."""
+    """Placeholder for an object of a package that is not imported; accepts and ignores all operations of a pickle."""
 
     def __new__(cls, *_args: object, **_kwargs: object) -> _Inert:
         return super().__new__(cls)
@@ -163,7 +169,7 @@ class _Inert:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Builds tensors and plain containers; knows the names in INERT_PACKAGES, and makes nothing of them."""
+    """Builds tensors and plain containers, and placeholders for names in INERT_PACKAGES; refuses all other names."""
 
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)  # as Python 2 named them
@@ -172,15 +178,15 @@ class _RestrictedUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module.partition(".")[0] in INERT_PACKAGES or full_name in INERT_BUILTINS:
             return _Inert
-        raise _CodeFound(full_name)
+        raise _ForbiddenNameError(full_name)
 
 
-class _CodeFound(Exception):
-    """A pickle names something that is neither data nor known to be harmless."""
+class _ForbiddenNameError(Exception):
+    """A pickle imports a name that is neither data nor known to be harmless."""
 
 
 class _RestrictedPickle:
-    """What `torch.load` wants of a pickle module."""
+    """The part of the pickle module that `torch.load` uses."""
 
     Unpickler = _RestrictedUnpickler
 
@@ -190,7 +196,7 @@ class _RestrictedPickle:
 
 
 def _load_safely(path: Path) -> Any:
-    """`torch.load` with a restricted unpickler: nothing that the file names is imported or called."""
+    """Call `torch.load` with a restricted unpickler, which imports and calls nothing from the file."""
     try:
         import torch
     except ImportError as exc:
@@ -202,21 +208,21 @@ def _load_safely(path: Path) -> Any:
         if zipfile.is_zipfile(path):
             _refuse_compression(path)
         return torch.load(path, map_location="cpu", pickle_module=_RestrictedPickle, weights_only=False)
-    except _CodeFound as exc:
+    except _ForbiddenNameError as exc:
         raise CheckpointError(
             f"{path} would run {exc} when loaded: refused. A checkpoint holds tensors; this file asks for code. "
             "Do not load it with other tools either"
         ) from exc
     except CheckpointError:
         raise
-    except Exception as exc:  # a damaged file may raise anything at all
+    except Exception as exc:  # a damaged file may raise anything
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint: {type(exc).__name__}: {_first_line(exc)}"
         ) from exc
 
 
 def _refuse_compression(path: Path) -> None:
-    """torch stores its archives uncompressed; a compressed one is foreign, and may unfold without end."""
+    """Raise CheckpointError for a compressed archive: torch never writes one, and it may be a decompression bomb."""
     with zipfile.ZipFile(path) as archive:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
@@ -318,7 +324,7 @@ def _checked(
     return Checkpoint(replace(spec, weights_sha256=weights_sha256(floats)), floats, layout, facts)
 
 
-# --- what a release says of its front end ---------------------------------------------------------------------------
+# --- settings of the official front end -----------------------------------------------------------------------------
 
 
 def _read_hyperparams(folder: Path) -> Mapping[str, Any]:
@@ -339,7 +345,7 @@ def _read_hyperparams(folder: Path) -> Mapping[str, Any]:
 
 
 def _check_hyper_parameters(path: Path, content: Mapping[str, Any]) -> None:
-    """Refuse settings under which the official code would build another model than the spec's."""
+    """Raise CheckpointError for settings with which the official code builds another model than the spec's."""
     if not isinstance(content, Mapping):
         return
     spec = ModelSpec(name="", method="")

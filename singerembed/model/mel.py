@@ -1,4 +1,4 @@
-"""The one Python door to the mel extension."""
+"""The Python interface of the compiled mel extension; other modules do not import it directly."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ DEFAULT_SILENCE_DBFS = -60.0
 
 Pcm = NDArray[np.int16] | NDArray[np.float32]
 
-# The records of csrc/mel_device.h: what the device says of a crop, and what it is told of one.
+# The structs of csrc/mel_device.h: the measured level of a crop, and the location of a crop on the device.
 DEVICE_LEVEL = np.dtype([("peak", "<f4"), ("rms", "<f4"), ("scale", "<f4"), ("state", "<i4")])
 DEVICE_CROP = np.dtype([("pcm", "<u8"), ("scale", "<f4"), ("is_int16", "<i4")])
 
 
 @dataclass(frozen=True)
 class MelBatch:
-    """What the front end says of a batch of n crops."""
+    """Spectrograms and levels of a batch of n crops."""
 
     mel: NDArray[np.float32]  # [loud crops, n_mels, n_frames], in the order of the loud crops
     peak: NDArray[np.float32]  # [n], full scale is 1; NaN in an invalid crop
@@ -39,13 +39,13 @@ class MelBatch:
 
 
 class MelExtractor:
-    """Compute log-mel spectrograms of crops on the CPU, as csrc/mel.h defines them. Threads may share one."""
+    """Computes log-mel spectrograms of crops on the CPU, as csrc/mel.h defines them. Thread-safe."""
 
     def __init__(self, spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, isa: str = "") -> None:
         """Prepare the tables for `spec`.
 
-        `silence_dbfs`: crops whose peak is not above it are silent. `isa`: one of `available_isas()`, or empty for the
-        widest this processor runs. Raises ValueError for a spec the kernels were not compiled for.
+        `silence_dbfs`: a crop whose peak is not above it is silent. `isa`: one of `available_isas()`, or empty for the
+        widest that this processor supports. Raises ValueError for a spec that the kernels were not compiled for.
         """
         self._plan = _csrc.MelPlan(_options(spec, silence_dbfs), isa=isa)
 
@@ -60,11 +60,11 @@ class MelExtractor:
         return self._plan.mel_basis
 
     def log_mel(self, crops: Pcm) -> MelBatch:
-        """Normalised log-mel spectrograms of `crops`, int16 or float32, shape [n, crop_samples], C-contiguous."""
+        """Compute normalised log-mel spectrograms of `crops`, int16 or float32 [n, crop_samples], C-contiguous."""
         return MelBatch(*self._plan.run(crops))
 
     def power(self, crops: Pcm) -> MelBatch:
-        """Mel power spectrograms before the logarithm, otherwise as `log_mel`."""
+        """Compute mel power spectrograms: as `log_mel`, but before the logarithm."""
         return MelBatch(*self._plan.run(crops, power=True))
 
 
@@ -87,7 +87,7 @@ def _options(spec: ModelSpec, silence_dbfs: float) -> _csrc.MelOptions:
 
 
 def require_cuda_kernels() -> None:
-    """Raise EngineError where the CUDA kernels were not compiled."""
+    """Raise EngineError if the extension was compiled without CUDA kernels."""
     if not _csrc.HAS_CUDA:
         raise EngineError(
             "this singerembed was built without its CUDA kernels. Put nvcc (a CUDA toolkit) on the PATH and install it "
@@ -96,36 +96,36 @@ def require_cuda_kernels() -> None:
 
 
 def cuda_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> _csrc.DeviceMel:
-    """The CUDA kernels for `spec`, in the CUDA context that is current.
+    """Return the CUDA kernels for `spec`, in the current CUDA context.
 
-    Raises EngineError where they were not compiled.
+    Raises EngineError if the extension was compiled without them.
     """
     require_cuda_kernels()
     return _csrc.make_cuda_mel(_options(spec, silence_dbfs))
 
 
 def emulated_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, order: int = 0) -> _csrc.EmulatedMel:
-    """The same kernels run thread by thread on the host, with host addresses: for tests.
+    """Return the same kernels emulated on the host, thread by thread, with host addresses. For tests.
 
-    `order` of the threads between barriers: 0 as numbered, 1 backwards, else the seed of a shuffle.
+    `order` of the threads between barriers: 0 ascending, 1 descending, else the seed of a shuffle.
     """
     return _csrc.EmulatedMel(_options(spec, silence_dbfs), order=order)
 
 
 def available_isas() -> list[str]:
-    """Instruction sets the extension can use on this processor, narrowest first."""
+    """Return the instruction sets that extension and processor support, narrowest first."""
     return _csrc.available_isas()
 
 
 def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
-    """The mel basis of `spec`, [n_mels, n_fft / 2 + 1], in 1/Hz: triangles on Slaney's mel scale, of equal area."""
+    """Return the mel basis, [n_mels, n_fft / 2 + 1], in 1/Hz: triangles of equal area on Slaney's mel scale."""
     return MelExtractor(spec).basis
 
 
 def mix_down(pcm: NDArray[np.float32], segment: int) -> tuple[NDArray[np.float32], int]:
-    """Mean over channels, or the loudest one where they cancel: float32 [frames, channels] to float32 [frames].
+    """Average the channels, or take the loudest if they cancel: float32 [frames, channels] to float32 [frames].
 
-    Decided for each stretch of `segment` frames: the mean's energy is below 1 % of that of the second loudest channel's
-    share of it. Returns the signal, and the number of segments in which the channels cancel.
+    Channels cancel in a segment of `segment` frames if the energy of their mean is below 1 % of what it would be with
+    only the second loudest channel. Return the signal, and the number of segments in which they cancel.
     """
     return _csrc.mix_down(pcm, segment)

@@ -1,6 +1,6 @@
-"""The model spec: what a checkpoint, an engine file and a Parquet file have to agree on.
+"""The model spec, stored in checkpoints, engine files and Parquet metadata.
 
-The numbers of the official pipeline (github SonyCSLParis/ssl-singer-identity) are named here and nowhere else.
+The constants of the official pipeline (github SonyCSLParis/ssl-singer-identity) are defined only here.
 """
 
 from __future__ import annotations
@@ -16,12 +16,9 @@ BUNDLED_NAME = "free-voices"
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """One encoder and its front end, stored as JSON in engine files and in Parquet metadata.
+    """Parameters of an encoder and its front end. The defaults are the official pipeline's."""
 
-    The defaults are those of the official pipeline. Other sizes are derived, never stored twice.
-    """
-
-    name: str  # where the weights come from, as a person would say it
+    name: str  # display name of the weights' source
     method: str  # byol, contrastive, contrastive-vc, unif-align, vicreg, ..., or "untrained"
     weights_sha256: str = UNKNOWN_SHA256  # over the encoder's tensors, see checkpoint.weights_sha256
     precision: str = "fp32"  # arithmetic of the encoder: "fp32" or "fp16"
@@ -30,10 +27,10 @@ class ModelSpec:
     n_fft: int = 2048  # samples; periodic Hann window, centred frames, reflected at both ends
     hop_samples: int = 512
     n_mels: int = 128  # Slaney scale and area norm
-    # Hz, that the mel basis is built for. The audio is at 44 100 Hz, but nnAudio's default was left as it is when the
-    # weights were trained, so they expect this basis: it is not to be "corrected".
+    # Hz; the rate the mel basis is computed for. The audio is at 44 100 Hz, but the official weights were trained with
+    # nnAudio's default of 22 050 Hz, so this must stay as it is.
     mel_sample_rate: int = 22_050
-    mel_fmin: float = 0.0  # Hz, on the scale of mel_sample_rate, as mel_fmax
+    mel_fmin: float = 0.0  # Hz at mel_sample_rate, as mel_fmax
     mel_fmax: float = 11_025.0
     log_offset: float = 1e-8  # added to the mel power before the logarithm
     # "crop": the log-mel spectrogram is divided by its own maximum; a number: by that constant.
@@ -51,7 +48,7 @@ class ModelSpec:
 
     @property
     def n_frames(self) -> int:
-        """Frames of a crop's mel spectrogram."""
+        """Number of frames of a crop's mel spectrogram."""
         return 1 + self.crop_samples // self.hop_samples
 
     @property
@@ -61,7 +58,7 @@ class ModelSpec:
 
     @property
     def log_divisor(self) -> float:
-        """`normalise` as the mel kernels take it: 0 for the crop's own maximum, else the constant."""
+        """`normalise` for the mel kernels: 0 for the crop's own maximum, else the constant."""
         return 0.0 if self.normalise == "crop" else float(self.normalise)
 
     def to_dict(self) -> dict[str, Any]:
@@ -71,7 +68,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
-        """Rebuild a spec from `to_dict`. Raises ValueError naming fields that are missing, unknown or out of range."""
+        """Make a spec from the result of `to_dict`. Raises ValueError naming missing, unknown or invalid fields."""
         known = {field.name for field in dataclasses.fields(cls)}
         if fields.keys() != known:
             raise ValueError(
@@ -79,8 +76,3 @@ class ModelSpec:
             )
         tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}
         return cls(**{**fields, **tuples})
-
-    def differences(self, other: ModelSpec) -> list[str]:
-        """Say how `other` differs, one `field: mine, other theirs` a field."""
-        mine, theirs = self.to_dict(), other.to_dict()
-        return [f"{key}: {mine[key]}, other {theirs[key]}" for key in mine if mine[key] != theirs[key]]

@@ -1,4 +1,4 @@
-"""The five methods by their names, which are those of the official release's folders."""
+"""The five methods by name, which are the folder names of the official release."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def build_method(config: TrainConfig, steps_per_epoch: int) -> Method:
-    """Make the method that `config` names, with its networks initialised. Raises UsageError for an unknown one."""
+    """Return the method of `config`, with initialised networks. Raises UsageError for an unknown method."""
     if config.method not in METHODS:
         raise UsageError(f"method {config.method!r} is unknown; there are {', '.join(METHODS)}")
     return METHODS[config.method](config, steps_per_epoch)

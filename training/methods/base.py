@@ -1,4 +1,4 @@
-"""What the five methods share: the networks, the step over a pair of views, the optimiser and its schedule."""
+"""Base class of the five methods: networks, training and validation steps, optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from training.model import Encoder, MelSpectrogram, Projection
 
 
 class Options(Section):
-    """The options of a method's loss, its `loss:` section."""
+    """Options of a method: the `loss:` section of the configuration."""
 
-    # Take the loss over the pairs of all devices together, so that many devices compute what one would on their
-    # batches joined. The official code takes it on each device by itself.
+    # Compute the loss over the batches of all devices, equal to one device with the concatenated batch. The official
+    # code computes it on each device separately.
     gather: bool = True
 
 
 class Method(lightning.LightningModule):
-    """An encoder in training. A method gives `terms`; all else is here, except what BYOL adds.
+    """An encoder in training. Subclasses implement `terms`.
 
-    The hyper-parameters it saves are plain: `config`, the run's configuration, and `spec`, the encoder's ModelSpec.
+    The saved hyper-parameters are JSON types: `config`, the run's configuration, and `spec`, the encoder's ModelSpec.
     """
 
     options_type: ClassVar[type[Options]] = Options
@@ -58,7 +58,7 @@ class Method(lightning.LightningModule):
         if config.model.initialise not in {"imagenet", "random"}:
             self.encoder.backbone.load_state_dict(load_checkpoint(config.model.initialise).state_dict)
 
-    def _parse_options(self, fields: dict[str, Any]) -> Any:  # an instance of options_type, which each method narrows
+    def _parse_options(self, fields: dict[str, Any]) -> Any:  # an instance of options_type
         try:
             return self.options_type.model_validate(fields)
         except ValidationError as exc:
@@ -67,7 +67,7 @@ class Method(lightning.LightningModule):
 
     @property
     def spec(self) -> ModelSpec:
-        """The spec of the encoder as it is now."""
+        """The current spec of the encoder. With `normalise: batch` it holds the current running maximum."""
         spec = ModelSpec.from_dict(self.hparams["spec"])
         if self.config.model.normalise != "batch":
             return spec
@@ -77,7 +77,7 @@ class Method(lightning.LightningModule):
     def terms(self, z1: Tensor, z2: Tensor, groups: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms of the loss, by name, from projections [batch, 128].
 
-        `groups`, int [batch], says which rows are of one recording, or of one singer with `pairs: singer`.
+        `groups`, int [batch]: the recording of each row, or the singer with `pairs: singer`.
         """
         raise NotImplementedError
 
@@ -95,10 +95,10 @@ class Method(lightning.LightningModule):
         return self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"])), z1
 
     def gathered(self, rows: Tensor) -> Tensor:
-        """Return `rows` of all devices, in order of rank, with gradients; each device's own only where not asked.
+        """Return `rows` of all devices in order of rank, with gradients; without `gather` only those of this device.
 
-        Every device computes the whole loss then. The backward pass sums their equal gradients, and DDP's mean over
-        devices makes the sum right again.
+        Each device then computes the whole loss. The backward pass sums the equal gradients of all devices, and DDP
+        divides by their number.
         """
         if not self.options.gather or not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return rows
@@ -107,7 +107,7 @@ class Method(lightning.LightningModule):
     # --- Lightning's hooks ------------------------------------------------------------------------------------------
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        """Make dropout and stochastic depth a function of seed, step and rank, so that no generator is to be kept."""
+        """Seed dropout and stochastic depth by seed, step and rank, so that no generator state need be saved."""
         del batch, batch_idx
         entropy = np.random.SeedSequence((self.config.seed, self.global_step, self.global_rank))
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
@@ -124,7 +124,7 @@ class Method(lightning.LightningModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam with a linear warm-up and a cosine decay, in fractions of an epoch."""
+        """Return Adam, with linear warm-up and cosine decay per step."""
         settings = self.config.optimiser
         optimiser = torch.optim.Adam(
             self.parameter_groups(settings.learning_rate), lr=settings.learning_rate, weight_decay=settings.weight_decay
@@ -137,21 +137,21 @@ class Method(lightning.LightningModule):
         return {"optimizer": optimiser, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
-        """Return what is trained, in the optimiser's groups; BYOL has one with a rate of its own."""
+        """Return the parameter groups of the optimiser. Overridden by BYOL."""
         del learning_rate
         return [{"params": [parameter for parameter in self.parameters() if parameter.requires_grad]}]
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the last validation's embeddings."""
+        """Clear the embeddings of the last validation."""
         self._validated: list[tuple[Tensor, Tensor]] = []
 
     def validation_step(self, batch: CropBatch, batch_idx: int) -> None:
-        """Embed crops of validation singers."""
+        """Embed a batch of validation crops."""
         del batch_idx
         self._validated.append((self.embed(batch["clips"]).float(), batch["indices"]))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics over all validation crops, those of other devices included."""
+        """Log the metrics over the validation crops of all devices."""
         gathered = self.all_gather(tuple(map(torch.cat, zip(*self._validated, strict=True))))
         embeddings, indices = cast(tuple[Tensor, Tensor], gathered)
         data: PairData = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -160,7 +160,7 @@ class Method(lightning.LightningModule):
         self._validated.clear()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the spec as it is now (a constant for batch-wide maxima follows the training) and the run's facts."""
+        """Add the current spec, the metrics and the package versions."""
         checkpoint["hyper_parameters"]["spec"] = self.spec.to_dict()
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         checkpoint["training"] = {"metrics": metrics, "versions": _versions()}
@@ -172,7 +172,7 @@ def _versions() -> dict[str, str]:
 
 
 def learning_rate_factor(epoch: float, warmup_epochs: float, cosine_epochs: float) -> float:
-    """Factor on the learning rate at a fractional `epoch`: linear from 0 over the warm-up, then a cosine to 0."""
+    """Return the learning rate factor at a fractional `epoch`: linear from 0 in the warm-up, then cosine to 0."""
     if epoch < warmup_epochs:
         return epoch / warmup_epochs
     if not cosine_epochs:

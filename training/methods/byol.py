@@ -20,15 +20,15 @@ from training.model import Predictor
 class ByolOptions(Options):
     """The paper's settings."""
 
-    tau: Annotated[float, Field(ge=0, le=1)] = 0.99  # at the start
-    tau_epochs: Positive = 1000.0  # tau is 1 after this many
-    # Factor on the predictor's learning rate. Short runs collapse where the predictor lags behind the encoder: appendix
-    # J of arXiv 2006.07733 has it that a predictor near its optimum is what keeps them from it.
+    tau: Annotated[float, Field(ge=0, le=1)] = 0.99  # decay of the moving average at the start
+    tau_epochs: Positive = 1000.0  # tau reaches 1 after this many
+    # Factor on the predictor's learning rate. Short runs collapse if the predictor lags behind the encoder; according
+    # to appendix J of arXiv 2006.07733 a near-optimal predictor prevents collapse.
     predictor_rate: Positive = 1.0
 
 
 class Byol(Method):
-    """Predict a moving average's projection of one view from the other view."""
+    """Predicts the projection of one view by a moving average of the encoder (the teacher) from the other view."""
 
     options_type: ClassVar[type[Options]] = ByolOptions
 
@@ -41,12 +41,12 @@ class Byol(Method):
     def pair_terms(self, batch: PairBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the symmetric loss: mean squared difference of unit vectors, each view predicting the other.
 
-        It is a mean over pairs, and every device has as many: no gathering, the mean over devices is the whole.
+        It is a mean over pairs, so DDP's mean over devices needs no gathering.
         """
         mels = [self._mel(batch["clips"][:, view]) for view in (0, 1)]
         online = [self.projection(self.encoder(mel)) for mel in mels]
         with torch.no_grad():
-            # As in the official code the teacher stays in training mode: batch statistics, not running ones.
+            # As in the official code the teacher is in training mode: batch norms use batch statistics.
             targets = [self.teacher["projection"](self.teacher["encoder"](mel)) for mel in mels]
         forward = losses.invariance(self.predictor(online[0]), targets[1])
         backward = losses.invariance(self.predictor(online[1]), targets[0])
@@ -62,21 +62,21 @@ class Byol(Method):
         ]
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then move the teacher: here and not in a batch-end hook, which runs after checkpoints are written."""
+        """Step, then update the teacher. A batch-end hook would run after checkpoints are written."""
         super().optimizer_step(*args, **kwargs)
         epochs = self.global_step / self.steps_per_epoch
         update_moving_average(self.teacher, self, moving_average_rate(epochs, self.options))
 
 
 def moving_average_rate(epochs: float, options: ByolOptions) -> float:
-    """Share of itself that the teacher keeps: from tau to 1 on a cosine (arXiv 2006.07733, section 3.2)."""
+    """Return the decay of the moving average: from tau to 1 on a cosine (arXiv 2006.07733, section 3.2)."""
     progress = min(epochs / options.tau_epochs, 1.0)
     return 1 - (1 - options.tau) * (math.cos(math.pi * progress) + 1) / 2
 
 
 @torch.no_grad()
 def update_moving_average(teacher: nn.Module, online: nn.Module, tau: float) -> None:
-    """Move the parameters of `teacher` towards those of `online` that have the same names. Buffers are its own."""
+    """Update the parameters of `teacher` towards those of the same names in `online`. Buffers are not changed."""
     sources = dict(online.named_parameters())
     for name, target in teacher.named_parameters():
         target.lerp_(sources[name], 1 - tau)

@@ -15,12 +15,12 @@ class ContrastiveOptions(Options):
     """The paper's settings."""
 
     temperature: Positive = 0.2
-    negatives: Count = 250  # at most; a batch has one less than its pairs
+    negatives: Count = 250  # at most; a batch of n pairs has n - 1
     decoupled: bool = True
 
 
 class Contrastive(Method):
-    """Pull pairs together and push other recordings, or other singers, away."""
+    """Contrasts pairs with other recordings, or other singers."""
 
     options_type: ClassVar[type[Options]] = ContrastiveOptions
 

@@ -12,11 +12,11 @@ from training.methods.vicreg import RegularisationOptions, regularisation_terms
 
 
 class ContrastiveVCOptions(ContrastiveOptions, RegularisationOptions):
-    """The options of both."""
+    """Options of the contrastive loss and of the regularisation."""
 
 
 class ContrastiveVC(Contrastive):
-    """The contrastive loss, with projections kept spread out and decorrelated."""
+    """The contrastive loss with variance and covariance regularisation."""
 
     options_type: ClassVar[type[Options]] = ContrastiveVCOptions
 

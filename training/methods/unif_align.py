@@ -22,7 +22,7 @@ class UniformityAlignmentOptions(Options):
 
 
 class UniformityAlignment(Method):
-    """Pull pairs together and spread each view over the sphere."""
+    """Minimises the distance within pairs, and spreads each view uniformly over the sphere."""
 
     options_type: ClassVar[type[Options]] = UniformityAlignmentOptions
 

@@ -15,11 +15,11 @@ Weight = Annotated[float, Field(ge=0)]
 
 
 class RegularisationOptions(Options):
-    """Weights of the terms that keep projections from collapsing."""
+    """Options of the terms that prevent collapse."""
 
     variance: Weight = 25.0
     covariance: Weight = 100.0
-    gamma: Positive = 1.0  # the standard deviation to reach; of unit vectors 1 / sqrt(dim), whatever is written here
+    gamma: Positive = 1.0  # target standard deviation; ignored for unit vectors, where it is 1 / sqrt(dim)
 
 
 class VICRegOptions(RegularisationOptions):
@@ -29,7 +29,7 @@ class VICRegOptions(RegularisationOptions):
 
 
 class VICReg(Method):
-    """Pull pairs together; keep each dimension's deviation, and the dimensions uncorrelated."""
+    """Minimises the distance within pairs, with variance and covariance regularisation."""
 
     options_type: ClassVar[type[Options]] = VICRegOptions
 
@@ -45,7 +45,7 @@ def regularisation_terms(
 ) -> dict[str, Tensor]:
     """Return the weighted variance and covariance terms.
 
-    The deviation of each dimension of a unit vector cannot exceed 1 / sqrt(dim), so that is what they have to reach.
+    For unit vectors the target standard deviation is 1 / sqrt(dim), the largest that all dimensions can have.
     """
     gamma = z1.shape[1] ** -0.5 if l2_normalised else options.gamma
     return {

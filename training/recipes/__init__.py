@@ -1,1 +1,1 @@
-"""Recipes that build a training set."""
+"""Recipes that build training sets."""

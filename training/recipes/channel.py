@@ -1,6 +1,6 @@
-"""What lies between a voice and a listener: distance, equaliser, room, band limits, backing, noise and a codec.
+"""Simulates recording channels: equaliser, room, compression, band limits, accompaniment, noise and a codec.
 
-Drawn for each clip by itself, so that an encoder finds nothing in it by which to tell singers.
+The channel of each clip is drawn independently, so that it carries no information about the singer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ Samples = NDArray[np.float64]
 
 
 def through_channel(pcm: Samples, rng: np.random.Generator, strength: float = 1.0) -> Samples:
-    """Return `pcm`, float64 [samples] at 44.1 kHz, as a recording; the peak is 0.9. `strength` scales every odds."""
+    """Return `pcm`, float64 [samples] at 44.1 kHz, through a random channel, with a peak of 0.9.
+
+    `strength` scales the probability of each effect.
+    """
     pcm = _equalised(pcm, rng)
     if rng.random() < 0.5 * strength:
         pcm = _in_a_room(pcm, rng)
@@ -42,7 +45,7 @@ def through_channel(pcm: Samples, rng: np.random.Generator, strength: float = 1.
 
 
 def _equalised(pcm: Samples, rng: np.random.Generator) -> Samples:
-    """Gains in a smooth curve over log frequency."""
+    """Apply gains interpolated over log frequency."""
     frequencies = np.maximum(np.fft.rfftfreq(len(pcm), 1 / SAMPLE_RATE), 1)
     gains_db = rng.normal(0, rng.uniform(0, 6), len(_EQUALISER_KNOTS_HZ))
     curve = np.interp(np.log(frequencies), np.log(_EQUALISER_KNOTS_HZ), gains_db)
@@ -50,7 +53,7 @@ def _equalised(pcm: Samples, rng: np.random.Generator) -> Samples:
 
 
 def _in_a_room(pcm: Samples, rng: np.random.Generator) -> Samples:
-    """Exponentially decaying noise, darker as it decays, beside the direct sound."""
+    """Add reverberation: low-passed noise with exponential decay."""
     decay = np.exp(rng.uniform(*np.log([0.1, 1.5])))  # seconds to -60 dB
     n_samples = round(decay * SAMPLE_RATE)
     tail = rng.standard_normal(n_samples) * 10 ** (-3 * np.arange(n_samples) / n_samples)
@@ -61,7 +64,7 @@ def _in_a_room(pcm: Samples, rng: np.random.Generator) -> Samples:
 
 
 def _backing(n_samples: int, rng: np.random.Generator) -> Samples:
-    """Chords of plucked tones, and beats of noise: what bleeds through when a voice is taken out of a mix."""
+    """Return chords of plucked tones and noise beats, like the residue of source separation."""
     beat = round(rng.uniform(0.25, 0.8) * SAMPLE_RATE)
     mix = np.zeros(n_samples + beat)
     times = np.arange(beat) / SAMPLE_RATE
@@ -77,7 +80,7 @@ def _backing(n_samples: int, rng: np.random.Generator) -> Samples:
 
 
 def _noise(n_samples: int, rng: np.random.Generator) -> Samples:
-    """Noise of a random colour: power falls with 0 to 6 dB an octave."""
+    """Return noise of random colour: power falls by 0 to 6 dB per octave."""
     spectrum = np.fft.rfft(rng.standard_normal(n_samples))
     spectrum /= np.maximum(np.arange(len(spectrum)), 20 * n_samples / SAMPLE_RATE) ** rng.uniform(0, 1)
     noise = np.fft.irfft(spectrum, n_samples)
@@ -85,7 +88,7 @@ def _noise(n_samples: int, rng: np.random.Generator) -> Samples:
 
 
 def _coded(pcm: Samples, rng: np.random.Generator) -> Samples:
-    """There and back through a lossy codec, of the same length."""
+    """Encode and decode with a random lossy codec, preserving the length."""
     codec = str(rng.choice(list(_CODECS)))
     container, kbits = _CODECS[codec]
     buffer = io.BytesIO()

@@ -1,11 +1,11 @@
-"""Builds the corpus of the bundled checkpoint, `free-voices`: many vocal tracts, made to sing, out of few free voices.
+"""Builds the corpus of the bundled checkpoint, `free-voices`: many synthetic singers from a few free voices.
 
     apt install $(python -m training.recipes.free_voices --packages)
     python -m training.recipes.free_voices corpus --jobs 2
 
-writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and of speakers that are not in it `corpus/validation/` (to stop by) and
+writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and for other speakers `corpus/validation/` (for early stopping),
 `corpus/test/spoken/` and `corpus/test/sung/` (to report), all of them folders that `training.train` and
-`singerembed evaluate` take. Everything is a function of the seed.
+`singerembed evaluate` read. Everything is a function of the seed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from training.recipes.singing import Speech, Tract, analyse, draw_notes, draw_ph
 from training.recipes.speakers import PACKAGES, SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_speech
 from training.synthetic import draw_singer, sing
 
-CLIP_SECONDS = 4.5  # a crop of the encoder has room in it
-# Speakers of several languages, both sexes and every kind of source, chosen before anything was trained.
+CLIP_SECONDS = 4.5  # a bit longer than a crop of the encoder
+# Speakers of several languages, both sexes and all kinds of source, chosen before any training.
 VALIDATION = ("klettres-de", "klettres-it", "klettres-uk", "ktuberling-ca", "asterisk-carlo", "festival-czech_ph")
 TEST = (
     "klettres-en_GB", "klettres-hu", "klettres-he", "ktuberling-fr", "ktuberling-sl", "asterisk-june",
     "festival-czech_dita", "flite-awb",
 )  # fmt: skip
-_HELD_OUT_TRACTS = 4  # the speaker's own, and so many less one
+_HELD_OUT_TRACTS = 4  # including the speaker's own
 _HELD_OUT_CLIPS = 6
-_SUNG = 0.65  # share of training clips on notes; the rest is running speech
+_SUNG = 0.65  # share of sung training clips; the rest is running speech
 
 
 @command
@@ -96,7 +96,7 @@ def _make_identities(
     sung: float,
     seed: tuple[int, ...],
 ) -> None:
-    """The first identity is the speaker's own tract."""
+    """Write the clips of `tracts` identities; the first has the speaker's own tract."""
     for number in range(tracts):
         home = folder / f"{speaker.name}-{number:02d}"
         if len(list(home.glob("*.flac"))) >= clips:
@@ -114,7 +114,7 @@ def _make_synthetic(number: int, *, folder: Path, clips: int, seed: int) -> None
 def _write_clips(
     home: Path, clips: int, voice: Callable[[np.random.Generator], Samples], seed: tuple[int, ...]
 ) -> None:
-    """Write the clips that are not there yet, each through a channel of its own."""
+    """Write the missing clips, each through its own channel."""
     home.mkdir(parents=True, exist_ok=True)
     for clip in range(clips):
         path = home / f"{clip}.flac"

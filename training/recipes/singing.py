@@ -1,7 +1,7 @@
-"""Makes speech sing: WORLD (Morise et al., 2016) takes it apart, notes and another vocal tract go in, WORLD joins it.
+"""Turns speech into singing with the WORLD vocoder (Morise et al., 2016), with new notes and a new vocal tract.
 
-An identity is a speaker's envelopes seen through a `Tract`, which stretches their frequency axis and tilts them: one
-speaker gives many. A clip moves through the speaker's frames on a time axis of its own, at a pitch of its own.
+An identity is a speaker's spectral envelopes modified by a `Tract`, which warps their frequency axis and tilts them, so
+that one speaker gives many identities. A clip moves through the speaker's frames with its own timing and pitch.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from scipy.ndimage import uniform_filter1d
 from training.recipes.speakers import SAMPLE_RATE
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that its way of asking for its own version is out of date
+    warnings.simplefilter("ignore")  # it imports the deprecated pkg_resources
     import pyworld
 
 FRAME_SECONDS = 0.005
 FFT_SIZE = 2048  # WORLD's for 44.1 kHz and pitches from 71 Hz
 _FLOOR = 1e-12
-_LOUD_DB = -30.0  # below the loudest frame: a note's vowel is louder
+_LOUD_DB = -30.0  # relative to the loudest frame; vowels of notes must be louder
 _MIN_VOWEL_FRAMES = 12
-_ONSET_FRAMES = 16  # what is heard of the consonant before a vowel
+_ONSET_FRAMES = 16  # length of the consonant before a vowel
 _TRACT_KNOTS_HZ = (100.0, 500.0, 1000.0, 1800.0, 2800.0, 4000.0, 6500.0, 12_000.0)
-_SHARPNESS_HZ = 1200.0  # formants are what remains of an envelope without its mean over this width
+_SHARPNESS_HZ = 1200.0  # width of the moving average that separates formants from the envelope
 _LOWEST_HZ, _HIGHEST_HZ = 75.0, 1100.0
 
 Samples = NDArray[np.float64]
@@ -34,31 +34,31 @@ Samples = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Speech:
-    """A speaker taken apart: frames of 5 ms."""
+    """The WORLD analysis of a speaker, in frames of 5 ms."""
 
     pitch: Samples  # Hz, [frames]; 0 where unvoiced
     log_power: NDArray[np.float32]  # natural logarithm of the envelope's power, [frames, 1025]
     aperiodicity: NDArray[np.float32]  # [frames, 1025], 0 to 1
-    loudness_db: Samples  # [frames], below the loudest
+    loudness_db: Samples  # [frames], relative to the loudest
     vowels: tuple[tuple[int, int], ...]  # first and last frame of loud voiced stretches
-    band_hz: float  # up to which it was recorded
+    band_hz: float  # bandwidth of the recording
 
     @property
     def median_pitch(self) -> float:
-        """Hz."""
+        """Median pitch of the voiced frames, Hz."""
         return float(np.median(self.pitch[self.pitch > 0]))
 
 
 @dataclass(frozen=True)
 class Tract:
-    """What makes an identity out of a speaker; all clips of it have it in common."""
+    """Parameters that turn a speaker into an identity, equal in all its clips."""
 
-    stretch: float  # of the frequency axis: above 1 is a shorter vocal tract
+    stretch: float  # of the frequency axis; above 1 is a shorter vocal tract
     knots: tuple[float, ...]  # further factors at _TRACT_KNOTS_HZ
     tilt_db: float  # per octave above 500 Hz
-    sharpness: float  # factor on formants' height
+    sharpness: float  # factor on the height of formants
     breath: float  # exponent on aperiodicity: below 1 is breathier
-    roll_off_db: float  # per octave, above what was recorded
+    roll_off_db: float  # per octave, above the bandwidth of the recording
     vibrato_hz: float
     vibrato_cents: float
     jitter_cents: float
@@ -67,7 +67,7 @@ class Tract:
 
 
 def draw_tract(speech: Speech, rng: np.random.Generator, octaves: float = 0.42) -> Tract:
-    """Draw an identity whose frequency axis is stretched by up to `octaves` either way."""
+    """Draw an identity whose frequency axis is stretched by up to `octaves` either way; 0: the speaker's own tract."""
     stretch = float(2 ** rng.uniform(-octaves, octaves))
     own = octaves > 0
     return Tract(
@@ -81,13 +81,13 @@ def draw_tract(speech: Speech, rng: np.random.Generator, octaves: float = 0.42) 
         vibrato_cents=float(rng.uniform(5, 90)),
         jitter_cents=float(np.exp(rng.uniform(np.log(2), np.log(25)))),
         glide_seconds=float(rng.uniform(0.02, 0.12)),
-        # A shorter tract goes with a higher voice, loosely.
+        # A shorter tract loosely correlates with a higher voice.
         lowest_hz=float(speech.median_pitch * stretch**0.8 * 2 ** rng.normal(-0.25, 0.2)),
     )
 
 
 def analyse(pcm: Samples, rate: float) -> Speech:
-    """Take speech apart. `pcm`: float64 [samples] at 44.1 kHz that was recorded at `rate` Hz."""
+    """Analyse speech. `pcm`: float64 [samples] at 44.1 kHz, recorded at `rate` Hz."""
     pitch, times = pyworld.dio(pcm, SAMPLE_RATE, frame_period=1000 * FRAME_SECONDS)
     pitch = pyworld.stonemask(pcm, pitch, times, SAMPLE_RATE)
     power = pyworld.cheaptrick(pcm, pitch, times, SAMPLE_RATE, fft_size=FFT_SIZE)
@@ -97,7 +97,7 @@ def analyse(pcm: Samples, rate: float) -> Speech:
     loudness_db -= loudness_db.max()
     band_hz = _bandwidth(log_power, rate)
     band = round(band_hz / SAMPLE_RATE * FFT_SIZE)
-    # Above the band there is nothing to hear: go on from its edge, flat; a tract rolls it off.
+    # Above the bandwidth, extend the envelope flat from its edge; a tract rolls it off.
     edge = log_power[:, band - 8 : band].mean(axis=1, keepdims=True)
     log_power[:, band:] = edge
     aperiodicity[:, band:] = aperiodicity[:, band - 8 : band].mean(axis=1, keepdims=True)
@@ -105,7 +105,7 @@ def analyse(pcm: Samples, rate: float) -> Speech:
 
 
 def _bandwidth(log_power: NDArray[np.float32], rate: float) -> float:
-    """Frequency in Hz up to which there is speech: below half the rate, and below a cliff of 20 dB within 600 Hz."""
+    """Return the bandwidth of speech in Hz: below half the rate, and below any drop of 20 dB within 600 Hz."""
     mean_db = 10 / np.log(10) * log_power.mean(axis=0)
     width = round(600 / SAMPLE_RATE * FFT_SIZE)
     fall = mean_db[:-width] - mean_db[width:]
@@ -122,20 +122,20 @@ def _vowels(pitch: Samples, loudness_db: Samples) -> list[tuple[int, int]]:
     return [(int(first), int(last)) for first, last in runs if last - first >= _MIN_VOWEL_FRAMES]
 
 
-# --- what is sung ---------------------------------------------------------------------------------------------------
+# --- score ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Score:
-    """A clip to be: where in the speech it is, and its pitch and level, at each frame of 5 ms."""
+    """The score of a clip: position in the speech, pitch and level of each frame of 5 ms."""
 
-    frame: Samples  # of the speech, fractional
+    frame: Samples  # index of the speech frame, fractional
     pitch: Samples  # Hz; 0 where unvoiced
     gain_db: Samples
 
 
 def draw_notes(speech: Speech, tract: Tract, seconds: float, rng: np.random.Generator) -> Score:
-    """A melody: each note is a consonant at its own pace, then a vowel, held."""
+    """Draw a melody: each note is a consonant at its own speed, then a held vowel."""
     total = round(seconds / FRAME_SECONDS)
     frames, midi, gains, voiced = [], [], [], []
     lowest = float(_midi(tract.lowest_hz)) + rng.uniform(0, 8)
@@ -147,7 +147,7 @@ def draw_notes(speech: Speech, tract: Tract, seconds: float, rng: np.random.Gene
         first, last = speech.vowels[rng.integers(len(speech.vowels))]
         onset = np.arange(max(0, first - _ONSET_FRAMES), first, dtype=float)
         held = max(8, round(pace * float(np.exp(rng.normal(0, 0.5))) / FRAME_SECONDS))
-        # Through the vowel once, slower in its middle where it is loudest.
+        # Pass through the vowel once, slower in its middle, where it is loudest.
         middle = first + int(np.argmax(speech.loudness_db[first : last + 1]))
         reach = rng.uniform(0.1, 0.5)
         path = np.interp(
@@ -159,7 +159,7 @@ def draw_notes(speech: Speech, tract: Tract, seconds: float, rng: np.random.Gene
         frames.append(np.concatenate([onset, path]))
         voiced.append(np.concatenate([speech.pitch[onset.astype(int)] > 0, np.full(held, True)]))
         midi.append(np.full(len(onset) + held, round(note)))
-        # Bring every vowel to one level, so that the melody is what is loud and soft.
+        # Bring all vowels to one level, so that only the melody sets the dynamics.
         gains.append(np.full(len(onset) + held, -speech.loudness_db[middle] - rng.uniform(0, dynamics)))
         length += len(onset) + held
         if rng.random() < 0.12:
@@ -177,7 +177,7 @@ def draw_notes(speech: Speech, tract: Tract, seconds: float, rng: np.random.Gene
 
 
 def draw_phrases(speech: Speech, tract: Tract, seconds: float, rng: np.random.Generator) -> Score:
-    """Running speech, slower or faster, its melody moved to the tract's range and stretched or flattened."""
+    """Draw running speech, slower or faster, with its pitch moved to the tract's range and scaled."""
     total = round(seconds / FRAME_SECONDS)
     speed = rng.uniform(0.5, 1.2)
     needed = round(total * speed)
@@ -186,14 +186,14 @@ def draw_phrases(speech: Speech, tract: Tract, seconds: float, rng: np.random.Ge
     pitch = speech.pitch[frame.astype(int)]
     moved = _midi(tract.lowest_hz) + rng.uniform(0, 16)
     melody = moved + rng.uniform(0.15, 1.5) * (_midi(np.maximum(pitch, 1.0)) - _midi(speech.median_pitch))
-    if rng.random() < 0.5:  # sung rather than said: drawn towards whole semitones
+    if rng.random() < 0.5:  # like singing: attracted to whole semitones
         melody = melody + rng.uniform(0.5, 1) * (_smoothed(np.round(melody), 0.04) - melody)
     melody = melody + rng.uniform(0, 0.5) * _vibrato(tract, total, rng)
     return Score(frame, np.where(pitch > 0, _within_range(440 * 2 ** ((melody - 69) / 12)), 0.0), np.zeros(total))
 
 
 def _vibrato(tract: Tract, total: int, rng: np.random.Generator) -> Samples:
-    """Semitones: the vibrato, which comes and goes, and a slow random course."""
+    """Return pitch deviations in semitones: vibrato of varying depth, and slow jitter."""
     times = np.arange(total) * FRAME_SECONDS
     depth = tract.vibrato_cents * np.clip(
         _smoothed(rng.uniform(-0.3, 1.6, total // 60 + 2).repeat(60)[:total], 0.1), 0, 1
@@ -203,7 +203,7 @@ def _vibrato(tract: Tract, total: int, rng: np.random.Generator) -> Samples:
 
 
 def _within_range(pitch: Samples) -> Samples:
-    """By whole octaves, so that the melody stays."""
+    """Transpose by whole octaves into the range of WORLD."""
     above = np.ceil(np.log2(np.maximum(pitch, 1.0).max() / _HIGHEST_HZ))
     pitch = pitch / 2 ** max(0.0, above)
     return np.maximum(pitch, _LOWEST_HZ)
@@ -218,11 +218,11 @@ def _smoothed(course: Samples, seconds: float) -> Samples:
     return np.asarray(uniform_filter1d(np.asarray(course, float), size, mode="nearest"))
 
 
-# --- sound ----------------------------------------------------------------------------------------------------------
+# --- synthesis ------------------------------------------------------------------------------------------------------
 
 
 def render(speech: Speech, tract: Tract, score: Score, effort_db: float) -> Samples:
-    """Return float64 [samples] at 44.1 kHz. `effort_db`: per octave, how loudly it is sung; 0 is as it was spoken."""
+    """Synthesise `score`: float64 [samples] at 44.1 kHz. `effort_db`: spectral tilt per octave; 0: as spoken."""
     frequencies = np.arange(speech.log_power.shape[1]) * SAMPLE_RATE / FFT_SIZE
     below = np.floor(score.frame).astype(int)
     above = np.minimum(below + 1, len(speech.pitch) - 1)

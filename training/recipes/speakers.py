@@ -1,7 +1,7 @@
-"""Speakers whose voices install as Debian packages under free licences: recordings, and Festival's and Flite's voices.
+"""Speakers from Debian packages under free licences: recordings, and voices of Festival and Flite.
 
-A speaker's licence is that of the package, in `/usr/share/doc/PACKAGE/copyright`. Speakers of two packages that may be
-one person (the same language in both alphabets, the same name in two languages) are taken from one of them only.
+A speaker's licence is that of the package, in `/usr/share/doc/PACKAGE/copyright`. If speakers of two packages may be
+one person (the same language in two alphabets, the same name in two languages), only one of the packages is used.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from singerembed.errors import UsageError
 
 SAMPLE_RATE = 44_100
-MAX_SECONDS = 60.0  # of a speaker: more of it would tell more of the text than of the voice
+MAX_SECONDS = 60.0  # per speaker; more adds more text than voice
 _MIN_FILE_SECONDS = 0.25
-_SILENCE_DB = -45.0  # below the file's peak: trimmed at both ends
+_SILENCE_DB = -45.0  # relative to the file's peak; quieter ends are trimmed
 
 Samples = NDArray[np.float64]
 
-# What synthetic voices say: article 1 of the Universal Declaration of Human Rights, and numbers.
+# Texts for synthetic voices: article 1 of the Universal Declaration of Human Rights, and numbers.
 _TEXTS = {
     "ca": "Tots els essers humans neixen lliures i iguals en dignitat i en drets. Son dotats de rao i de consciencia, "
     "i han de comportar-se fraternalment els uns amb els altres. Un, dos, tres, quatre, cinc, sis, set, vuit, nou, "
@@ -48,14 +48,14 @@ _TEXTS = {
 
 @dataclass(frozen=True)
 class Speaker:
-    """A voice, and where it is to be had."""
+    """A voice and its source."""
 
     name: str
     package: str
-    folder: str = ""  # of recordings, below the file system's root
-    festival: str = ""  # or one of Festival's voices
-    flite: str = ""  # or one of Flite's
-    text: str = ""  # what a synthetic voice says, a key of _TEXTS
+    folder: str = ""  # of recordings, relative to the file system's root
+    festival: str = ""  # or a voice of Festival
+    flite: str = ""  # or a voice of Flite
+    text: str = ""  # text for a synthetic voice, a key of _TEXTS
 
 
 def _recorded(package: str, folder: str, names: Sequence[str]) -> Iterator[Speaker]:
@@ -105,9 +105,9 @@ PACKAGES = tuple(dict.fromkeys(["festival", *(speaker.package for speaker in SPE
 
 
 def read_speech(speaker: Speaker, root: Path, rng: np.random.Generator) -> tuple[Samples, float]:
-    """Return what a speaker says, float64 [samples] at 44.1 kHz, up to a minute, and the recordings' own rate in Hz.
+    """Return a speaker's speech, float64 [samples] at 44.1 kHz, up to a minute, and its original sample rate in Hz.
 
-    Files are taken in random order. Raises UsageError where the package is not installed.
+    Files are read in random order. Raises UsageError if the package is not installed.
     """
     if not speaker.folder:
         return _synthesised(speaker)
@@ -121,7 +121,7 @@ def read_speech(speaker: Speaker, root: Path, rng: np.random.Generator) -> tuple
         try:
             pcm, rate = soundfile.read(files[number], always_2d=True)
         except soundfile.LibsndfileError:
-            continue  # a broken file of a package is left out
+            continue  # a damaged file in the package
         pcm = _trimmed(pcm.mean(axis=1))
         if len(pcm) < _MIN_FILE_SECONDS * rate:
             continue
@@ -147,7 +147,9 @@ def _synthesised(speaker: Speaker) -> tuple[Samples, float]:
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             pcm, rate = soundfile.read(wav)
         except (OSError, subprocess.SubprocessError, soundfile.LibsndfileError) as exc:
-            raise UsageError(f"{speaker.name} does not speak ({exc}). Install the package {speaker.package}") from exc
+            raise UsageError(
+                f"cannot synthesise {speaker.name} ({exc}). Install the package {speaker.package}"
+            ) from exc
     return soxr.resample(pcm / np.abs(pcm).max(), rate, SAMPLE_RATE), float(rate)
 
 

@@ -1,4 +1,4 @@
-"""The seam of the comparison: a model takes crops at its own rate, and gives one embedding a crop and layer."""
+"""The interface of a compared model: crops at its own sample rate in, one embedding per crop and layer out."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from numpy.typing import NDArray
 
 from singerembed.errors import MissingDependencyError
 
-ONLY_LAYER = ""  # the name of the layer of a model that has one embedding
+ONLY_LAYER = ""  # layer name of a model with a single embedding
 
 Crops = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What was measured of a model, and what the poster says of the one that it reports."""
+    """Properties of a model, and those on the official poster for comparison."""
 
-    name: str  # as the table calls it
+    name: str  # in the table
     sample_rate: int  # Hz
-    n_parameters: int | None  # None where the file does not say
-    description: str  # weights and front end, for people
+    n_parameters: int | None  # None if unknown
+    description: str  # for display: weights and front end
     poster: str = ""  # parameters / rate / dimensions on the poster
-    standardise: bool = False  # whether dimensions are brought to one scale over the data before they are compared
+    standardise: bool = False  # scale each dimension to mean 0 and deviation 1 over the data before comparison
 
 
 class Model(Protocol):
     """A model that embeds crops of 4 s."""
 
     facts: ModelFacts
-    batch: int  # crops in one call that keep it busy
-    workers: int  # callers at a time that it can use
+    batch: int  # crops per call at which throughput is best
+    workers: int  # number of concurrent calls that it can use
 
     def embed(self, crops: Crops) -> dict[str, NDArray[np.float32]]:
         """Embed `crops`, float32 [n, 4 s at facts.sample_rate], full scale 1, none of them silent.
 
-        Returns the name of each layer and its embeddings, float32 [n, dim].
+        Return embeddings by layer name, float32 [n, dim] each.
         """
         ...
 
     def close(self) -> None:
-        """Free what it holds."""
+        """Free its resources."""
         ...
 
 
 def require(module: str, purpose: str, package: str = "") -> Any:
-    """Import an optional module. Raises MissingDependencyError naming the extra."""
+    """Import and return an optional module. Raises MissingDependencyError naming the extra."""
     try:
         return import_module(module)
     except ImportError as exc:
@@ -58,15 +58,15 @@ def require(module: str, purpose: str, package: str = "") -> Any:
 
 
 def one_thread() -> AbstractContextManager[Any]:
-    """Within this block BLAS and OpenMP use one thread.
+    """Limit BLAS and OpenMP to one thread within a `with` block.
 
-    On the small matrices of a probe or a map several gain little, and where cores are shared they wait for each other:
-    a probe of 0.8 s took minutes.
+    More threads gain little on the small matrices of a probe or a map, and wait for each other on shared cores: a probe
+    of 0.8 s took minutes.
     """
     threadpoolctl = require("threadpoolctl", "the evaluation", "scikit-learn")
     return threadpoolctl.threadpool_limits(1)  # type: ignore[no-any-return]
 
 
 def count_parameters(module: Any) -> int:
-    """Count the trainable numbers of a torch module; parameters that two layers share count once."""
+    """Count the parameters of a torch module; shared ones count once."""
     return sum(parameter.numel() for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""This project's encoders as models of the comparison: engine files, checkpoints, and the untrained network."""
+"""This project's encoders as compared models: engine files, checkpoints, and the untrained network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from singerembed.engine.base import Engine
 from singerembed.engine.load import load_engine
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts, require
-from singerembed.model.checkpoint import Checkpoint, encoder_template, load_checkpoint
+from singerembed.model.checkpoint import Checkpoint, encoder_template, load_checkpoint, parameter_count
 from singerembed.model.mel import MelExtractor
 from singerembed.model.spec import ModelSpec
 
@@ -17,7 +17,7 @@ UNTRAINED_SEED = 0
 
 
 class EngineModel:
-    """An engine behind the comparison's seam."""
+    """An engine as a `Model`."""
 
     def __init__(self, engine: Engine, name: str, *, workers: int = 1) -> None:
         self._engine = engine
@@ -42,12 +42,12 @@ class EngineModel:
 
 
 def engine_model(path: str | None, name: str, workers: int) -> EngineModel:
-    """Open the engine file `path`, None: the bundled one. Raises EngineError."""
+    """Open the engine file `path` (None: the bundled one). Raises EngineError."""
     return EngineModel(load_engine(path, silence_dbfs=-np.inf), name, workers=workers)
 
 
 def checkpoint_model(source: str, name: str) -> EngineModel:
-    """Load a checkpoint as `build-engine` takes it, and run it in torch. Raises CheckpointError."""
+    """Load a checkpoint, named as for `build-engine`, and run it in torch. Raises CheckpointError."""
     _require_torch("running a checkpoint")
     from singerembed.engine.torch import TorchEngine
 
@@ -55,10 +55,10 @@ def checkpoint_model(source: str, name: str) -> EngineModel:
 
 
 def untrained_model(name: str) -> EngineModel:
-    """The encoder as it is initialised, always with the same weights: what the architecture alone hears.
+    """Return the encoder with random weights of a fixed seed, to show what the architecture alone achieves.
 
-    Its batch norms take their statistics from made-up tones. As initialised (mean 0, variance 1) they let the signal
-    fade from layer to layer, until all embeddings are the same but for rounding.
+    The statistics of its batch norms are computed on synthetic tones. With the initial ones (mean 0, variance 1) the
+    signal vanishes from layer to layer, until all embeddings are equal up to rounding.
     """
     _require_torch("the untrained encoder")
     import torch
@@ -81,7 +81,7 @@ def untrained_model(name: str) -> EngineModel:
 
 
 def _tones(spec: ModelSpec) -> NDArray[np.float32]:
-    """Harmonic tones of eight pitches with vibrato and some noise, [8, crop_samples]."""
+    """Return harmonic tones of eight pitches with vibrato and some noise, float32 [8, crop_samples]."""
     rng = np.random.default_rng(UNTRAINED_SEED)
     seconds = np.arange(spec.crop_samples) / spec.sample_rate
     tones = []
@@ -99,10 +99,8 @@ def _require_torch(purpose: str) -> None:
 
 
 def _n_parameters() -> int | None:
-    """Parameters of the one network that engines are made of; None where torch is not installed to count them."""
+    """Count the parameters of the encoder, the same in all engines; None if torch is not installed."""
     try:
-        template = encoder_template()
+        return parameter_count(encoder_template())
     except ImportError:
         return None
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return sum(tensor.numel() for name, tensor in template.items() if not name.endswith(buffers))

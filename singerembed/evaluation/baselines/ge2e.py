@@ -1,4 +1,4 @@
-"""GE2E (Wan et al. 2018, arXiv 1710.10467): resemblyzer's speaker encoder, whose weights are in its package."""
+"""GE2E (Wan et al. 2018, arXiv 1710.10467): the speaker encoder of resemblyzer, whose package has the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts,
 
 
 class Ge2eModel:
-    """resemblyzer as its authors use it: level and long silences are evened out, then 1.6 s windows are averaged."""
+    """resemblyzer with its own pre-processing: level normalised, long silences cut, then 1.6 s windows averaged."""
 
     batch = 1
     workers = 1
@@ -33,8 +33,8 @@ class Ge2eModel:
 
     def _embed_one(self, crop: NDArray[np.float32]) -> NDArray[np.float32]:
         voiced = self._preprocess(crop, source_sr=None)
-        # Its voice detector, made for speech, may drop all of a crop of singing: such a crop is taken as it is.
+        # Its voice activity detector, made for speech, may remove a whole crop of singing.
         return np.asarray(self._encoder.embed_utterance(voiced if len(voiced) else crop), np.float32)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""

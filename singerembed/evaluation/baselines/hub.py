@@ -1,4 +1,4 @@
-"""wav2vec 2.0, XLSR-53 and every other audio model of `transformers`: its layers, each averaged over time."""
+"""wav2vec 2.0, XLSR-53 and other audio models of `transformers`: all layers, each averaged over time."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from singerembed.errors import CheckpointError, UsageError
 from singerembed.evaluation.baselines.base import Crops, ModelFacts, count_parameters, require
 
 POSTER = {"wav2vec2-base": "95 M / 16 kHz / 12 x 768", "xlsr-53": "300 M / 16 kHz / 24 x 1024"}
-SPEAKER_LAYER = "speaker"  # what a model with a speaker verification head (x-vector) was trained to give
+SPEAKER_LAYER = "speaker"  # output of a speaker verification head (x-vector)
 
 
 class HubModel:
-    """An audio model of `transformers`, by hub name or from a folder, fed through its own feature extractor.
+    """An audio model of `transformers`, by hub name or from a folder, with its own feature extractor.
 
-    The hub's cache and its switches (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) work as everywhere.
+    The environment variables of the hub (HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT) apply.
     """
 
     batch = 4
     workers = 1
 
     def __init__(self, name: str, source: str, *, layer: str = "", trust_remote_code: bool = False) -> None:
-        """Load `source`. `layer`: keep only that one, a number from 1 or `speaker`; empty: all.
+        """Load `source`. `layer`: the only one to return, a number from 1 or `speaker`; empty: all.
 
-        `trust_remote_code`: run code that comes with the model, which some (MERT) need. Raises CheckpointError where it
-        cannot be had or is no audio model, and UsageError for a layer that it has not.
+        `trust_remote_code`: run code that comes with the model, which some (MERT) need. Raises CheckpointError if it
+        cannot be loaded or is not an audio model, and UsageError for a layer that it does not have.
         """
         transformers = require("transformers", f"the model {name}")
         self._torch = require("torch", f"the model {name}")
@@ -46,7 +46,7 @@ class HubModel:
         self._has_speaker_head = any(str(a).endswith("ForXVector") for a in config.architectures or [])
         kind = transformers.AutoModelForAudioXVector if self._has_speaker_head else transformers.AutoModel
         model = load("model.safetensors", lambda: kind.from_pretrained(source, config=config, **trust))
-        # Of a model with a decoder, what it hears is in its encoder.
+        # Of an encoder-decoder model (Whisper), only the encoder takes audio.
         self._model = (model.get_encoder() if config.is_encoder_decoder else model).eval()
         self._input = str(self._extract.model_input_names[0])
         self._layer = layer
@@ -67,29 +67,29 @@ class HubModel:
             )
 
     def embed(self, crops: Crops) -> dict[str, NDArray[np.float32]]:
-        """See `Model.embed`; layers are named 1 to n, the input of the first is none of them."""
+        """See `Model.embed`. Layers are named 1 to n; the input of the first is not returned."""
         inputs = self._extract(list(crops), sampling_rate=self._rate, return_tensors="pt", return_attention_mask=True)
         with self._torch.inference_mode():
             output = self._model(**{self._input: inputs[self._input]}, output_hidden_states=True)
-        heard = _heard_share(inputs.get("attention_mask"))
+        share = _audio_share(inputs.get("attention_mask"))
         layers = {
-            str(number): _mean_over_time(hidden, heard) for number, hidden in enumerate(output.hidden_states) if number
+            str(number): _mean_over_time(hidden, share) for number, hidden in enumerate(output.hidden_states) if number
         }
         if self._has_speaker_head:
             layers[SPEAKER_LAYER] = output.embeddings.float().numpy()
         return {self._layer: layers[self._layer]} if self._layer else layers
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""
 
 
-def _heard_share(mask: Any) -> float:
-    """The share of the input that is audio: some extractors (Whisper's) pad every input to 30 s."""
+def _audio_share(mask: Any) -> float:
+    """Return the share of the input that is not padding: some extractors (Whisper's) pad to 30 s."""
     return 1.0 if mask is None else float(mask[0].float().mean())
 
 
-def _mean_over_time(hidden: Any, heard: float) -> NDArray[np.float32]:
-    n_frames = max(1, round(heard * hidden.shape[1]))
+def _mean_over_time(hidden: Any, share: float) -> NDArray[np.float32]:
+    n_frames = max(1, round(share * hidden.shape[1]))
     return np.asarray(hidden[:, :n_frames].float().mean(dim=1).numpy())
 
 
@@ -99,7 +99,7 @@ def _split_layer(source: str, layer: str) -> tuple[str, str]:
 
 
 class _Loader:
-    """Calls of `transformers`, whose many exceptions become one line that names the file."""
+    """Calls loaders of `transformers`, and turns any exception into a CheckpointError of one line, naming the file."""
 
     def __init__(self, source: str) -> None:
         self._source = source
@@ -111,7 +111,7 @@ class _Loader:
             reason = " ".join(str(exc).split())[:300] or type(exc).__name__
             if "trust_remote_code" in reason:
                 raise CheckpointError(
-                    f"{self._source} brings code of its own, which is not run unless you say --trust-remote-code"
+                    f"{self._source} comes with its own code, which is run only with --trust-remote-code"
                 ) from exc
             raise CheckpointError(
                 f"{self._source}: cannot load {file}: {reason}. Without a network, download config.json, "

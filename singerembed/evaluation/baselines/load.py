@@ -1,4 +1,4 @@
-"""From what a person gives as --model to a loaded model."""
+"""Loads the model that a value of --model names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _REPOSITORY = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How models are loaded."""
+    """Options of `load_model`."""
 
-    workers: int = 1  # callers of an engine at a time
-    trust_remote_code: bool = False  # whether a model of the hub may bring its own code
+    workers: int = 1  # concurrent calls of an engine
+    trust_remote_code: bool = False  # run code that comes with a model of the hub
 
 
 def _ge2e(name: str, _weights: str, _options: ModelOptions) -> Model:
@@ -61,7 +61,7 @@ def _wav2vec2(name: str, weights: str, options: ModelOptions) -> Model:
     return HubModel(name, weights or published, trust_remote_code=options.trust_remote_code)
 
 
-# Name on the command line -> how it is loaded, and whether `NAME=WEIGHTS` means anything.
+# Name on the command line -> loader, and whether it accepts `NAME=WEIGHTS`.
 BASELINES: dict[str, tuple[Callable[[str, str, ModelOptions], Model], bool]] = {
     SHIPPED: (_shipped, False),
     "untrained": (_untrained, False),
@@ -77,9 +77,9 @@ BASELINES: dict[str, tuple[Callable[[str, str, ModelOptions], Model], bool]] = {
 def load_model(text: str, options: ModelOptions | None = None) -> Model:
     """Load the model that `text` names.
 
-    An engine file, a checkpoint, an official method, a baseline (`NAME`, or `NAME=WEIGHTS` with a path or URL of its
-    weights), a folder or hub name of a transformers model (`OWNER/NAME`, or `transformers:` before either). Raises
-    UsageError for anything else, and the errors of what it is loaded by.
+    `text` is an engine file, a checkpoint, an official method, a baseline (`NAME`, or `NAME=WEIGHTS` with a path or URL
+    of its weights), or a folder or hub name of a transformers model (`OWNER/NAME`, or `transformers:` before either).
+    Raises UsageError for anything else, and the errors of the loader.
     """
     options = options or ModelOptions()
     name, _, weights = text.partition("=")

@@ -1,4 +1,4 @@
-"""Statistics of mel-frequency cepstral coefficients: what a comparison without learning reaches."""
+"""Statistics of mel-frequency cepstral coefficients: a baseline without learning."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _OFFSET = 1e-10
 
 
 class MfccModel:
-    """Mean and standard deviation over time of 20 coefficients and of their differences: 80 numbers a crop.
+    """Mean and standard deviation over time of 20 coefficients and of their differences: 80 dimensions.
 
-    The coefficients are those of Davis and Mermelstein (1980): a cosine transform (DCT-II, orthonormal) of the log mel
-    power, without the first, which is the level. Cosine similarity of such features needs a common scale, so each
-    dimension is brought to mean 0 and deviation 1 over the evaluated crops (`embed.standardised`).
+    The coefficients are those of Davis and Mermelstein (1980): the orthonormal DCT-II of the log mel power, without the
+    first, which is the level. Cosine similarity needs dimensions of a common scale, so each is scaled to mean 0 and
+    deviation 1 over the evaluated crops (`embed.standardised`).
     """
 
     batch = 16
@@ -44,4 +44,4 @@ class MfccModel:
         return {ONLY_LAYER: np.concatenate([tracks.mean(axis=2), tracks.std(axis=2)], axis=1).astype(np.float32)}
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""

@@ -1,8 +1,8 @@
 """Fast ResNet-34 (Chung et al. 2020, arXiv 2003.11982) and H/ASP (Heo et al. 2020, arXiv 2009.14153).
 
-The networks that the public VoxCeleb trainer (github clovaai/voxceleb_trainer) calls ResNetSE34L and ResNetSE34V2,
-with its names of tensors, so that its published weights load as they are. It takes its mel spectrogram from torchaudio,
-whose defaults are written out here.
+They are ResNetSE34L and ResNetSE34V2 of the public VoxCeleb trainer (github clovaai/voxceleb_trainer), with the same
+tensor names, so that the published weights load unchanged. The trainer's mel spectrogram is torchaudio's, whose
+defaults are written out here.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from singerembed.errors import CheckpointError
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Crops, ModelFacts, count_parameters
 
 SAMPLE_RATE = 16_000  # Hz
-_N_FFT, _WINDOW, _HOP = 512, 400, 160  # samples; the Hamming window lies in the middle of the frame
+_N_FFT, _WINDOW, _HOP = 512, 400, 160  # samples; the Hamming window is centred in the frame
 _EMBEDDING_DIM = 512
-_SQUEEZE = 8  # channels of a squeeze-and-excitation block over those of its middle
+_SQUEEZE = 8  # reduction ratio of squeeze and excitation
 _BLOCKS = (3, 4, 6, 3)
-# Tensors that follow from the front end's parameters; a file may lack them.
+# Tensors that are computed from the front end's parameters; a file may lack them.
 _FRONT_END = ("torchfb.",)
 
 
 @dataclass(frozen=True)
 class Published:
-    """A published model of the trainer."""
+    """A published model of the VoxCeleb trainer."""
 
     title: str
     url: str
@@ -57,7 +57,7 @@ PUBLISHED = {
 
 
 def _mel_filters(n_mels: int) -> Tensor:
-    """Triangles of height 1 on the HTK mel scale from 0 Hz to half the sample rate, [n_fft / 2 + 1, n_mels]."""
+    """Return triangles of height 1 on the HTK mel scale from 0 Hz to half the sample rate, [n_fft / 2 + 1, n_mels]."""
     edges = 700 * (10 ** (np.linspace(0, 2595 * np.log10(1 + SAMPLE_RATE / 2 / 700), n_mels + 2) / 2595) - 1)
     frequencies = np.linspace(0, SAMPLE_RATE / 2, _N_FFT // 2 + 1)[:, np.newaxis]
     rising = (frequencies - edges[:-2]) / np.diff(edges)[:-1]
@@ -110,7 +110,7 @@ class _PreEmphasis(nn.Module):
 
 
 def _normalised_log(power: Tensor) -> Tensor:
-    """Log mel with each band at mean 0 and variance 1 over time: [batch, 1, n_mels, frames]."""
+    """Return log mel with each band at mean 0 and variance 1 over time, [batch, 1, n_mels, frames]."""
     return F.instance_norm((power + 1e-6).log())[:, None]
 
 
@@ -118,7 +118,7 @@ def _normalised_log(power: Tensor) -> Tensor:
 
 
 class _Squeeze(nn.Module):
-    """Squeeze and excitation (Hu et al. 2018): channels are weighted by what the whole map says."""
+    """Squeeze and excitation (Hu et al. 2018): weights channels by a function of their means."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class _Squeeze(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions beside a short cut. The first is normalised after its rectifier, as the weights expect."""
+    """Residual block. The first convolution is followed by ReLU, then batch norm, as the weights expect."""
 
     def __init__(self, inputs: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -160,7 +160,7 @@ def _stages(channels: Sequence[int], strides: Sequence[int]) -> list[nn.Sequenti
 
 
 class FastResNet34(nn.Module):
-    """A quarter of ResNet-34's channels, self-attentive pooling."""
+    """ResNet-34 with a quarter of the channels and self-attentive pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class FastResNet34(nn.Module):
 
 
 class HalfResNet34Asp(nn.Module):
-    """Half of ResNet-34's channels, attentive statistics pooling: H/ASP."""
+    """H/ASP: ResNet-34 with half of the channels and attentive statistics pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"fast-resnet34": FastResNet34, "h-asp": 
 
 
 class VoxCelebModel:
-    """A network of the VoxCeleb trainer behind the comparison's seam."""
+    """A network of the VoxCeleb trainer as a `Model`."""
 
     batch = 16
     workers = 1
@@ -231,13 +231,13 @@ class VoxCelebModel:
         return {ONLY_LAYER: np.asarray(self._network(torch.from_numpy(np.ascontiguousarray(crops))).numpy())}
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""
 
 
 def load_voxceleb(name: str, weights: str = "") -> VoxCelebModel:
-    """Load `fast-resnet34` or `h-asp` from `weights`, a path or a URL; empty: where its authors publish it.
+    """Load `fast-resnet34` or `h-asp` from `weights`, a path or a URL; empty: the URL of its authors.
 
-    What is fetched is kept in torch.hub's cache. Raises CheckpointError where it cannot be fetched or read, or holds
+    Downloads are kept in torch.hub's cache. Raises CheckpointError if the file cannot be downloaded or read, or holds
     another network.
     """
     path = _fetched(weights or PUBLISHED[name].url)
@@ -248,7 +248,7 @@ def load_voxceleb(name: str, weights: str = "") -> VoxCelebModel:
 
 
 def load_weights(network: nn.Module, content: Mapping[str, Any], path: str) -> None:
-    """Put the trainer's tensors into `network`; those of its loss are passed over. Raises CheckpointError."""
+    """Load the trainer's tensors into `network`, except those of its loss. Raises CheckpointError for other tensors."""
     tensors = {}
     for key, value in content.items():
         name = key.removeprefix("module.")
@@ -270,7 +270,7 @@ def load_weights(network: nn.Module, content: Mapping[str, Any], path: str) -> N
 def _read(path: Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # torch raises much, depending on where the file is damaged
+    except Exception as exc:  # the exception depends on where the file is damaged
         raise CheckpointError(f"{path} is not a file of weights: {str(exc).splitlines()[0]}") from exc
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} is not a file of weights: it holds a {type(content).__name__}")
@@ -278,7 +278,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _fetched(source: str) -> Path:
-    """A local path of `source`; a URL is fetched into torch.hub's cache unless it is there."""
+    """Return a local path of `source`; a URL is downloaded into torch.hub's cache unless it is there."""
     if not storage.is_remote(source):
         if not Path(source).is_file():
             raise CheckpointError(f"{source}: no such file")
