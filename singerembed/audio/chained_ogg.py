@@ -6,10 +6,23 @@ file, so each is opened by libsndfile for itself. Pages: RFC 3533.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import mmap
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from singerembed.audio.libsndfile import SoundFileReader
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.reader import PcmReader
+from singerembed.audio.resampling import ResamplingReader
+from singerembed.errors import TrackError
+from singerembed.model.mel import Pcm
 
 _PAGE_HEADER = 27  # bytes before the table of segments
 _FIRST_PAGE = 0x02  # flag: beginning of a stream
@@ -38,7 +51,7 @@ def stream_offsets(path: str) -> list[int]:
     return starts
 
 
-class FileSlice(io.RawIOBase):
+class _FileSlice(io.RawIOBase):
     """Bytes `start` to `stop` of a file, as a file."""
 
     def __init__(self, path: str, start: int, stop: int | None) -> None:
@@ -67,3 +80,59 @@ class FileSlice(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+class ChainedReader:
+    """The streams of a chained Ogg file one after another, at the rate of the first."""
+
+    def __init__(self, path: str, offsets: list[int], limit: TimeLimit) -> None:
+        """`offsets`: where the streams begin. Raises TrackError where one cannot be opened."""
+        self._stack = contextlib.ExitStack()
+        self._streams: list[PcmReader] = []
+        self.sample_rate = 0
+        with contextlib.ExitStack() as stack:
+            for start, stop in pairwise([*offsets, None]):
+                try:
+                    part = stack.enter_context(_FileSlice(path, start or 0, stop))
+                    source = SoundFileReader(path, 0, limit, part)
+                except soundfile.LibsndfileError as exc:
+                    raise TrackError("decode_failed", f"stream {len(self._streams) + 1}: {exc.error_string}") from exc
+                stack.callback(source.close)
+                self.sample_rate = self.sample_rate or source.sample_rate
+                same = source.sample_rate == self.sample_rate
+                self._streams.append(source if same else ResamplingReader(source, self.sample_rate))
+            self._stack = stack.pop_all()
+        self._lengths = [stream.length() for stream in self._streams]
+        self._current = 0
+
+    @property
+    def notes(self) -> list[str]:
+        seconds = self.length() / self.sample_rate
+        chained = f"{len(self._streams)} streams one after another, {seconds:.1f} s in all"
+        return [chained, *dict.fromkeys(note for stream in self._streams for note in stream.notes)]
+
+    def read(self, n: int) -> Pcm:
+        parts = [self._streams[self._current].read(n)]
+        while (left := n - sum(map(len, parts))) and self._current + 1 < len(self._streams):
+            self._current += 1
+            self._streams[self._current].seek(0)
+            parts.append(self._streams[self._current].read(left))
+        joined: NDArray[np.float32] = np.concatenate(parts)
+        return joined
+
+    def seek(self, sample: int) -> None:
+        self._current = 0
+        while self._current + 1 < len(self._streams) and sample >= self._lengths[self._current]:
+            sample -= self._lengths[self._current]
+            self._current += 1
+        self._streams[self._current].seek(sample)
+
+    def length(self) -> int:
+        return sum(self._lengths)
+
+    def check_complete(self) -> None:
+        for stream in self._streams:
+            stream.check_complete()
+
+    def close(self) -> None:
+        self._stack.close()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.audio.recording import PcmReader
+from singerembed.audio.reader import PcmReader
 from singerembed.errors import TrackError
 from singerembed.model.mel import Pcm
 

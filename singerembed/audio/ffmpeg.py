@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ class AvReader:
         target = sample - round(_PREROLL_SECONDS * self.sample_rate)
         if target <= 0 or not self._time_stamps_rise():
             return False
-        clock = _Clock.of(self._path)
+        clock = self._clock
         if clock is None:
             return False
         try:
@@ -186,6 +187,10 @@ class AvReader:
             pass
         return True
 
+    @cached_property
+    def _clock(self) -> _Clock | None:
+        return _Clock.of(self._path)
+
     def length(self) -> int:
         """Number of samples, from the packets and not from a header: where the last decoded sample lies."""
         if self._length is None:
@@ -193,7 +198,7 @@ class AvReader:
         return self._length
 
     def _length_by_time_stamps(self) -> int:
-        clock = _Clock.of(self._path) if self._time_stamps_rise() else None
+        clock = self._clock if self._time_stamps_rise() else None
         if clock is None:
             return 0
         with contextlib.closing(AvReader(self._path)) as tail:

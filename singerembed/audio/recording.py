@@ -1,6 +1,6 @@
-"""Open a recording as mono PCM: choose the decoder, mix down, resample.
+"""Open a recording as mono PCM: the one place that decides what decodes it, and how long it is.
 
-soundfile decodes what it can, in this process. What it cannot open goes to PyAV in a decoder process (process.py),
+libsndfile decodes what it can, in this process. Everything else goes to FFmpeg in a decoder process (process.py),
 because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track only. A
 recording that was being decoded when an earlier run died is decoded there whatever its format.
 """
@@ -8,71 +8,28 @@ recording that was being decoded when an earlier run died is decoded there whate
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import re
 import stat
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import soundfile
-import soxr
-from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.audio.chained_ogg import FileSlice, stream_offsets
-from singerembed.audio.headers import SAMPLE_BYTES, HeaderCheck, check_header
-from singerembed.audio.limits import TimeLimit, check_format, check_length
-from singerembed.audio.mono import MonoMixer
+from singerembed.audio.chained_ogg import ChainedReader, stream_offsets
+from singerembed.audio.libsndfile import SoundFileReader
+from singerembed.audio.limits import TimeLimit
 from singerembed.audio.process import ProcessReader
+from singerembed.audio.reader import PcmReader
+from singerembed.audio.resampling import ResamplingReader
 from singerembed.errors import MissingDependencyError, TrackError
-from singerembed.model.mel import Pcm
 
 Result = TypeVar("Result")
 
-# Sources whose samples int16 holds exactly.
-_INT16_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8"}
-# soxr's HQ filter is a few hundred input samples long; a warm-up of this length leaves no trace of the cut.
-_RESAMPLER_WARMUP_SECONDS = 0.1
-_READ_SECONDS = 4.0
 _FIRST_PAUSE_SECONDS = 0.5
-_MAX_SECONDS = 1e6  # libsndfile gives a length near 2**63 samples where a FLAC header leaves it open
-# libvorbis was seen to give half a block of wrong samples at the place of a seek; its blocks have up to 8192 samples.
-_SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
-
-
-class PcmReader(Protocol):
-    """A mono recording that is read from front to back, with seeking."""
-
-    sample_rate: int  # Hz
-
-    @property
-    def notes(self) -> list[str]:
-        """What a person should know of the file, although it was decoded."""
-        ...
-
-    def read(self, n: int) -> Pcm:
-        """Return the next `n` samples, fewer only at the end. Raises TrackError."""
-        ...
-
-    def seek(self, sample: int) -> None:
-        """Go to `sample`, counted from the beginning of the recording; past the end, nothing is left to read."""
-        ...
-
-    def length(self) -> int:
-        """Number of samples from the beginning to the end, whatever the header says; may read the whole file."""
-        ...
-
-    def check_complete(self) -> None:
-        """After everything was read: raise TrackError if the file broke off, or promised more than there was."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @contextlib.contextmanager
@@ -96,7 +53,7 @@ def open_recording(
         else:
             source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
         with contextlib.closing(source):
-            yield source if source.sample_rate == sample_rate else _ResamplingReader(source, sample_rate)
+            yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate)
 
 
 def open_source(
@@ -179,233 +136,3 @@ def _check_file(path: str) -> None:
 
 def _reason(exc: Exception) -> str:
     return os.strerror(exc.errno) if isinstance(exc, OSError) and exc.errno else storage.scrubbed(str(exc))
-
-
-# --- soundfile ------------------------------------------------------------------------------------------------------
-
-
-class SoundFileReader:
-    """libsndfile, in this process. Seeks are exact to the sample."""
-
-    def __init__(self, path: str, wanted_rate: int, limit: TimeLimit, within: FileSlice | None = None) -> None:
-        """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
-        self._path = path
-        self._file = soundfile.SoundFile(within or os.fsencode(path))  # bytes, as names need not be UTF-8
-        self._limit = limit
-        self._failure: TrackError | None = None
-        self.sample_rate = self._file.samplerate
-        self.notes: list[str] = []
-        try:
-            check_format(self.sample_rate, self._file.channels)
-        except TrackError:
-            self._file.close()
-            raise
-        mono_16_bit = self._file.channels == 1 and self._file.subtype in _INT16_SUBTYPES
-        self._dtype = "int16" if mono_16_bit and self.sample_rate == wanted_rate else "float32"
-        self._restart(0)
-
-    def check_header(self) -> HeaderCheck:
-        """Say whether the file bears out the length that libsndfile finds."""
-        return check_header(self._path, self._file.format, self._file.subtype, self._file.channels, self._file.frames)
-
-    @property
-    def header_seconds(self) -> float:
-        """The length that libsndfile finds, in seconds; 0 where the header leaves it open."""
-        seconds = self._file.frames / self.sample_rate
-        return seconds if seconds < _MAX_SECONDS else 0.0
-
-    @property
-    def length_is_measured(self) -> bool:
-        """Whether libsndfile found the length by the size of the file, and not by a header or a guess."""
-        return self._file.format != "FLAC" and self._file.subtype in SAMPLE_BYTES
-
-    def _restart(self, position: int) -> None:
-        self._position = position  # of the file
-        self._mixer = MonoMixer(self.sample_rate, position)
-        self._rest = np.empty(0, np.float32)
-
-    def read(self, n: int) -> Pcm:
-        self._limit.remaining()
-        if self._file.channels == 1:
-            mono: Pcm = self._read_frames(n)[:, 0]
-            return mono
-        parts, have = [self._rest], len(self._rest)
-        while have < n:
-            wanted = max(n - have, self._mixer.segment)
-            frames = self._read_frames(wanted)
-            parts.append(self._mixer.mix(frames))
-            have += len(parts[-1])
-            if len(frames) < wanted:
-                parts.append(self._mixer.flush())
-                break
-        joined: NDArray[np.float32]
-        joined = parts[1] if len(parts) == 2 and not len(parts[0]) else np.concatenate(parts)
-        self._rest = joined[n:]
-        self.notes = [self._mixer.note] if self._mixer.note else []
-        return joined[:n]
-
-    def _read_frames(self, n: int) -> Any:
-        """The next `n` frames, [n, channels], fewer at the end or where decoding fails."""
-        if self._failure:
-            raise self._failure
-        # A buffer as large as what is left, not as what is asked for.
-        n = min(n, max(0, self._file.frames - self._position))
-        pcm = np.empty((n, self._file.channels), self._dtype)
-        try:
-            got = len(self._file.read(out=pcm))
-        except soundfile.LibsndfileError as exc:
-            # What was decoded before the damage is good and lies in the buffer; the failure comes with the next call.
-            got = max(0, self._file.tell() - self._position)
-            self._failure = TrackError(
-                "decode_failed", f"decoding failed after {self._seconds(got)}: {exc.error_string}"
-            )
-        self._position += got
-        return pcm[:got]
-
-    def seek(self, sample: int) -> None:
-        sample = min(sample, self._file.frames)
-        # Channels are mixed by whole segments.
-        position = sample if self._file.channels == 1 else sample - sample % self._mixer.segment
-        warmup = min(position, _SEEK_WARMUP_SAMPLES.get(self._file.subtype, 0))
-        try:
-            self._file.seek(position - warmup)
-            self._file.read(warmup, dtype="float32")
-        except soundfile.LibsndfileError as exc:
-            raise TrackError(
-                "decode_failed", f"seeking to {sample / self.sample_rate:.1f} s failed: {exc.error_string}"
-            ) from exc
-        self._restart(position)
-        self.read(sample - position)
-
-    def length(self) -> int:
-        return int(self._file.frames)
-
-    def check_complete(self) -> None:
-        if self._failure:
-            raise self._failure
-        log = self._file.extra_info
-        # RIFF and AIFF: libsndfile corrects the length in silence and leaves a line of this form in its log. Sizes of
-        # 0 and of 2 GiB and above are what programs write that stream to a pipe.
-        for promised, actual in re.findall(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
-            if 0 < int(actual) < int(promised) < 2**31 - 1:
-                share = f"{int(actual) / int(promised):.0%} of its audio is there"
-                raise TrackError("truncated", f"the file is cut: {share}, decoding ended at {self._seconds()}")
-        if re.search(r"lacks an end-of-stream bit|without an End-Of-Stream", log):
-            raise TrackError(
-                "truncated", f"the file is cut: its stream has no end, decoding ended at {self._seconds()}"
-            )
-        check_length(self._file.frames, self._position, self.sample_rate)
-
-    def _seconds(self, more: int = 0) -> str:
-        return f"{(self._position + more) / self.sample_rate:.1f} s"
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class ChainedReader:
-    """The streams of a chained Ogg file one after another, at the rate of the first."""
-
-    def __init__(self, path: str, offsets: list[int], limit: TimeLimit) -> None:
-        """`offsets`: where the streams begin. Raises TrackError where one cannot be opened."""
-        self._stack = contextlib.ExitStack()
-        self._streams: list[PcmReader] = []
-        self.sample_rate = 0
-        with contextlib.ExitStack() as stack:
-            for start, stop in pairwise([*offsets, None]):
-                try:
-                    part = stack.enter_context(FileSlice(path, start or 0, stop))
-                    source = SoundFileReader(path, 0, limit, part)
-                except soundfile.LibsndfileError as exc:
-                    raise TrackError("decode_failed", f"stream {len(self._streams) + 1}: {exc.error_string}") from exc
-                stack.callback(source.close)
-                self.sample_rate = self.sample_rate or source.sample_rate
-                same = source.sample_rate == self.sample_rate
-                self._streams.append(source if same else _ResamplingReader(source, self.sample_rate))
-            self._stack = stack.pop_all()
-        self._lengths = [stream.length() for stream in self._streams]
-        self._current = 0
-
-    @property
-    def notes(self) -> list[str]:
-        seconds = self.length() / self.sample_rate
-        chained = f"{len(self._streams)} streams one after another, {seconds:.1f} s in all"
-        return [chained, *dict.fromkeys(note for stream in self._streams for note in stream.notes)]
-
-    def read(self, n: int) -> Pcm:
-        parts = [self._streams[self._current].read(n)]
-        while (left := n - sum(map(len, parts))) and self._current + 1 < len(self._streams):
-            self._current += 1
-            self._streams[self._current].seek(0)
-            parts.append(self._streams[self._current].read(left))
-        joined: NDArray[np.float32] = np.concatenate(parts)
-        return joined
-
-    def seek(self, sample: int) -> None:
-        self._current = 0
-        while self._current + 1 < len(self._streams) and sample >= self._lengths[self._current]:
-            sample -= self._lengths[self._current]
-            self._current += 1
-        self._streams[self._current].seek(sample)
-
-    def length(self) -> int:
-        return sum(self._lengths)
-
-    def check_complete(self) -> None:
-        for stream in self._streams:
-            stream.check_complete()
-
-    def close(self) -> None:
-        self._stack.close()
-
-
-# --- resampling -----------------------------------------------------------------------------------------------------
-
-
-class _ResamplingReader:
-    """soxr over the continuous signal, so that a sample does not depend on which crops were asked for."""
-
-    def __init__(self, source: PcmReader, sample_rate: int) -> None:
-        self._source = source
-        self.sample_rate = sample_rate
-        self._restart()
-
-    @property
-    def notes(self) -> list[str]:
-        return self._source.notes
-
-    def length(self) -> int:
-        return round(self._source.length() * self.sample_rate / self._source.sample_rate)
-
-    def _restart(self) -> None:
-        self._soxr = soxr.ResampleStream(self._source.sample_rate, self.sample_rate, 1, dtype="float32")
-        self._pending: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-        self._ended = False
-
-    def read(self, n: int) -> Pcm:
-        have = sum(map(len, self._pending))
-        block = round(_READ_SECONDS * self._source.sample_rate)
-        while have < n and not self._ended:
-            pcm = self._source.read(block)
-            self._ended = len(pcm) < block
-            chunk = self._soxr.resample_chunk(np.ascontiguousarray(pcm, np.float32), last=self._ended)
-            self._pending.append(chunk)
-            have += len(chunk)
-        joined = np.concatenate(self._pending) if self._pending else np.empty(0, np.float32)
-        self._pending = [joined[n:]]
-        return joined[:n]
-
-    def seek(self, sample: int) -> None:
-        """Restart the filter a little before `sample`, at an input sample that coincides with an output sample."""
-        common = math.gcd(self.sample_rate, self._source.sample_rate)
-        out_step, in_step = self.sample_rate // common, self._source.sample_rate // common
-        steps = max(0, sample - round(_RESAMPLER_WARMUP_SECONDS * self.sample_rate)) // out_step
-        self._source.seek(steps * in_step)
-        self._restart()
-        self.read(sample - steps * out_step)
-
-    def check_complete(self) -> None:
-        self._source.check_complete()
-
-    def close(self) -> None:
-        self._source.close()

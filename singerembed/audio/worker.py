@@ -19,7 +19,8 @@ import numpy as np
 
 from singerembed.audio.ffmpeg import AvReader
 from singerembed.audio.limits import TimeLimit
-from singerembed.audio.recording import PcmReader, open_source
+from singerembed.audio.reader import PcmReader
+from singerembed.audio.recording import open_source
 from singerembed.errors import TrackError
 
 

@@ -1,0 +1,145 @@
+"""Decode with libsndfile, through soundfile, in this process."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from typing import Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from singerembed.audio.headers import SAMPLE_BYTES, HeaderCheck, check_header
+from singerembed.audio.limits import TimeLimit, check_format, check_length
+from singerembed.audio.mono import MonoMixer
+from singerembed.errors import TrackError
+from singerembed.model.mel import Pcm
+
+# Sources whose samples int16 holds exactly.
+_INT16_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8"}
+_MAX_SECONDS = 1e6  # libsndfile gives a length near 2**63 samples where a FLAC header leaves it open
+# libvorbis was seen to give half a block of wrong samples at the place of a seek; its blocks have up to 8192 samples.
+_SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
+
+
+class SoundFileReader:
+    """libsndfile, in this process. Seeks are exact to the sample."""
+
+    def __init__(
+        self, path: str, wanted_rate: int, limit: TimeLimit, within: BinaryIO | io.RawIOBase | None = None
+    ) -> None:
+        """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
+        self._path = path
+        self._file = soundfile.SoundFile(within or os.fsencode(path))  # bytes, as names need not be UTF-8
+        self._limit = limit
+        self._failure: TrackError | None = None
+        self.sample_rate = self._file.samplerate
+        self.notes: list[str] = []
+        try:
+            check_format(self.sample_rate, self._file.channels)
+        except TrackError:
+            self._file.close()
+            raise
+        mono_16_bit = self._file.channels == 1 and self._file.subtype in _INT16_SUBTYPES
+        self._dtype = "int16" if mono_16_bit and self.sample_rate == wanted_rate else "float32"
+        self._restart(0)
+
+    def check_header(self) -> HeaderCheck:
+        """Say whether the file bears out the length that libsndfile finds."""
+        return check_header(self._path, self._file.format, self._file.subtype, self._file.channels, self._file.frames)
+
+    @property
+    def header_seconds(self) -> float:
+        """The length that libsndfile finds, in seconds; 0 where the header leaves it open."""
+        seconds = self._file.frames / self.sample_rate
+        return seconds if seconds < _MAX_SECONDS else 0.0
+
+    @property
+    def length_is_measured(self) -> bool:
+        """Whether libsndfile found the length by the size of the file, and not by a header or a guess."""
+        return self._file.format != "FLAC" and self._file.subtype in SAMPLE_BYTES
+
+    def _restart(self, position: int) -> None:
+        self._position = position  # of the file
+        self._mixer = MonoMixer(self.sample_rate, position)
+        self._rest = np.empty(0, np.float32)
+
+    def read(self, n: int) -> Pcm:
+        self._limit.remaining()
+        if self._file.channels == 1:
+            mono: Pcm = self._read_frames(n)[:, 0]
+            return mono
+        parts, have = [self._rest], len(self._rest)
+        while have < n:
+            wanted = max(n - have, self._mixer.segment)
+            frames = self._read_frames(wanted)
+            parts.append(self._mixer.mix(frames))
+            have += len(parts[-1])
+            if len(frames) < wanted:
+                parts.append(self._mixer.flush())
+                break
+        joined: NDArray[np.float32]
+        joined = parts[1] if len(parts) == 2 and not len(parts[0]) else np.concatenate(parts)
+        self._rest = joined[n:]
+        self.notes = [self._mixer.note] if self._mixer.note else []
+        return joined[:n]
+
+    def _read_frames(self, n: int) -> Any:
+        """The next `n` frames, [n, channels], fewer at the end or where decoding fails."""
+        if self._failure:
+            raise self._failure
+        # A buffer as large as what is left, not as what is asked for.
+        n = min(n, max(0, self._file.frames - self._position))
+        pcm = np.empty((n, self._file.channels), self._dtype)
+        try:
+            got = len(self._file.read(out=pcm))
+        except soundfile.LibsndfileError as exc:
+            # What was decoded before the damage is good and lies in the buffer; the failure comes with the next call.
+            got = max(0, self._file.tell() - self._position)
+            self._failure = TrackError(
+                "decode_failed", f"decoding failed after {self._seconds(got)}: {exc.error_string}"
+            )
+        self._position += got
+        return pcm[:got]
+
+    def seek(self, sample: int) -> None:
+        sample = min(sample, self._file.frames)
+        # Channels are mixed by whole segments.
+        position = sample if self._file.channels == 1 else sample - sample % self._mixer.segment
+        warmup = min(position, _SEEK_WARMUP_SAMPLES.get(self._file.subtype, 0))
+        try:
+            self._file.seek(position - warmup)
+            self._file.read(warmup, dtype="float32")
+        except soundfile.LibsndfileError as exc:
+            raise TrackError(
+                "decode_failed", f"seeking to {sample / self.sample_rate:.1f} s failed: {exc.error_string}"
+            ) from exc
+        self._restart(position)
+        self.read(sample - position)
+
+    def length(self) -> int:
+        return int(self._file.frames)
+
+    def check_complete(self) -> None:
+        if self._failure:
+            raise self._failure
+        log = self._file.extra_info
+        # RIFF and AIFF: libsndfile corrects the length in silence and leaves a line of this form in its log. Sizes of
+        # 0 and of 2 GiB and above are what programs write that stream to a pipe.
+        for promised, actual in re.findall(r"^\s*(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log, re.MULTILINE):
+            if 0 < int(actual) < int(promised) < 2**31 - 1:
+                share = f"{int(actual) / int(promised):.0%} of its audio is there"
+                raise TrackError("truncated", f"the file is cut: {share}, decoding ended at {self._seconds()}")
+        if re.search(r"lacks an end-of-stream bit|without an End-Of-Stream", log):
+            raise TrackError(
+                "truncated", f"the file is cut: its stream has no end, decoding ended at {self._seconds()}"
+            )
+        check_length(self._file.frames, self._position, self.sample_rate)
+
+    def _seconds(self, more: int = 0) -> str:
+        return f"{(self._position + more) / self.sample_rate:.1f} s"
+
+    def close(self) -> None:
+        self._file.close()
