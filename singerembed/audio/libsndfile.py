@@ -27,9 +27,7 @@ _SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
 class SoundFileReader:
     """libsndfile, in this process. Seeks are exact to the sample."""
 
-    def __init__(
-        self, path: str, wanted_rate: int, limit: TimeLimit, within: BinaryIO | io.RawIOBase | None = None
-    ) -> None:
+    def __init__(self, path: str, wanted_rate: int, limit: TimeLimit, within: io.RawIOBase | None = None) -> None:
         """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
         self._path = path
         self._file = soundfile.SoundFile(within or os.fsencode(path))  # bytes, as names need not be UTF-8

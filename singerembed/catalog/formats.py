@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import json
@@ -28,6 +29,8 @@ class Fingerprint:
     sha256: str
     rows: int  # exact for JSON Lines and Parquet; CSV and TSV count line ends outside quotes, so blank lines too
     state: tuple[int | str, ...] = ()  # of the file when it was hashed, see storage.state_of
+    is_utf8: bool = True  # as far as it is text that is taken for UTF-8
+    has_quotes: bool = False
 
 
 class Rows(Protocol):
@@ -40,6 +43,10 @@ class Rows(Protocol):
 
     def values(self) -> Iterator[RawRow]:
         """The rows, without the work of making tables."""
+        ...
+
+    def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
+        """The values of two columns in each row; None where a row lacks one. Faster than `values`."""
         ...
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]: ...
@@ -95,27 +102,39 @@ class DelimitedRows:
 
     def values(self) -> Iterator[RawRow]:
         """See `Rows.values`. A row with a quote out of place has a problem; a quote left open raises CatalogError."""
+        for fields in self._fields():
+            yield RawRow({}, fields) if isinstance(fields, str) else self._row(fields)
+
+    def pairs(self, one: str, other: str) -> Iterator[tuple[str | None, str | None]]:
+        """See `Rows.pairs`."""
+        first, second = self.names.index(one), self.names.index(other)
+        longer = max(first, second)
+        for fields in self._fields():
+            complete = len(fields) > longer and not isinstance(fields, str)
+            yield (fields[first], fields[second]) if complete else (None, None)
+
+    def _fields(self) -> Iterator[list[str] | str]:
+        """The fields of each row that is not blank, or what is wrong with it."""
         with self.layout.open_text(self._path) as file:
             reader = self.layout.reader(file)
             next(reader)
             while True:
                 line = reader.line_num
                 try:
-                    fields = next(reader, None)
+                    for fields in reader:
+                        line = reader.line_num
+                        if fields:
+                            yield fields
+                    return
                 except csv.Error as exc:
                     if reader.line_num > line + 1:
                         raise CatalogError(
                             f"{self._path} line {line + 1}: {exc}. Is a quote left open there? If quotes are part of "
                             "the text, say --quoting none"
                         ) from exc
-                    yield RawRow({}, f"{exc}; if quotes are part of the text, say --quoting none")
-                    continue
+                    yield f"{exc}; if quotes are part of the text, say --quoting none"
                 except (OSError, EOFError, UnicodeError) as exc:
                     raise _cannot_read(self._path, exc) from exc
-                if fields is None:
-                    return
-                if fields:  # no blank line
-                    yield self._row(fields)
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
         for raw in _in_batches(self.values()):
@@ -161,6 +180,10 @@ class _JsonRows:
                     continue
                 yield RawRow(values) if isinstance(values, dict) else RawRow({}, "not a JSON object")
 
+    def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
+        """See `Rows.pairs`."""
+        return ((row.values.get(one), row.values.get(other)) for row in self.values())
+
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
         for raw in _in_batches(self.values()):
             yield raw, self._table(raw)
@@ -197,6 +220,12 @@ class _ParquetRows:
         for raw, _ in self.batches():
             yield from raw
 
+    def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
+        """See `Rows.pairs`."""
+        with storage.open_input(self._path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(columns=[one, other]):
+                yield from zip(batch[one].to_pylist(), batch[other].to_pylist(), strict=True)
+
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
         with storage.open_input(self._path) as file:
             parquet = pq.ParquetFile(file)
@@ -224,7 +253,7 @@ def fingerprint(path: str, layout: Layout) -> Fingerprint:
     """Hash the file `path` and count its rows. Raises CatalogError."""
     try:
         state = storage.state_of(path)
-        lines = _LineCounter(layout.quoted and layout.kind != "jsonl")
+        lines = _TextScan(layout.quoted and layout.kind != "jsonl")
         is_plain = not layout.compression and layout.encoding.startswith(UTF8)
         digest = hashlib.sha256()
         with storage.open_input(path) as file:
@@ -238,22 +267,32 @@ def fingerprint(path: str, layout: Layout) -> Fingerprint:
         if not is_plain:
             with layout.open_text(path) as text:
                 while characters := text.read(_SCAN_BYTES):
-                    lines.add(characters.encode(errors="replace"))
+                    lines.add(characters.encode(errors="surrogateescape"))
     except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
         raise _cannot_read(path, exc) from exc
-    return Fingerprint(digest.hexdigest(), max(0, lines.total - (layout.kind != "jsonl")), state)
+    rows = max(0, lines.total - (layout.kind != "jsonl"))
+    return Fingerprint(digest.hexdigest(), rows, state, lines.is_utf8, lines.has_quotes)
 
 
-class _LineCounter:
-    """Counts line ends outside quotes, and a last line without one."""
+class _TextScan:
+    """Counts line ends outside quotes, and a last line without one; finds quotes and bytes that are not UTF-8."""
 
     def __init__(self, quoted: bool) -> None:
         self._quoted = quoted
         self._quote_open = False
         self._lines, self._last = 0, b"\n"
+        self._decoder = codecs.getincrementaldecoder(UTF8)()
+        self.is_utf8 = True
+        self.has_quotes = False
 
     def add(self, block: bytes) -> None:
         self._last = block[-1:]
+        self.has_quotes = self.has_quotes or b'"' in block
+        if self.is_utf8:
+            try:
+                self._decoder.decode(block)
+            except UnicodeDecodeError:
+                self.is_utf8 = False
         if not self._quoted or (not self._quote_open and b'"' not in block):
             self._lines += block.count(b"\n")
             return

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,7 @@ class Columns:
 _FINISHED_ARE_SAFE = (
     "Finished units are safe: put the file back as it was and run the same command again, or give another output"
 )
-_MAX_IDS = 20_000_000  # that are compared: 320 MB
+_MAX_IDS = 50_000_000  # that are compared: 400 MB
 
 
 @dataclass(frozen=True)
@@ -89,29 +90,24 @@ def _has_surrogates(text: str) -> bool:
     return False
 
 
-class _SeenIds:
-    """Finds rows of different recordings that have one track id, by 64-bit hashes."""
+def _doubled_ids(pairs: Callable[[], Iterator[tuple[Any, Any]]]) -> str:
+    """Name two rows of `pairs`, a track id and a path each, that have one id and two paths; empty if there are none.
 
-    def __init__(self) -> None:
-        self._ids, self._paths, self._rows = array("q"), array("q"), array("q")
-
-    def add(self, row: int, track_id: Any, path: Any) -> None:
-        if track_id not in {None, ""} and len(self._ids) < _MAX_IDS:
-            self._ids.append(hash(str(track_id)))
-            self._paths.append(hash(str(path)))
-            self._rows.append(row)
-
-    def doubled(self) -> str:
-        """Name the first two such rows; empty if there are none."""
-        ids, paths, rows = (np.frombuffer(values, np.int64) for values in (self._ids, self._paths, self._rows))
-        order = np.argsort(ids, kind="stable")
-        again = (ids[order[1:]] == ids[order[:-1]]) & (paths[order[1:]] != paths[order[:-1]])
-        if not again.any():
-            return ""
-        first = np.flatnonzero(again)[np.argmin(rows[order[1:][again]])]
-        pair = rows[order[first]], rows[order[first + 1]]
-        more = f" (and {int(again.sum()) - 1:,} more)" if again.sum() > 1 else ""
-        return f"rows {pair[0]:,} and {pair[1]:,}{more} are different recordings with one track id"
+    By 64-bit hashes, sorted: 8 bytes a row.
+    """
+    hashes = array("q")
+    hashes.extend(hash(track_id) for track_id, _ in islice(pairs(), _MAX_IDS) if track_id not in {None, ""})
+    ids = np.frombuffer(hashes, np.int64)
+    ids.sort()
+    doubled = set(ids[1:][ids[1:] == ids[:-1]].tolist())
+    first: dict[int, tuple[int, Any]] = {}
+    for row, (track_id, path) in enumerate(pairs() if doubled else (), start=1):
+        key = hash(track_id)
+        if key in doubled and track_id not in {None, ""}:
+            before = first.setdefault(key, (row, path))
+            if before[1] != path:
+                return f"rows {before[0]:,} and {row:,} are different recordings with one track id, {track_id!r}"
+    return ""
 
 
 class Catalog:
@@ -162,25 +158,33 @@ class Catalog:
         """How the file is written, where its name does not say so."""
         return self._rows.layout.remarks
 
-    def check(self) -> CatalogCheck:
-        """Read the whole catalogue once before it is used.
+    def check(self, fingerprint: Fingerprint) -> CatalogCheck:
+        """Read the whole catalogue once before it is used; `fingerprint` says what can be left out.
 
         Raises CatalogError where a quote is left open, or where text other than a path is not in the encoding.
         """
-        seen = _SeenIds()
-        odd_paths = 0
+        path, track_id = self._columns.path, self._columns.track_id
+        odd_paths = 0 if fingerprint.is_utf8 else self._count_odd_paths()
+        if track_id in self._rows.names:
+            return CatalogCheck(odd_paths, _doubled_ids(lambda: self._rows.pairs(track_id, path)))
+        if fingerprint.has_quotes:
+            for _ in self._rows.values():  # raises where a quote is left open
+                pass
+        return CatalogCheck(odd_paths, "")
+
+    def _count_odd_paths(self) -> int:
+        count = 0
         for row, raw in enumerate(self._rows.values(), start=1):
             for name, value in raw.values.items():
-                if isinstance(value, str) and not value.isascii() and _has_surrogates(value):
-                    if name not in {self._columns.path, self._columns.track_id}:
-                        raise CatalogError(
-                            f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). Name the encoding '
-                            "of the file, as in --encoding cp1252"
-                        )
-                    odd_paths += name == self._columns.path
-            if self._columns.track_id in raw.values:
-                seen.add(row, raw.values[self._columns.track_id], raw.values.get(self._columns.path))
-        return CatalogCheck(odd_paths, seen.doubled())
+                if not isinstance(value, str) or value.isascii() or not _has_surrogates(value):
+                    continue
+                if name not in {self._columns.path, self._columns.track_id}:
+                    raise CatalogError(
+                        f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). Name the encoding '
+                        "of the file, as in --encoding cp1252"
+                    )
+                count += name == self._columns.path
+        return count
 
     def _check_unchanged(self, expected: Fingerprint) -> Fingerprint:
         """Return `expected`, brought up to date, if the file still is what it was; raise CatalogError if not."""

@@ -114,7 +114,7 @@ def _examine(path: str, options: RunOptions, say: Callable[[str, str], None]) ->
     """Read the whole catalogue once: hash it, and say what is odd about it. Raises CatalogError and UsageError."""
     catalog = Catalog(path, options.columns, RESERVED_COLUMNS)
     fingerprint = catalog.fingerprint()
-    check = catalog.check()
+    check = catalog.check(fingerprint)
     for text in catalog.remarks + check.notes:
         say("catalog", f"{path}: {text}")
     if check.doubled_ids and options.pool == "mean":

@@ -252,3 +252,33 @@ HARD_FILES: dict[str, Callable[[Path], Path]] = {
     "mpegts": lambda f: encode(f / "a.ts", song(9), "aac"),
     "mp2": lambda f: encode(f / "a.mp2", song(9), "mp2"),
 }  # fmt: skip
+
+
+def main() -> None:
+    """Print how many seconds of each file FFmpeg decodes, and how many are read."""
+    import tempfile
+
+    from singerembed.audio.limits import TimeLimit
+    from singerembed.audio.recording import open_recording
+
+    print("| file | FFmpeg, s | read, s | decoder | note |\n| --- | --- | --- | --- | --- |")
+    for name, make in HARD_FILES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = make(Path(folder))
+            try:
+                expected = f"{len(ffmpeg_decodes(path)) / RATE:.2f}"
+            except av.error.FFmpegError:
+                expected = "cannot open it"
+            with open_recording(str(path), RATE, TimeLimit(60)) as reader:
+                n = 0
+                while block := len(reader.read(RATE)):
+                    n += block
+                reader.check_complete()
+                decoder = type(getattr(reader, "_source", reader)).__name__.removesuffix("Reader")
+                names = {"SoundFile": "libsndfile", "Process": "FFmpeg", "Chained": "libsndfile, by streams"}
+                note = "; ".join(reader.notes)
+            print(f"| {name} | {expected} | {n / RATE:.2f} | {names[decoder]} | {note} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 from pathlib import Path
 
@@ -24,12 +25,17 @@ DATA = Path(__file__).parent / "data"
 
 def rows(path: Path | str, **text: str) -> list[dict[str, object]]:
     catalog = Catalog(str(path), Columns(text=TextOptions(**text)))
-    catalog.check()
+    catalog.check(catalog.fingerprint())
     return [
         {"path": track.path, **row}
         for unit in catalog.units()
         for track, row in zip(unit.tracks, unit.extra.to_pylist(), strict=True)
     ]
+
+
+def doubled_ids(path: Path) -> str:
+    catalog = Catalog(str(path))
+    return catalog.check(catalog.fingerprint()).doubled_ids
 
 
 def remarks(path: Path | str) -> list[str]:
@@ -106,7 +112,7 @@ def test_quotes_of_a_database_export_are_text(tmp_path: Path) -> None:
 def test_a_quote_out_of_place_costs_its_row(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text('path,title\na.wav,x\nb.wav,"Heroes" (2017)\nc.wav,y\n', encoding="utf-8")
     catalog = Catalog(str(tmp_path / "c.csv"))
-    catalog.check()
+    catalog.check(catalog.fingerprint())
     found = [track for unit in catalog.units() for track in unit.tracks]
     assert [track.problem is None for track in found] == [True, False, True]
     assert "--quoting none" in str(found[1].problem)
@@ -145,9 +151,19 @@ def test_file_uris(path: str, location: str) -> None:
 def test_two_recordings_with_one_id_are_said_and_refused_where_it_matters(tmp_path: Path) -> None:
     lines = ["track_id,path", "1,a.wav", "2,b.wav", "1,c.wav", "2,b.wav", "2,d.wav"]
     (tmp_path / "c.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    check = Catalog(str(tmp_path / "c.csv")).check()
-    assert check.doubled_ids.startswith("rows 1 and 3 (and 1 more) are different recordings with one track id")
+    assert doubled_ids(tmp_path / "c.csv") == "rows 1 and 3 are different recordings with one track id, '1'"
     with pytest.raises(UsageError, match="rows 1 and 3"):
         run(str(tmp_path / "c.csv"), str(tmp_path / "o.parquet"), options=RunOptions(pool="mean"))
     (tmp_path / "c.csv").write_text("track_id,path,start\n1,a.wav,0\n1,a.wav,4\n,x.wav,\n,y.wav,\n", encoding="utf-8")
-    assert Catalog(str(tmp_path / "c.csv")).check().doubled_ids == ""
+    assert doubled_ids(tmp_path / "c.csv") == ""
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_doubled_ids_in_other_formats(tmp_path: Path, suffix: str) -> None:
+    rows = [{"track_id": i % 3, "path": f"{i}.wav"} for i in range(4)]
+    path = tmp_path / f"c.{suffix}"
+    if suffix == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    assert doubled_ids(path).startswith("rows 1 and 4 are different recordings with one track id")
