@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,11 @@ def _figure(width: float, height: float, **axes: Any) -> tuple[Any, Any]:
 
 def _save(figure: Any, folder: str, stem: str) -> list[str]:
     paths = [str(Path(folder) / f"{stem}{suffix}") for suffix in _SUFFIXES]
-    for path in paths:
-        figure.savefig(path, dpi=300)
+    with warnings.catch_warnings():
+        # Names in a script that no font here has are drawn as boxes; the page shows them in the browser's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        for path in paths:
+            figure.savefig(path, dpi=300)
     return paths
 
 

@@ -25,6 +25,8 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem }
 th, td { padding: .25rem .7rem; text-align: left; border-bottom: 1px solid #e4e7eb; white-space: nowrap }
+.fits th, .fits td:first-child { white-space: normal; overflow-wrap: anywhere } .fits td { vertical-align: top }
+details { margin-top: 2.5rem } summary { cursor: pointer; font-weight: bold }
 th { border-bottom: 2px solid #8a939c } .wide { overflow-x: auto } .scroll { max-height: 24rem; overflow: auto }
 .side { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem }
 .plot { height: 32rem; min-width: 0 } .note { color: #57606a } button { font: inherit; padding: .15rem .8rem }
@@ -54,7 +56,7 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
     map_js = (resources.files("singerembed.evaluation") / "map.js").read_text(encoding="utf-8")
     figures: dict[str, Any] = {}
     maps: dict[str, Any] = {}
-    body = [f"<h1>{html.escape(title)}</h1>", _summary(evaluation), _table(HEADER, table_rows(evaluation))]
+    body = [f"<h1>{html.escape(title)}</h1>", _summary(evaluation), _table(HEADER, table_rows(evaluation), fits=True)]
     body.append(
         "<p class=note>In brackets: 95 % intervals over singers. EER: equal error rate of pairs of crops. MNR: mean "
         "normalised rank of a singer's crop among crops of others. Top-1, top-5: linear probe on unseen recordings.</p>"
@@ -69,7 +71,9 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
         body += ["<h2>Detection error trade-off</h2>", '<div class=plot id="det"></div>']
     for i, (result, view) in enumerate(zip(evaluation.results, views, strict=True)):
         body += _model_section(i, result, view, figures, maps)
-    body += ["<h2>Provenance</h2>", f"<pre>{html.escape(json.dumps(_provenance(evaluation), indent=1))}</pre>"]
+    provenance = html.escape(json.dumps(_provenance(evaluation), indent=1))
+    summary = "<summary>Provenance: data, models, options and versions, as JSON</summary>"
+    body.append(f"<details>{summary}<pre>{provenance}</pre></details>")
     return "\n".join(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
@@ -89,11 +93,15 @@ def _json(value: Any) -> str:
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c")
 
 
-def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], *, fits: bool = False) -> str:
+    """Return a table; one that `fits` breaks its header and its intervals into lines rather than scroll."""
 
-    return f"<div class=wide><table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table></div>"
+    def line(cells: tuple[str, ...], tag: str) -> str:
+        texts = [html.escape(cell).replace(" [", "<br>[" if fits else " [") for cell in cells]
+        return "<tr>" + "".join(f"<{tag}>{text}</{tag}>" for text in texts) + "</tr>"
+
+    kind = "fits" if fits else "wide"
+    return f"<div class={kind}><table>{line(header, 'th')}{''.join(line(row, 'td') for row in rows)}</table></div>"
 
 
 def _summary(evaluation: Evaluation) -> str:

@@ -24,6 +24,7 @@ from tolerances import SAME_CROP_COSINE
 import singerembed
 from singerembed.cli.main import cli
 from singerembed.errors import UsageError
+from singerembed.evaluation import figures
 from singerembed.evaluation.baselines.base import ModelFacts
 from singerembed.evaluation.data import read_labelled
 from singerembed.evaluation.geometry import (
@@ -283,6 +284,9 @@ def test_report_page(output: Path, tmp_path: Path) -> None:
         sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
         assert {url.partition(":")[0] for url in urls} <= {"file", "data", "blob"}
+        assert not driver.find_element("css selector", "details pre").is_displayed()
+        width = "return document.querySelector('table').scrollWidth <= document.body.clientWidth"
+        assert driver.execute_script(width)
         heat = driver.find_element("css selector", "#heat0 .nsewdrag")
         driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", heat)
         hover_on(driver, heat)
@@ -296,6 +300,13 @@ def test_report_page(output: Path, tmp_path: Path) -> None:
         assert driver.execute_script("return maps.map0.n") == 30
         assert driver.execute_script("const m = maps.map0; return m.singers[m.singer[0]]") == "s0"
         assert driver.execute_script("return maps.map0.crops[0]").startswith("s0/0.wav@")
+
+
+def test_names_without_glyphs_print_nothing(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    figure, axes = figures._figure(2, 2)
+    axes.set_title("\u6b4c\u624b")
+    assert all(Path(path).stat().st_size for path in figures._save(figure, str(tmp_path), "a"))
+    assert not recwarn.list
 
 
 def test_report_wants_a_file_of_run(corpus: Path, output: Path, tmp_path: Path) -> None:
