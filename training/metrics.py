@@ -8,11 +8,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.interpolate import interp1d
-from scipy.optimize import brentq
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
+from singerembed.evaluation.metrics import equal_error_rate
 from training import losses
 
 Floats = NDArray[np.floating]
@@ -52,9 +50,10 @@ def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, fl
     if not positive.any() or not negative.any():
         raise ValueError("validation needs two singers, and two crops of one of them")
     once = np.triu(np.ones_like(positive), k=1)
-    scores = similarity[positive & once]
+    scores, of_others = similarity[positive & once], similarity[negative & once]
+    is_positive = np.arange(len(scores) + len(of_others)) < len(scores)
     return {
-        "eer": equal_error_rate(scores, similarity[negative & once]),
+        "eer": equal_error_rate(is_positive, np.concatenate([scores, of_others])).rate,
         "mean_rank": mean_normalised_rank(similarity, positive, negative),
         # `losses.alignment` of unit vectors: the squared distance is 2 - 2 cos. The pairs themselves would take
         # gigabytes.
@@ -62,14 +61,6 @@ def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, fl
         "uniformity": float(losses.uniformity(unit)),
         "spread": float(spread(unit)),
     }
-
-
-def equal_error_rate(positive: Floats, negative: Floats) -> float:
-    """Return the equal error rate of positive and negative scores, on the linearly interpolated ROC curve."""
-    truth = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
-    false_positive, true_positive, _ = roc_curve(truth, np.concatenate([positive, negative]))
-    rate = interp1d(false_positive, true_positive)
-    return float(brentq(lambda x: 1.0 - x - rate(x), 0.0, 1.0))
 
 
 def mean_normalised_rank(similarity: Floats, positive: NDArray[np.bool_], negative: NDArray[np.bool_]) -> float:

@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
-from singerembed.catalog.read import Catalog, Columns
+from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
 from singerembed.storage import exists, publishing
 from training.config import DataConfig, TrainConfig
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".wma"}
 TRAIN, VALIDATION = "train", "validation"
 _COLUMNS = ("path", "singer", "seconds", "start", "split")
 # The fields of DataConfig that, with the seed, determine an index.

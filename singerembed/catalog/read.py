@@ -22,6 +22,10 @@ from singerembed.errors import CatalogError, TrackError
 from singerembed.storage import printable
 
 DEFAULT_UNIT_MINUTES = 240.0
+# Of the files in a folder that are taken for recordings.
+AUDIO_SUFFIXES = {
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",
+}  # fmt: skip
 ASSUMED_TRACK_MINUTES = 4.0  # of a row that does not say where it ends: a song
 
 

@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from pyarrow.dataset import dataset
 
 from singerembed import storage
-from singerembed.catalog.read import Catalog, Columns
+from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
 from singerembed.errors import UsageError
 from singerembed.output.finished import is_partitioned, read_schema
 from singerembed.output.schema import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
 from singerembed.storage import portable
 
-AUDIO_SUFFIXES = {
-    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",
-}  # fmt: skip
 DEFAULT_SINGER_COLUMN = "singer"
 
 

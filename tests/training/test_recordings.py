@@ -139,7 +139,7 @@ def test_catalogue_rows_that_are_wrong_are_left_out_and_singers_may_be_numbers(
         config = small_config(tmp_path / f"{name}.parquet", data={"validation_fraction": 0})
         first, second, last = (each.singer for each in build_index(config))
         assert first == second != last == "d.wav"
-        assert "1 rows" in (written := capsys.readouterr().out)
+        assert "1 invalid rows" in (written := capsys.readouterr().out)
         assert "end 0.2 s is not after start 0.9 s" in written
 
 
