@@ -14,25 +14,19 @@ from typing import Any
 
 from benchmarks.fakes import start_ray
 from benchmarks.material import machine, make_library
-from singerembed.catalog.read import Track
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
-from singerembed.model.spec import ModelSpec
-from singerembed.output.schema import Counts, TrackRows
+from singerembed.jobs.units import Listener
+from singerembed.output.schema import Counts
 
 _SMALL_UNITS = 1_500
 
 
-class _Clock:
+class _Clock(Listener):
     """A listener that records when units are published."""
 
     def __init__(self) -> None:
         self.crops: list[tuple[float, int]] = []
-
-    def started(self, _spec: ModelSpec, _description: str, _total: int) -> None: ...
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
-    def embedded(self, _track: Track, _rows: TrackRows) -> None: ...
 
     def published(self, _unit: int, counts: Counts) -> None:
         self.crops.append((time.perf_counter(), counts.crops))

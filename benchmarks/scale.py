@@ -22,29 +22,24 @@ import pyarrow as pa
 
 from benchmarks import fakes
 from benchmarks.material import machine
-from singerembed.catalog.read import Catalog, Track
+from singerembed.catalog.read import Catalog
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
-from singerembed.model.spec import ModelSpec
+from singerembed.jobs.units import Listener
 from singerembed.output.finished import part_path
 from singerembed.output.parts import PartStore
-from singerembed.output.schema import Counts, TrackRows, output_schema
+from singerembed.output.schema import Counts, output_schema
 
 _PART_COUNTS = (1_000, 10_000, 100_000)
 
 
-class _Watch:
+class _Watch(Listener):
     """A listener that records the end of the first and the last unit, and memory in between."""
 
     def __init__(self) -> None:
         self.units = 0
         self.first = self.last = 0.0
         self.resident: list[int] = []
-
-    def started(self, _spec: ModelSpec, _description: str, _total: int) -> None: ...
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
-    def embedded(self, _track: Track, _rows: TrackRows) -> None: ...
 
     def published(self, _unit: int, _counts: Counts) -> None:
         self.last = time.perf_counter()

@@ -10,6 +10,7 @@ from typing import Never
 from tqdm import tqdm
 
 from singerembed.catalog.read import Track
+from singerembed.jobs.units import Listener
 from singerembed.model.spec import BUNDLED_NAME, ModelSpec
 from singerembed.output.schema import Counts, TrackRows
 from singerembed.storage import printable, redacted
@@ -17,7 +18,7 @@ from singerembed.storage import printable, redacted
 _BAR_FORMAT = "{percentage:3.0f}% {bar} | {n_fmt}/{total_fmt} tracks{desc} | {remaining} left"
 
 
-class ProgressBar:
+class ProgressBar(Listener):
     """A `Listener` that draws on stderr, on a terminal only, unless `quiet`."""
 
     def __init__(self, note: Callable[[str, str], None], *, quiet: bool) -> None:
@@ -26,9 +27,6 @@ class ProgressBar:
         self._counts = Counts()
         self._started = time.monotonic()
         self.first_error = ""
-
-    def published(self, unit: int, counts: Counts) -> None:
-        """Do nothing: the bar counts tracks."""
 
     def __enter__(self) -> ProgressBar:
         return self

@@ -114,7 +114,7 @@ def _work(job: Job, events: Any, stopping: Any, total_tracks: int) -> None:
     events.join_thread()
 
 
-class _Sender:
+class _Sender(Listener):
     """A `Listener` that sends every event, without embeddings, to the parent process."""
 
     def __init__(self, events: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from singerembed.catalog.read import Track
 from singerembed.errors import OutputError
+from singerembed.jobs.units import Listener
 from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
 from singerembed.storage import printable, redacted
@@ -21,7 +22,7 @@ _EXAMPLES = 3  # of each error code
 _HOUR = 3600.0
 
 
-class RunLog:
+class RunLog(Listener):
     """A `Listener` that appends every event to a file at once, so that the log of a killed run is complete."""
 
     def __init__(self, path: str) -> None:
@@ -47,9 +48,6 @@ class RunLog:
     def resumed(self, units: int) -> None:
         """Log that an earlier run's units are used."""
         self._write("resumed", units=units)
-
-    def skipped(self, tracks: int) -> None:
-        """Log nothing: the units of an earlier run are in that run's log."""
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """Log one track."""

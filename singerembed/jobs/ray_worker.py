@@ -17,7 +17,7 @@ from singerembed.engine.file import EngineFile
 from singerembed.errors import ClusterError
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
-from singerembed.jobs.units import EngineThreads, Task, publish_units
+from singerembed.jobs.units import EngineThreads, Listener, Task, publish_units
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
 from singerembed.output.parts import PartStore
@@ -92,16 +92,12 @@ def _never() -> int:
     return 0  # the driver ends its workers
 
 
-class _UnitEvents:
+class _UnitEvents(Listener):
     """A `Listener` that collects the rows and counts of one unit."""
 
     def __init__(self) -> None:
         self.rows: list[TrackRows] = []
         self.counts = Counts()
-
-    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None: ...
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         none = rows.peak[:0].copy()

@@ -8,7 +8,7 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -47,8 +47,8 @@ class Job:
     unchanged_since: Fingerprint | None = None  # of the catalogue, which must stay what it was
 
 
-class Listener(Protocol):
-    """Receives the events of a run, from one thread."""
+class Listener:
+    """Receives the events of a run, from one thread; each method does nothing unless a subclass has its own."""
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
         """The engine is loaded; `description` names back end, device and threads. About `total_tracks` follow."""

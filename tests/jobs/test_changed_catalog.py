@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 
-from singerembed.catalog.read import Track
 from singerembed.errors import CatalogError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
-from singerembed.model.spec import ModelSpec
-from singerembed.output.schema import Counts, TrackRows
+from singerembed.jobs.units import Listener
+from singerembed.output.schema import Counts
 
 N_ROWS = 3000  # of which a batch of the reader is a third
 OPTIONS = RunOptions(unit_minutes=40, crops=1)
@@ -41,17 +40,12 @@ def other(path: Path) -> Path:
     return new
 
 
-class ChangeAt:
+class ChangeAt(Listener):
     """A listener that changes the catalogue once the first unit is published."""
 
     def __init__(self, change: Callable[[], object]) -> None:
         self._change = change
         self.done = False
-
-    def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None: ...
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
-    def embedded(self, track: Track, rows: TrackRows) -> None: ...
 
     def published(self, unit: int, counts: Counts) -> None:
         if not self.done:

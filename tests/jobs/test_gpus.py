@@ -19,6 +19,7 @@ from singerembed.jobs import gpus
 from singerembed.jobs.gpus import choose_devices
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
+from singerembed.jobs.units import Listener
 from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
 
@@ -41,7 +42,7 @@ def catalog(tmp_path: Path) -> str:
     return str(path)
 
 
-class Watch:
+class Watch(Listener):
     def __init__(self) -> None:
         self.starts: list[str] = []
         self.counts = Counts()
@@ -49,9 +50,6 @@ class Watch:
 
     def started(self, _spec: ModelSpec, description: str, _total: int) -> None:
         self.starts.append(description)
-
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
 
     def embedded(self, _track: Track, rows: TrackRows) -> None:
         self.counts.add(rows)

@@ -22,6 +22,7 @@ from singerembed.errors import ClusterError, InterruptedRun, SingerEmbedError, U
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import Slot, embed_on_ray, slots_of
 from singerembed.jobs.run import run
+from singerembed.jobs.units import Listener
 from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
 
@@ -52,7 +53,7 @@ track.open_recording = open_or_die
 """
 
 
-class Watch:
+class Watch(Listener):
     """A listener that remembers."""
 
     def __init__(self, published: Callable[[int], object] = lambda _n: None) -> None:
@@ -63,9 +64,6 @@ class Watch:
 
     def started(self, _spec: ModelSpec, description: str, _total: int) -> None:
         self.descriptions.append(description)
-
-    def resumed(self, units: int) -> None: ...
-    def skipped(self, tracks: int) -> None: ...
 
     def embedded(self, _track: Track, rows: TrackRows) -> None:
         self.embedded_counts.add(rows)

@@ -31,6 +31,7 @@ from singerembed.errors import CatalogError, EngineError, InterruptedRun, Output
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
 from singerembed.jobs.track import embed_track
+from singerembed.jobs.units import Listener
 from singerembed.output.schema import TrackRows
 
 # --- going on, and refusing to --------------------------------------------------------------------------------------
@@ -246,12 +247,9 @@ def test_retry_errors_puts_only_those_rows_in_place(library: Path, reference_eng
 
     embedded = []
 
-    class Watch:
+    class Watch(Listener):
         def embedded(self, track: Any, _rows: Any) -> None:
             embedded.append(track.track_id)
-
-        def __getattr__(self, _name: str) -> Any:
-            return lambda *_: None
 
     options = RunOptions(unit_minutes=8.0, retry_errors=True)
     summary = run(str(catalog), str(output), engine=reference_engine, options=options, listeners=[Watch()])
