@@ -7,6 +7,7 @@ SingerEmbedError                a person has to act: the CLI prints one line and
 ├── CheckpointError             a checkpoint is damaged, malicious, or not this model
 ├── EngineError                 an engine file is damaged or foreign, or the back end failed
 ├── OutputError                 the output cannot be written, or holds something else
+├── TooManyErrors               more recordings failed than --max-errors allows
 ├── ClusterError                a Ray cluster cannot be reached, or its nodes cannot do the work
 └── InterruptedRun              a signal stopped the run (exit 128 + signal)
 
@@ -65,6 +66,10 @@ class OutputError(SingerEmbedError):
     """The output cannot be written, or belongs to another run."""
 
 
+class TooManyErrors(SingerEmbedError):
+    """More recordings failed than the run was allowed to have."""
+
+
 class ClusterError(SingerEmbedError):
     """A Ray cluster cannot be reached, or its nodes cannot do the work."""
 
@@ -83,6 +88,8 @@ class TrackError(_Portable):
     `code` is stable and fit for a query; the message is for people and does not repeat the path.
     """
 
-    def __init__(self, code: str, message: str) -> None:
+    def __init__(self, code: str, message: str, *, passing: bool = False) -> None:
+        """`passing`: it may succeed when it is tried again, as after trouble of the storage."""
         super().__init__(message)
         self.code = code
+        self.passing = passing

@@ -7,6 +7,7 @@ object stores a PUT is atomic by itself.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,13 @@ from urllib.parse import quote, unquote_to_bytes
 
 from singerembed.errors import MissingDependencyError
 
+# Errors of a storage that hangs, restarts or is reached over a network. Others last: no such file, no permission, no
+# space, a name too long, links in a circle.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOTCONN, errno.ENODEV,
+    errno.ENXIO, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM,
+}  # fmt: skip
 # A scheme has two letters or more, so that C:\ stays a path.
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
@@ -82,6 +90,16 @@ def open_input(path: str) -> BinaryIO:
         fs, name = _filesystem(path)
         return cast(BinaryIO, fs.open(name, "rb"))
     return Path(path).open("rb")
+
+
+def may_pass(exc: BaseException) -> bool:
+    """Say whether the trouble `exc` with a file may pass by itself, so that trying again makes sense.
+
+    Errors of object storage count as passing, as each file system of fsspec has exceptions of its own.
+    """
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return exc.errno in _PASSING
+    return not isinstance(exc, FileNotFoundError | PermissionError | IsADirectoryError | MissingDependencyError)
 
 
 def state_of(path: str) -> tuple[int | str, ...]:
@@ -166,6 +184,13 @@ def remove_folder(path: str) -> None:
             shutil.rmtree(path)
 
 
+def remove_empty_folder(path: str) -> None:
+    """Remove a local folder if it is there and empty; object stores have none."""
+    if not is_remote(path):
+        with contextlib.suppress(OSError):
+            Path(path).rmdir()
+
+
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """A local path holding the bytes of `path`; remote files are fetched and dropped afterwards."""
@@ -201,7 +226,9 @@ def publishing(path: str) -> Iterator[str]:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
-    _fsync(target.parent)
+    # Some file systems cannot flush a folder; the rename is on the disk a little later there.
+    with contextlib.suppress(OSError):
+        _fsync(target.parent)
 
 
 def _fsync(path: Path) -> None:

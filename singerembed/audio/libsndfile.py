@@ -19,6 +19,7 @@ from singerembed.model.mel import Pcm
 
 # Sources whose samples int16 holds exactly.
 _INT16_SUBTYPES = {"PCM_16", "PCM_S8", "PCM_U8"}
+_SYSTEM_ERROR = 2  # libsndfile's number for a failure of read() or seek()
 _MAX_SECONDS = 1e6  # libsndfile gives a length near 2**63 samples where a FLAC header leaves it open
 # libvorbis was seen to give half a block of wrong samples at the place of a seek; its blocks have up to 8192 samples.
 _SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
@@ -96,9 +97,10 @@ class SoundFileReader:
         except soundfile.LibsndfileError as exc:
             # What was decoded before the damage is good and lies in the buffer; the failure comes with the next call.
             got = max(0, self._file.tell() - self._position)
-            self._failure = TrackError(
-                "decode_failed", f"decoding failed after {self._seconds(got)}: {exc.error_string}"
-            )
+            of_system = exc.code == _SYSTEM_ERROR
+            code, what = ("unreadable", "reading") if of_system else ("decode_failed", "decoding")
+            message = f"{what} failed after {self._seconds(got)}: {exc.error_string}"
+            self._failure = TrackError(code, message, passing=of_system)
         self._position += got
         return pcm[:got]
 

@@ -11,7 +11,8 @@ from singerembed.errors import TrackError
 DEFAULT_TRACK_TIMEOUT_SECONDS = 600.0
 # Beyond these a header is damaged or hostile: no singer was recorded so.
 MAX_CHANNELS = 64
-MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 768_000  # Hz
+# The highest is DSD512 as FFmpeg gives it: a sample for each 8 bits.
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 1_000, 2_822_400  # Hz
 # How far decoding may end before the length that the header promises: encoder delay and padding are trimmed by some.
 _SHORTFALL_SECONDS = 0.5
 

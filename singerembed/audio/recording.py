@@ -51,7 +51,10 @@ def open_recording(
         if isolated:
             source = ProcessReader(path, "any", limit)
         else:
-            source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
+            try:
+                source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
+            except OSError as exc:
+                raise TrackError("unreadable", _reason(exc)) from exc
         with contextlib.closing(source):
             yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate)
 
@@ -109,9 +112,11 @@ def _patiently(call: Callable[[], Result], retries: int) -> Result:
     for attempt in range(retries):
         try:
             return call()
-        except (FileNotFoundError, PermissionError, IsADirectoryError, MissingDependencyError, TrackError):
+        except TrackError:
             raise
-        except Exception:  # as above
+        except Exception as exc:  # as above
+            if not storage.may_pass(exc):
+                raise
             time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
     return call()
 

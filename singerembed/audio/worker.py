@@ -27,8 +27,15 @@ from singerembed.errors import TrackError
 def _open(path: str, decoder: str, header_seconds: float | None, promised_seconds: float) -> PcmReader:
     if decoder == "any":
         # The client limits the time and resamples. Rate 0 never matches, so samples come as float32.
-        return open_source(path, 0, TimeLimit(math.inf), partial(AvReader, path))
-    return AvReader(path, header_seconds, promised_seconds)
+        return open_source(path, 0, TimeLimit(math.inf), partial(_open_av, path))
+    return _open_av(path, header_seconds, promised_seconds)
+
+
+def _open_av(path: str, header_seconds: float | None, promised_seconds: float) -> PcmReader:
+    try:
+        return AvReader(path, header_seconds, promised_seconds)
+    except av.error.FFmpegError as exc:
+        raise TrackError("decode_failed", f"cannot decode: {exc.strerror}") from exc
 
 
 class _Server:

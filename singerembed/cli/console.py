@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -32,8 +33,9 @@ def verbosity_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def note(what: str, text: str) -> None:
     """Print one line on stderr: its subject and the text."""
     if verbosity(click.get_current_context()) >= 0:
-        click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
-        click.echo(text, err=True)
+        with suppress(OSError):  # nobody reads on, or the disk is full: notes are no reason to fail
+            click.secho(f"{what:<12}", fg="cyan", nl=False, err=True)
+            click.echo(text, err=True)
 
 
 def count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -> int | None:

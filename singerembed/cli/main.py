@@ -34,6 +34,9 @@ class _Group(click.Group):
             if isinstance(exc, SingerEmbedError):
                 click.echo(str(exc), err=True)
                 ctx.exit(exc.exit_code)
+            if (limit := _limit_reached(exc)) is not None:
+                click.echo(limit, err=True)
+                ctx.exit(1)
             click.echo(
                 f"a mistake in singerembed itself: {type(exc).__name__}: {exc}. Run it with -v and report that",
                 err=True,
@@ -56,8 +59,32 @@ for _command in (run, build_engine, inspect, evaluate, report, doctor):
     cli.add_command(_command)
 
 
+def _limit_reached(exc: Exception) -> str | None:
+    """What to do about a limit of the system, if `exc` comes from one."""
+    if isinstance(exc, MemoryError):
+        return "no memory left (ulimit -v, or a limit of the container). Lower --workers, or raise the limit"
+    if isinstance(exc, RuntimeError) and "can't start new thread" in str(exc):
+        return "no more threads may be started (ulimit -u, or a limit of the container). Lower --workers, or raise it"
+    return None
+
+
+def _prepare_process() -> None:
+    """Open standard streams that are closed, and have names of files read as UTF-8, whatever the locale."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "r" if descriptor == 0 else "w", closefd=False))
+    if sys.getfilesystemencoding().lower().replace("-", "") != "utf8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-P", "-m", "singerembed", *sys.argv[1:]])
+
+
 def main() -> None:
     """Entry point of the `singerembed` command."""
+    _prepare_process()
     if sys.argv[1:2] == ["run"] and hasattr(os, "fork"):
         from singerembed.jobs.supervisor import run_again_after_crashes
 

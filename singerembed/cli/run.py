@@ -7,8 +7,9 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from singerembed.jobs.run import RunSummary
 
 EXIT_WITH_ERROR_ROWS = 3
+_COPIES_SECONDS = 1.0
 
 
 def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
@@ -38,6 +40,15 @@ def _address(_ctx: click.Context, _parameter: click.Parameter, value: str | None
     raise click.BadParameter(
         f"{value!r} is no address: give auto, HOST:PORT, ray://HOST:PORT, or nothing, as the last word"
     )
+
+
+def _number_or_share(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> int | float | None:
+    if value is None or value.isdecimal():
+        return None if value is None else int(value)
+    share = value.removesuffix("%")
+    if value.endswith("%") and re.fullmatch(r"\d+(\.\d+)?", share) and float(share) < 100:
+        return float(share) / 100
+    raise click.BadParameter("give a number of recordings, or a percentage below 100 as in 5%")
 
 
 def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -152,6 +163,12 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     show_default=True,
     help="How often a file system's passing trouble is waited out, for each recording.",
 )
+@click.option(
+    "--max-errors",
+    metavar="N|N%",
+    callback=_number_or_share,
+    help="End the run when more recordings fail, or a greater share of them.  [default: never]",
+)
 @click.option("--retry-errors", is_flag=True, help="Embed again what has error rows in a finished output.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
 @click.option("--log-json", metavar="FILE", help="Append a log to FILE: a JSON object a line, a report as the last.")
@@ -195,6 +212,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         ray=values["ray"],
         partitioned=values["partitioned"],
         retries=values["retries"],
+        max_errors=values["max_errors"],
         restart=values["restart"],
         retry_errors=values["retry_errors"],
     )
@@ -285,39 +303,55 @@ def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Within the block, what C libraries print on their own to file descriptor 2 is dropped; Python's stderr stays."""
-    if verbosity(click.get_current_context()) > 0:
-        yield
-        return
+    """Within the block, what C libraries print to descriptors 1 and 2 is dropped; Python's stderr stays.
+
+    With --verbose only stdout is kept clean, as --json is printed there: what comes for it goes to stderr.
+    """
+    sys.stdout.flush()
     sys.stderr.flush()
-    own, before = os.dup(2), sys.stderr
-    if before is sys.__stderr__:
-        sys.stderr = os.fdopen(os.dup(own), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    os.close(null)
+    own, before = [os.dup(1), os.dup(2)], sys.stderr
+    if verbosity(click.get_current_context()) > 0:
+        os.dup2(2, 1)
+    else:
+        if before is sys.__stderr__:
+            sys.stderr = os.fdopen(os.dup(own[1]), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.close(null)
     try:
         yield
     finally:
-        os.dup2(own, 2)
-        os.close(own)
-        if before is sys.__stderr__:
-            sys.stderr.close()
+        for number, copy in enumerate(own, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+        if sys.stderr is not before:
+            with suppress(OSError):
+                sys.stderr.close()
             sys.stderr = before
 
 
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block, SIGINT and SIGTERM are noted for the run to stop on; a second one ends the process at once."""
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP is noted for the run to stop on; a later one ends at once.
+
+    Signals within a second of the first are copies of it: one that is sent to the whole process group comes directly
+    and by way of the supervisor.
+    """
     received: list[int] = []
+    first = 0.0
 
-    def note(number: int, _frame: object) -> None:
+    def receive(number: int, _frame: object) -> None:
+        nonlocal first
         if received:
-            os._exit(128 + number)
+            if time.monotonic() - first > _COPIES_SECONDS:
+                os._exit(128 + number)
+            return
+        first = time.monotonic()
         received.append(number)
-        click.echo("\nstopping after the tracks in hand; press again to stop now", err=True)
+        note("stopping", "after the tracks that are being embedded; press again to stop now")
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield lambda: received[0] if received else 0
     finally:

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import platform
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from singerembed.errors import EngineError
 from singerembed.model.mel import available_isas, require_cuda_kernels
 
 
-def available_cores() -> int:
-    """Return how many cores this process may use, from its CPU affinity and its cgroup's CPU quota."""
+def available_cores(root: Path = Path("/")) -> int:
+    """Return the cores this process may use, by its affinity and the limits of its control groups and those above.
+
+    `root`: where `proc` and `sys` lie, for tests.
+    """
     cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return max(1, min(cores, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no quota
-        return cores
+    quotas = [quota for quota in _cgroup_quotas(root) if quota > 0]
+    return max(1, min([cores, *map(round, quotas)]))
+
+
+def _cgroup_quotas(root: Path) -> Iterator[float]:
+    """Yield the CPU quotas, in cores, of this process's control groups, versions 1 and 2, from the innermost out."""
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="ascii").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "cpu" not in controllers.split(","):
+                continue
+            mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+            inner = PurePosixPath(path.lstrip("/"))
+            for group in (inner, *inner.parents):
+                with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+                    if controllers:
+                        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+                        quota, period = ((mount / group / name).read_text(encoding="ascii") for name in names)
+                    else:
+                        quota, period = (mount / group / "cpu.max").read_text(encoding="ascii").split()
+                    yield int(quota) / int(period)
 
 
 @dataclass(frozen=True)

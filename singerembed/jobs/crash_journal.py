@@ -6,6 +6,7 @@ memory: recording a row costs no system call, and the record outlives the proces
 
 from __future__ import annotations
 
+import logging
 import mmap
 import struct
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 _SLOT = struct.Struct("<Q")  # the row that a thread is decoding, counted from 1; 0: none
 _IN_FLIGHT = "in-flight-"
 _SUSPECTS = "suspects"
@@ -25,14 +27,16 @@ class CrashJournal:
         """Start an empty journal for process `shard` of the run. Without a folder nothing is kept. Raises OSError."""
         self.suspects: frozenset[int] = frozenset()
         size = _SLOT.size * threads
-        if folder is None:
-            self._map = mmap.mmap(-1, size)
-        else:
+        self._map = mmap.mmap(-1, size)
+        if folder is not None:
             self.suspects = frozenset(_read_suspects(Path(folder, _SUSPECTS)))
             in_flight = Path(folder, f"{_IN_FLIGHT}{shard}")
             in_flight.write_bytes(b"\0" * size)
-            with in_flight.open("r+b") as file:
-                self._map = mmap.mmap(file.fileno(), 0)
+            try:
+                with in_flight.open("r+b") as file:
+                    self._map = mmap.mmap(file.fileno(), 0)
+            except OSError as exc:
+                _log.warning("%s cannot be mapped into memory (%s): a crash is not traced to its row", folder, exc)
         self._slots = threading.local()
         self._lock = threading.Lock()
         self._n_slots = 0

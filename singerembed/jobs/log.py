@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
+import logging
 import time
 from collections import defaultdict
 from datetime import UTC, datetime
@@ -17,6 +19,7 @@ from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
 from singerembed.storage import printable, redacted
 
+_log = logging.getLogger(__name__)
 _SLOWEST = 10
 _EXAMPLES = 3  # of each error code
 _HOUR = 3600.0
@@ -31,6 +34,7 @@ class RunLog(Listener):
             self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open for the run)
         except OSError as exc:
             raise OutputError(f"cannot write the log {path}: {exc.strerror or exc}") from exc
+        self._path = path
         self._started = time.monotonic()
         self._counts = Counts()
         self._crops_by_hour: defaultdict[int, int] = defaultdict(int)
@@ -39,7 +43,14 @@ class RunLog(Listener):
 
     def _write(self, event: str, **fields: Any) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
-        self._file.write(json.dumps(line) + "\n")
+        if self._file.closed:
+            return
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as exc:
+            _log.warning("cannot write to the log %s (%s); the run goes on without it", self._path, exc.strerror)
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
         """Log the engine."""
@@ -91,4 +102,5 @@ class RunLog(Listener):
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -12,6 +12,7 @@ from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 _INDECISIVE = {
     "track_timeout_seconds",
     "retries",
+    "max_errors",
     "workers",
     "devices",
     "ray",
@@ -34,6 +35,7 @@ class RunOptions:
     unit_minutes: float = DEFAULT_UNIT_MINUTES  # of audio
     track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS
     retries: int = 2  # how often a file system's passing trouble is waited out, for each recording
+    max_errors: int | float | None = None  # tracks, or a share below 1 of them, that may fail; None: all of them
     workers: int | None = None  # threads a process; None: the cores it may use
     devices: tuple[int, ...] | None = None  # CUDA devices, for an engine that runs on them; None: all
     ray: str | None = None  # Ray cluster to run on: "local", "auto", host:port or ray://host:port; None: this machine

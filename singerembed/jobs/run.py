@@ -16,6 +16,7 @@ from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
+from singerembed.jobs.error_watch import ErrorWatch
 from singerembed.jobs.gpus import choose_devices, embed_on_devices
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import embed_on_ray
@@ -83,7 +84,7 @@ def run(
         elif previous.exists:
             _check_same(output, previous, identity)
             if not (options.retry_errors and previous.counts.errors):
-                storage.remove_folder(parts.folder)
+                parts.discard()
                 return RunSummary(output, previous.counts, Counts(), time.monotonic() - started, already_done=True)
         elif options.retry_errors:
             raise UsageError(f"--retry-errors is for a finished output, and {output} does not exist. Run without it")
@@ -95,6 +96,7 @@ def run(
         for listener in listeners if units_before else ():
             listener.resumed(units_before)
         job = Job(catalog, output, engine, options, partitioned, devices[0], unchanged_since=fingerprint)
+        listeners = [*listeners, ErrorWatch(options.max_errors, say)]
         runner = UnitRunner(job, parts, listeners, stop)
         to_embed = retrying.counts.error_tracks if retrying else fingerprint.rows
         if options.ray is not None:

@@ -35,14 +35,15 @@ def run_again_after_crashes() -> None:
 
 
 def _wait_for(child: int) -> int:
-    """Wait for the child's end. SIGTERM is passed on to it; SIGINT too, unless the terminal sends it to both."""
+    """Wait for the child's end. SIGTERM and SIGHUP are passed on; SIGINT too, unless the terminal sends it to both."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         os.kill(child, number)
 
     before = {
         signal.SIGTERM: signal.signal(signal.SIGTERM, forward),
-        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if sys.stdin.isatty() else forward),
+        signal.SIGHUP: signal.signal(signal.SIGHUP, forward),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN if os.isatty(0) else forward),
     }
     try:
         _, status = os.waitpid(child, 0)

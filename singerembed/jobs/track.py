@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from singerembed import storage
 from singerembed.audio.crops import CropBlock, CropPlan, read_crops
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
@@ -21,6 +22,9 @@ from singerembed.model import mel
 from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
 
 _STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR}
+
+
+_FIRST_PAUSE_SECONDS = 0.5  # before a recording is read again after its storage failed in the middle of it
 
 
 class Stopped(Exception):
@@ -36,6 +40,17 @@ def embed_track(
     of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
     """
     started = time.monotonic()
+    for attempt in range(options.retries + 1):
+        rows = _attempt(track, engine, options, isolated=isolated, stop=stop, started=started)
+        if rows.error is None or not rows.error.passing or attempt == options.retries or stop():
+            break
+        time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+    return rows
+
+
+def _attempt(
+    track: Track, engine: Engine, options: RunOptions, *, isolated: bool, stop: Callable[[], int], started: float
+) -> TrackRows:
     embedded = _EmbeddedTrack(engine, options)
     error: TrackError | None = None
     try:
@@ -49,6 +64,8 @@ def embed_track(
         error = exc
     except (SingerEmbedError, Stopped):
         raise
+    except OSError as exc:  # the storage went away
+        error = TrackError("unreadable", exc.strerror or str(exc), passing=storage.may_pass(exc))
     except Exception as exc:  # one track must not stop a run, whatever a library raises on it
         error = TrackError("internal", f"{type(exc).__name__}: {exc}")
     return embedded.rows(error, time.monotonic() - started)

@@ -21,7 +21,7 @@ from singerembed import storage
 from singerembed.errors import InterruptedRun, OutputError
 from singerembed.output import finished
 from singerembed.output.finished import FinishedOutput, UnitIndex, counts_of
-from singerembed.output.lock import take_lock
+from singerembed.output.lock import LOCK_NAME, take_lock
 from singerembed.output.schema import (
     COUNTS_KEY,
     METADATA_KEY,
@@ -78,6 +78,20 @@ class PartStore:
 
     def __exit__(self, *_exc: object) -> None:
         self._give_back()
+
+    def discard(self) -> None:
+        """Remove the parts folder, at the end of a run; the lock goes with it.
+
+        The lock's file is removed while it is held, so that nobody takes it in between, and closed before the folder
+        is removed: network and FUSE file systems keep the name of an open file.
+        """
+        for name in storage.names_in(self.folder):
+            if name != LOCK_NAME:
+                storage.remove(f"{self.folder}/{name}")
+        storage.remove(f"{self.folder}/{LOCK_NAME}")
+        self._give_back()
+        self._give_back = lambda: None
+        storage.remove_empty_folder(self.folder)
 
     def open(self, identity: dict[str, Any], *, retrying: bool = False) -> None:
         """Take over the parts of an earlier run, or begin a new set.
@@ -164,7 +178,7 @@ class PartStore:
                 f"all {len(self.done):,} units are safe in {self._units_folder}. "
                 "Mend that and run the same command again"
             ) from exc
-        storage.remove_folder(self.folder)
+        self.discard()
         return total
 
     def _merge(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
@@ -237,7 +251,7 @@ class PartStore:
                 Path(temporary).write_text("{}", encoding="utf-8")
             finished.remove(self.output)
         for name in storage.names_in(self.folder):
-            if name != "lock":
+            if name != LOCK_NAME:
                 storage.remove(f"{self.folder}/{name}")
 
     def _part(self, unit: int) -> str:
