@@ -37,10 +37,24 @@ class TimeLimit:
 
     def remaining(self) -> float:
         """Seconds left; raises TrackError once there are none."""
-        left = self._left if self._started is None else self._left - (time.monotonic() - self._started)
+        left = self._left - self.running_seconds()
         if left <= 0:
-            raise TrackError("decode_timeout", f"decoding took longer than {self._seconds:g} s (--track-timeout)")
+            raise self.exceeded()
         return left
+
+    def exceeded(self) -> TrackError:
+        """The error of a track that has used up its time."""
+        return TrackError("decode_timeout", f"decoding took longer than {self._seconds:g} s (--track-timeout)")
+
+    def running_seconds(self) -> float:
+        """Seconds since the clock was started; 0 while it stands. For other threads too."""
+        started = self._started
+        return 0.0 if started is None else time.monotonic() - started
+
+    def overdue_seconds(self) -> float:
+        """Seconds by which a running clock is beyond the limit; 0 while it stands. For other threads too."""
+        running = self.running_seconds()
+        return max(0.0, running - self._left) if running else 0.0
 
 
 def check_format(sample_rate: int, channels: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -13,15 +13,14 @@ Result = TypeVar("Result")
 
 
 def ordered_map(
-    pool: ThreadPoolExecutor,
-    function: Callable[[Item], Result],
+    submit: Callable[[Item], Future[Result]],
     items: Iterable[Item],
     *,
     max_running: int,
     weight: Callable[[Result], int],
     max_waiting: int,
 ) -> Iterator[tuple[Item, Result]]:
-    """Map `function` over `items` on `pool`, and yield (item, result) in the order of the items.
+    """Call `submit` for each item, and yield (item, result) in the order of the items.
 
     At most `max_running` calls run at a time; no new one starts while results of a weight above `max_waiting` wait for
     an earlier item. The first exception of a call is raised when its turn comes.
@@ -57,7 +56,7 @@ def ordered_map(
             yield collect()
         with changed:
             running += 1
-        future = pool.submit(function, item)
+        future = submit(item)
         queue.append((item, future))
         future.add_done_callback(finished)
     while queue:

@@ -52,7 +52,7 @@ class ClusterWorker:
         self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.retrying else None
         options = replace(job.options, workers=None)  # they decided how many cores this process has
         self._threads = EngineThreads(
-            job.engine_file, options, lambda threads: CrashJournal(None, threads), device=0, cores=cores
+            job.engine_file, options, lambda threads: CrashJournal(None, threads), _never, device=0, cores=cores
         )
         self._feeding = threading.Lock()
 
@@ -67,13 +67,13 @@ class ClusterWorker:
         """Embed `positions` of `unit` and publish it; return their counts, the unit's counts, and rows for `unpack`."""
         events = _UnitEvents()
         with closing(self._tasks(unit, positions)) as tasks:
-            results = self._threads.embed(tasks, _never, isolated=careful, one_by_one=alone)
+            results = self._threads.embed(tasks, isolated=careful, one_by_one=alone)
             embedded = publish_units(results, self._parts, self._job.schema, [events], self._previous)
         return embedded, events.counts, zlib.compress(pickle.dumps(events.rows), 1)
 
     def attempt(self, unit: Unit, position: int) -> None:
         """Embed one track with an isolated decoder, and drop the result."""
-        for _ in self._threads.embed([Task(unit, position)], _never, isolated=True):
+        for _ in self._threads.embed([Task(unit, position)], isolated=True):
             pass
 
     def _tasks(self, unit: Unit, positions: Sequence[int]) -> Generator[Task, None, None]:

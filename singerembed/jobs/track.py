@@ -32,31 +32,53 @@ class Stopped(Exception):
 
 
 def embed_track(
-    track: Track, engine: Engine, options: RunOptions, *, isolated: bool = False, stop: Callable[[], int] = lambda: 0
+    track: Track,
+    engine: Engine,
+    options: RunOptions,
+    limit: TimeLimit | None = None,
+    *,
+    isolated: bool = False,
+    stop: Callable[[], int] = lambda: 0,
 ) -> TrackRows:
     """Embed one track; any error of the track is returned as `TrackRows.error`.
 
-    `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
-    of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
+    `limit`: of its decoding; by default that of the options. `isolated`: decode it in another process, because a
+    decoder may have crashed on it. `stop` is asked between blocks of crops. Raises EngineError, and Stopped once `stop`
+    returns a signal's number.
     """
     started = time.monotonic()
+    limit = limit or TimeLimit(options.track_timeout_seconds)
     for attempt in range(options.retries + 1):
-        rows = _attempt(track, engine, options, isolated=isolated, stop=stop, started=started)
+        rows = _attempt(track, engine, options, limit, isolated=isolated, stop=stop, started=started)
         if rows.error is None or not rows.error.passing or attempt == options.retries or stop():
             break
         time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
     return rows
 
 
+def overdue_rows(options: RunOptions, embedding_dim: int) -> TrackRows:
+    """The rows of a track whose storage did not answer within the time limit."""
+    limit = TimeLimit(options.track_timeout_seconds)
+    error = TrackError("decode_timeout", f"{limit.exceeded()}: its storage does not answer")
+    return TrackRows.of_error(error, embedding_dim, options.track_timeout_seconds)
+
+
 def _attempt(
-    track: Track, engine: Engine, options: RunOptions, *, isolated: bool, stop: Callable[[], int], started: float
+    track: Track,
+    engine: Engine,
+    options: RunOptions,
+    limit: TimeLimit,
+    *,
+    isolated: bool,
+    stop: Callable[[], int],
+    started: float,
 ) -> TrackRows:
     embedded = _EmbeddedTrack(engine, options)
     error: TrackError | None = None
     try:
         if track.problem:
             raise track.problem
-        for block in _timed_blocks(track, engine, options, embedded.notes, isolated=isolated):
+        for block in _timed_blocks(track, engine, options, limit, embedded.notes, isolated=isolated):
             if stop():
                 raise Stopped
             embedded.add(block)
@@ -72,13 +94,12 @@ def _attempt(
 
 
 def _timed_blocks(
-    track: Track, engine: Engine, options: RunOptions, notes: list[str], *, isolated: bool
+    track: Track, engine: Engine, options: RunOptions, limit: TimeLimit, notes: list[str], *, isolated: bool
 ) -> Iterator[CropBlock]:
     """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block.
 
     What the reader notes of the recording is added to `notes`.
     """
-    limit = TimeLimit(options.track_timeout_seconds)
     with ExitStack() as stack:
         with limit.counting():
             recording = open_recording(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
+from singerembed.audio.limits import TimeLimit
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog, Track, Unit
 from singerembed.engine.file import EngineFile, read_engine_file
@@ -20,11 +20,13 @@ from singerembed.engine.machine import available_cores
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
-from singerembed.jobs.track import Stopped, embed_track
+from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
+from singerembed.jobs.track import Stopped, embed_track, overdue_rows
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
 from singerembed.output.parts import PartStore
 from singerembed.output.schema import RESERVED_COLUMNS, Counts, TrackRows, output_schema
+from singerembed.storage import printable, redacted
 
 # Rows that are embedded but wait for an earlier track, because the output keeps the catalogue's order: 80 MB.
 _MAX_WAITING_ROWS = 20_000
@@ -76,6 +78,9 @@ class Task(NamedTuple):
     def track(self) -> Track:
         return self.unit.tracks[self.position]
 
+    def __str__(self) -> str:
+        return f"row {self.track.row:,}, {printable(redacted(self.track.path))},"
+
 
 class EngineThreads:
     """One engine, and the threads that decode for it. Must be closed."""
@@ -85,40 +90,50 @@ class EngineThreads:
         engine_file: EngineFile,
         options: RunOptions,
         journal: Callable[[int], CrashJournal],
+        stop: Callable[[], int],
         *,
         device: int,
         cores: int,
     ) -> None:
         """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
-        self._options = options
+        self._options, self._stop = options, stop
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
-            self._journal = stack.enter_context(closing(journal(self._threads)))
-            self._pool = stack.enter_context(ThreadPoolExecutor(self._threads, thread_name_prefix="embed"))
-            stack.callback(self._pool.shutdown, wait=True, cancel_futures=True)
+            # A thread that is left behind keeps its slot in the journal.
+            self._journal = stack.enter_context(closing(journal(self._threads + MAX_ABANDONED)))
+            self._pool = stack.enter_context(
+                closing(
+                    WorkerThreads(
+                        self._threads,
+                        partial(TimeLimit, options.track_timeout_seconds),
+                        lambda _task: overdue_rows(options, opened.spec.embedding_dim),
+                        stop,
+                        Stopped,
+                    )
+                )
+            )
             self._stack = stack.pop_all()
         self.spec = self._engine.spec
         self.description = f"{self._engine.description}, {self._threads} workers"
 
     def embed(
-        self, tasks: Iterable[Task], stop: Callable[[], int], *, isolated: bool = False, one_by_one: bool = False
+        self, tasks: Iterable[Task], *, isolated: bool = False, one_by_one: bool = False
     ) -> Iterator[tuple[Task, TrackRows]]:
         """Embed `tasks` and yield their rows in order; several callers share the threads.
 
         `isolated`: decode all of them in processes beside this one. `one_by_one`: never two at a time.
         """
 
-        def embed(task: Task) -> TrackRows:
+        def embed(task: Task, limit: TimeLimit) -> TrackRows:
             row = task.track.row
             with self._journal.decoding(row):
                 apart = isolated or row in self._journal.suspects
-                return embed_track(task.track, self._engine, self._options, isolated=apart, stop=stop)
+                return embed_track(task.track, self._engine, self._options, limit, isolated=apart, stop=self._stop)
 
         return ordered_map(
-            self._pool,
-            embed,
+            partial(self._pool.submit, embed),
             tasks,
             max_running=1 if one_by_one else _TASKS_A_WORKER * self._threads,
             weight=lambda rows: rows.n_rows,
@@ -178,13 +193,13 @@ class UnitRunner:
         options, shards = self._job.options, self._job.shards
         journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
         cores = max(1, available_cores() // shards)
-        threads = EngineThreads(self._engine_file, options, journal, device=self._job.device, cores=cores)
+        threads = EngineThreads(self._engine_file, options, journal, self._stop, device=self._job.device, cores=cores)
         with closing(threads):
             for listener in self._listeners:
                 listener.started(threads.spec, threads.description, total_tracks)
             tasks = (Task(unit, i) for unit, positions in self.open_units(previous) for i in positions)
             try:
-                results = threads.embed(tasks, self._stop)
+                results = threads.embed(tasks)
                 return publish_units(results, self._parts, self.schema, self._listeners, previous)
             except Stopped as exc:
                 raise self._parts.interrupted(self._stop()) from exc

@@ -60,6 +60,14 @@ class TrackRows:
     def n_rows(self) -> int:
         return len(self.crop) + (self.error is not None)
 
+    @classmethod
+    def of_error(cls, error: TrackError, embedding_dim: int, seconds: float) -> TrackRows:
+        """The one row of a track of which nothing was embedded."""
+        none = np.empty(0, np.float32)
+        times = np.empty(0, np.float64)
+        embedding = np.empty((0, embedding_dim), np.float32)
+        return cls(np.empty(0, np.int32), times, times, [], none, none, embedding, error, seconds=seconds)
+
 
 @dataclass
 class Counts:

@@ -32,7 +32,9 @@ def test_ordered_map_keeps_order_and_bounds(seed: int) -> None:
         return i * i
 
     with ThreadPoolExecutor(16) as pool:
-        results = ordered_map(pool, work, range(200), max_running=5, weight=lambda _: 1, max_waiting=10)
+        results = ordered_map(
+            lambda i: pool.submit(work, i), range(200), max_running=5, weight=lambda _: 1, max_waiting=10
+        )
         for i, (item, result) in enumerate(results):
             taken += 1
             assert (item, result) == (i, i * i)
@@ -48,6 +50,8 @@ def test_ordered_map_raises_in_its_turn() -> None:
 
     seen = []
     with ThreadPoolExecutor(4) as pool, pytest.raises(KeyError):
-        for item, _ in ordered_map(pool, work, range(100), max_running=4, weight=lambda _: 1, max_waiting=5):
+        for item, _ in ordered_map(
+            lambda i: pool.submit(work, i), range(100), max_running=4, weight=lambda _: 1, max_waiting=5
+        ):
             seen.append(item)
     assert seen == [0, 1, 2]

@@ -235,6 +235,49 @@ def test_names_are_utf8_whatever_the_locale(tmp_path: Path) -> None:
     assert statuses(tmp_path / "o.parquet") == [("ok", None)]
 
 
+# --- storage that does not answer -----------------------------------------------------------------------------------
+
+HANGING = """
+import os, sys, time
+from singerembed.jobs import track
+real = track.open_recording
+def hang(location, *rest, **options):
+    if location.endswith("hang.wav"):
+        os.read(os.pipe()[0], 1)  # a system call that does not return
+    return real(location, *rest, **options)
+track.open_recording = hang
+from singerembed.cli.main import cli
+cli(["run", *sys.argv[1:]])
+"""
+
+
+def test_a_recording_that_hangs_is_an_error_row_and_the_run_goes_on(catalog: str, tmp_path: Path) -> None:
+    Path(catalog).write_text("path\na.wav\nhang.wav\nhang.wav\na.wav\n", encoding="utf-8")
+    arguments = [catalog, str(tmp_path / "o.parquet"), "--track-timeout", "1", "--workers", "1", "--crops", "1"]
+    result = subprocess.run(
+        [sys.executable, "-c", HANGING, *arguments], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert result.returncode == 3
+    expected: list[tuple[str, str | None]] = [("ok", None), *[("error", "decode_timeout")] * 2, ("ok", None)]
+    assert statuses(tmp_path / "o.parquet") == expected
+    assert "does not answer" in pq.read_table(tmp_path / "o.parquet")["error"][1].as_py()
+    assert result.stderr.count("row 2, hang.wav, does not return from its storage") == 1
+
+
+def test_one_signal_ends_a_run_that_hangs(catalog: str, tmp_path: Path) -> None:
+    Path(catalog).write_text("path\nhang.wav\n", encoding="utf-8")
+    command = [sys.executable, "-c", HANGING, catalog, str(tmp_path / "o.parquet")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "o.parquet.parts" / "in-flight-0").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "The same command goes on from here" in stderr
+
+
 # --- signals and limits ---------------------------------------------------------------------------------------------
 
 
