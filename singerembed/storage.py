@@ -157,6 +157,12 @@ def create(path: str, content: bytes) -> bool:
     return True
 
 
+def read(path: str) -> bytes:
+    """Read a small remote file in one request, so that it may be rewritten meanwhile."""
+    fs, name = _filesystem(path)
+    return bytes(fs.cat_file(name))
+
+
 def write(path: str, content: bytes) -> None:
     """Write a small remote file."""
     fs, name = _filesystem(path)

@@ -71,8 +71,7 @@ def _take_remote(folder: str, output: str) -> Callable[[], None]:
         return json.dumps({"owner": me, "time": time.time()}).encode()
 
     if not storage.create(path, content()):
-        with storage.open_input(path) as file:
-            other = json.loads(file.read())
+        other = json.loads(storage.read(path))
         age = time.time() - other["time"]
         if age < _VOID_SECONDS:
             raise OutputError(

@@ -279,7 +279,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 def _fetched(source: str) -> Path:
     """Return a local path of `source`; a URL is downloaded into torch.hub's cache unless it is there."""
-    if not storage.is_remote(source):
+    if "://" not in source:
         if not Path(source).is_file():
             raise CheckpointError(f"{source}: no such file")
         return Path(source)
