@@ -108,6 +108,8 @@ nb::ndarray<nb::numpy, float> mel_basis(const MelPlan& plan) {
 }  // namespace
 
 NB_MODULE(_csrc, m) {
+  // A thread that is left behind in a system call (jobs/threads.py) keeps what it uses until the process ends.
+  nb::set_leak_warnings(false);
   m.attr("FFT_SIZE") = singerembed::kFftSize;
   m.attr("HOP_SAMPLES") = singerembed::kHopSamples;
   m.attr("LOUD") = static_cast<int>(CropState::kLoud);

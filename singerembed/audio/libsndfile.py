@@ -96,13 +96,20 @@ class SoundFileReader:
             got = len(self._file.read(out=pcm))
         except soundfile.LibsndfileError as exc:
             # What was decoded before the damage is good and lies in the buffer; the failure comes with the next call.
-            got = max(0, self._file.tell() - self._position)
+            got = self._decoded_frames()
             of_system = exc.code == _SYSTEM_ERROR
             code, what = ("unreadable", "reading") if of_system else ("decode_failed", "decoding")
             message = f"{what} failed after {self._seconds(got)}: {exc.error_string}"
             self._failure = TrackError(code, message, passing=of_system)
         self._position += got
         return pcm[:got]
+
+    def _decoded_frames(self) -> int:
+        """How many frames the read that failed has put into its buffer; 0 where the storage has gone."""
+        try:
+            return max(0, int(self._file.tell()) - self._position)
+        except soundfile.LibsndfileError:
+            return 0
 
     def seek(self, sample: int) -> None:
         sample = min(sample, self._file.frames)

@@ -62,7 +62,7 @@ class _DecodeProcess:
             self.kill()
             raise
         if "error" in head:
-            raise TrackError(head["code"], head["error"])
+            raise TrackError(head["code"], head["error"], passing=head["passing"])
         return head, body
 
     def _receive(self, size: int, limit: TimeLimit) -> bytes:

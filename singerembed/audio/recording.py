@@ -54,7 +54,7 @@ def open_recording(
             try:
                 source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
             except OSError as exc:
-                raise TrackError("unreadable", _reason(exc)) from exc
+                raise TrackError("unreadable", _reason(exc), passing=storage.may_pass(exc)) from exc
         with contextlib.closing(source):
             yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate)
 

@@ -17,6 +17,7 @@ import av
 import av.error
 import numpy as np
 
+from singerembed import storage
 from singerembed.audio.ffmpeg import AvReader
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.reader import PcmReader
@@ -35,7 +36,8 @@ def _open_av(path: str, header_seconds: float | None, promised_seconds: float) -
     try:
         return AvReader(path, header_seconds, promised_seconds)
     except av.error.FFmpegError as exc:
-        raise TrackError("decode_failed", f"cannot decode: {exc.strerror}") from exc
+        head = _error_head(exc)
+        raise TrackError(head["code"], head["error"], passing=head["passing"]) from exc
 
 
 class _Server:
@@ -74,6 +76,14 @@ class _Server:
             self._reader = None
 
 
+def _error_head(exc: Exception) -> dict[str, Any]:
+    reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
+    number = getattr(exc, "errno", None)
+    if isinstance(number, int) and storage.may_pass(OSError(number, reason)):
+        return {"code": "unreadable", "error": f"reading failed: {reason}", "passing": True}
+    return {"code": "decode_failed", "error": f"cannot decode: {reason}", "passing": False}
+
+
 def main() -> None:
     """Serve requests until standard input ends."""
     av.logging.set_level(None)
@@ -83,10 +93,9 @@ def main() -> None:
         try:
             head, body = server.answer(json.loads(line))
         except TrackError as exc:
-            head = {"code": exc.code, "error": str(exc)}
+            head = {"code": exc.code, "error": str(exc), "passing": exc.passing}
         except (ValueError, MemoryError, OSError, av.error.FFmpegError) as exc:
-            reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            head = {"code": "decode_failed", "error": f"cannot decode: {reason}"}
+            head = _error_head(exc)
         encoded = json.dumps(head).encode()
         sys.stdout.buffer.write(struct.pack("<II", len(encoded), len(body)) + encoded + body)
         sys.stdout.buffer.flush()
