@@ -44,13 +44,18 @@ def local_path(path: str) -> str:
 
 def portable(path: str) -> str:
     """`path` as text that UTF-8 can hold: one with other bytes becomes a `file:` URI, which `local_path` turns back."""
-    if path.isascii():
-        return path
+    return path if is_utf8(path) else f"file:{quote(os.fsencode(path))}"
+
+
+def is_utf8(text: str) -> bool:
+    """Say whether `text` has no surrogates, which stand for bytes that are not UTF-8."""
+    if text.isascii():
+        return True
     try:
-        path.encode()
+        text.encode()
     except UnicodeEncodeError:
-        return f"file:{quote(os.fsencode(path))}"
-    return path
+        return False
+    return True
 
 
 def resolve(base: str, path: str) -> str:

@@ -17,6 +17,7 @@ import av.error
 import numpy as np
 from numpy.typing import NDArray
 
+from singerembed import storage
 from singerembed.audio.limits import check_format, check_length
 from singerembed.audio.mono import MonoMixer
 from singerembed.errors import TrackError
@@ -288,16 +289,8 @@ class _Clock:
 
 def _opened(path: str) -> Any:
     """Open `path`; PyAV takes names that are UTF-8 only, and a file object for others."""
-    source: Any = path if _is_utf8(path) else Path(path).open("rb")  # noqa: SIM115  (closed with the container)
+    source: Any = path if storage.is_utf8(path) else Path(path).open("rb")  # noqa: SIM115  (closed with the container)
     return av.open(source, metadata_errors="ignore")
-
-
-def _is_utf8(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _silence(like: Any, n: int) -> Any:

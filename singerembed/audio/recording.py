@@ -81,16 +81,17 @@ def open_source(
             return source
         if header.is_chained and len(offsets := stream_offsets(path)) > 1:
             return ChainedReader(path, offsets, limit)
-        try:
-            other = open_av(source.header_seconds, header.promised_seconds)
-        except TrackError:  # FFmpeg does not know it
-            stack.pop_all()
-            return source
-        if source.length_is_measured and other.length() <= source.length():
-            other.close()
-            stack.pop_all()
-            return source
-        return other
+        with contextlib.ExitStack() as opened:
+            try:
+                other = open_av(source.header_seconds, header.promised_seconds)
+                opened.callback(other.close)
+                if not source.length_is_measured or other.length() > source.length():
+                    opened.pop_all()
+                    return other
+            except TrackError:  # FFmpeg does not know it, or dies of it
+                pass
+        stack.pop_all()
+        return source
 
 
 @contextlib.contextmanager

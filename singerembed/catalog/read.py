@@ -86,14 +86,6 @@ class CatalogCheck:
         return ([odd] if self.odd_paths else []) + ([self.doubled_ids] if self.doubled_ids else [])
 
 
-def _has_surrogates(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
 def _doubled_ids(pairs: Callable[[], Iterator[tuple[Any, Any]]]) -> str:
     """Name two rows of `pairs`, a track id and a path each, that have one id and two paths; empty if there are none.
 
@@ -180,7 +172,7 @@ class Catalog:
         count = 0
         for row, raw in enumerate(self._rows.values(), start=1):
             for name, value in raw.values.items():
-                if not isinstance(value, str) or value.isascii() or not _has_surrogates(value):
+                if not isinstance(value, str) or storage.is_utf8(value):
                     continue
                 if name not in {self._columns.path, self._columns.track_id}:
                     raise CatalogError(

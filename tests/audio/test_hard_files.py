@@ -14,6 +14,7 @@ from tolerances import DECODERS_AGREE, SHORTFALL_SECONDS
 from singerembed.audio.crops import CropPlan, read_crops
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
+from singerembed.errors import TrackError
 
 DATA = Path(__file__).parent / "data"
 CROP = 4 * RATE
@@ -80,6 +81,21 @@ def test_reported_files(name: str) -> None:
     assert len(found) // CROP == CASES[name]
     assert np.abs(found).max() > 0.05
     assert notes
+
+
+def test_ffmpeg_failing_on_what_libsndfile_reads_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A WAV with a large chunk behind its samples, which FFmpeg is asked about; it opens the file and then dies."""
+    path = HARD_FILES["wav"](tmp_path)
+    path.write_bytes(path.read_bytes() + b"LIST" + (200_000).to_bytes(4, "little") + bytes(200_000))
+    asked = []
+
+    def crash(*_arguments: object) -> int:
+        asked.append(1)
+        raise TrackError("decoder_crashed", "as if")
+
+    monkeypatch.setattr("singerembed.audio.process.ProcessReader.length", crash)
+    assert len(read_all(path)[0]) == 9 * RATE
+    assert asked
 
 
 @pytest.mark.parametrize("name", GOOD_HEADERS)
