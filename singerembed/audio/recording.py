@@ -10,11 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import soundfile
 
@@ -27,34 +25,24 @@ from singerembed.audio.reader import PcmReader
 from singerembed.audio.resampling import ResamplingReader
 from singerembed.errors import MissingDependencyError, TrackError
 
-Result = TypeVar("Result")
-
-_FIRST_PAUSE_SECONDS = 0.5
-
 
 @contextlib.contextmanager
-def open_recording(
-    location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False, retries: int = 0
-) -> Iterator[PcmReader]:
+def open_recording(location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False) -> Iterator[PcmReader]:
     """Open the recording at `location`, a local path or a URI, as mono at `sample_rate` Hz.
 
-    `isolated`: decode in another process whatever the format is. `retries`: how often a file system's passing trouble
-    is waited out. Raises TrackError with code not_found, unreadable, no_audio, unsupported, decode_failed,
-    decoder_crashed or decode_timeout.
+    `isolated`: decode in another process whatever the format is. Raises TrackError with code not_found, unreadable,
+    no_audio, unsupported, decode_failed, decoder_crashed or decode_timeout.
     """
-    with _local_copy(location, retries) as path:
-        try:
-            _patiently(lambda: _check_file(path), retries)
-        except OSError as exc:
-            raise TrackError("unreadable", _reason(exc)) from exc
+    with _local_copy(location) as path:
         source: PcmReader
-        if isolated:
-            source = ProcessReader(path, "any", limit)
-        else:
-            try:
+        try:
+            _check_file(path)
+            if isolated:
+                source = ProcessReader(path, "any", limit)
+            else:
                 source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
-            except OSError as exc:
-                raise TrackError("unreadable", _reason(exc), passing=storage.may_pass(exc)) from exc
+        except OSError as exc:
+            raise _unreadable(exc) from exc
         with contextlib.closing(source):
             yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate)
 
@@ -95,31 +83,17 @@ def open_source(
 
 
 @contextlib.contextmanager
-def _local_copy(location: str, retries: int) -> Iterator[str]:
+def _local_copy(location: str) -> Iterator[str]:
     with contextlib.ExitStack() as stack:
         try:
-            path = _patiently(lambda: stack.enter_context(storage.local_copy(location)), retries)
+            path = stack.enter_context(storage.local_copy(location))
         except FileNotFoundError as exc:
             raise TrackError("not_found", "file not found") from exc
         except MissingDependencyError as exc:  # other rows may need no package
             raise TrackError("unreadable", str(exc)) from exc
         except Exception as exc:  # each fsspec file system has exceptions of its own
-            raise TrackError("unreadable", _reason(exc)) from exc
+            raise _unreadable(exc) from exc
         yield path
-
-
-def _patiently(call: Callable[[], Result], retries: int) -> Result:
-    """The result of `call`; trouble that may pass by itself is waited out, `retries` times, twice as long each time."""
-    for attempt in range(retries):
-        try:
-            return call()
-        except TrackError:
-            raise
-        except Exception as exc:  # as above
-            if not storage.may_pass(exc):
-                raise
-            time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
-    return call()
 
 
 def _check_file(path: str) -> None:
@@ -138,6 +112,10 @@ def _check_file(path: str) -> None:
         raise TrackError("unreadable", _reason(exc)) from exc
     if info.st_size == 0:
         raise TrackError("no_audio", "the file is empty")
+
+
+def _unreadable(exc: Exception) -> TrackError:
+    return TrackError("unreadable", _reason(exc), passing=storage.may_pass(exc))
 
 
 def _reason(exc: Exception) -> str:

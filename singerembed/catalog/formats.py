@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,29 +60,35 @@ class RawRow:
     problem: str = ""
 
 
-def open_rows(path: str, path_column: str, options: TextOptions) -> Rows:
-    """Open the catalogue `path` by the format that its name says. Raises CatalogError."""
-    try:
-        layout = find_layout(path, path_column, options)
+def open_rows(path: str, used: Sequence[str], options: TextOptions) -> Rows:
+    """Open the catalogue `path` by the format that its name says. Raises CatalogError.
+
+    `used`: the columns that are more than passed through, first that of the paths.
+    """
+    with _naming(path):
+        layout = find_layout(path, used[0], options)
         if layout.kind in {"csv", "tsv"}:
             return DelimitedRows(path, layout)
         if layout.kind == "jsonl":
             return _JsonRows(path, layout)
         if layout.kind == "parquet":
-            return _ParquetRows(path, layout)
-    except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
-        if isinstance(exc, MissingDependencyError):
-            raise
-        raise _cannot_read(path, exc) from exc
+            return _ParquetRows(path, layout, used)
     raise CatalogError(
         f"{path}: the catalogue must end in .csv, .tsv, .jsonl or .parquet; the text formats may end in .gz or .zst too"
     )
 
 
-def _cannot_read(path: str, exc: Exception) -> CatalogError:
-    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-    hint = ". Name its encoding with --encoding" if isinstance(exc, UnicodeError) else ""
-    return CatalogError(f"cannot read the catalogue {storage.redacted(path)}: {reason}{hint}")
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Raise CatalogError, with the file's name, for what goes wrong while it is read in this block."""
+    try:
+        yield
+    except MissingDependencyError:
+        raise
+    except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+        hint = ". Name its encoding with --encoding" if isinstance(exc, UnicodeError) else ""
+        raise CatalogError(f"cannot read the catalogue {storage.redacted(path)}: {reason}{hint}") from exc
 
 
 def _string_table(names: Sequence[str], rows: Sequence[Sequence[str | None]]) -> pa.Table:
@@ -115,7 +123,7 @@ class DelimitedRows:
 
     def _fields(self) -> Iterator[list[str] | str]:
         """The fields of each row that is not blank, or what is wrong with it."""
-        with self.layout.open_text(self._path) as file:
+        with _naming(self._path), self.layout.open_text(self._path) as file:
             reader = self.layout.reader(file)
             next(reader)
             while True:
@@ -133,8 +141,6 @@ class DelimitedRows:
                             "the text, say --quoting none"
                         ) from exc
                     yield f"{exc}; if quotes are part of the text, say --quoting none"
-                except (OSError, EOFError, UnicodeError) as exc:
-                    raise _cannot_read(self._path, exc) from exc
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
         for raw in _in_batches(self.values()):
@@ -169,7 +175,7 @@ class _JsonRows:
 
     def values(self) -> Iterator[RawRow]:
         """See `Rows.values`."""
-        with self.layout.open_text(self._path) as file:
+        with _naming(self._path), self.layout.open_text(self._path) as file:
             for line in file:
                 if not line.strip():
                     continue
@@ -195,12 +201,13 @@ class _JsonRows:
         return _string_table(self.names, [[as_text(row.values.get(name)) for name in self.names] for row in raw])
 
 
-# What the used columns (path, track_id, start, end) may hold; others need not become Python objects.
+# What the columns that are used (path, track_id, start, end) may be.
 _SIMPLE_KINDS = (
+    pa.types.is_null,
     pa.types.is_string,
     pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_dictionary,
+    pa.types.is_binary,  # as Impala, and Spark by an option, write text
+    pa.types.is_large_binary,
     pa.types.is_integer,
     pa.types.is_floating,
     pa.types.is_decimal,
@@ -210,10 +217,17 @@ _SIMPLE_KINDS = (
 class _ParquetRows:
     """Parquet: other columns are passed through with their types."""
 
-    def __init__(self, path: str, layout: Layout) -> None:
+    def __init__(self, path: str, layout: Layout, used: Sequence[str]) -> None:
         self._path, self.layout = path, layout
         with storage.open_input(path) as file:
-            self.names = pq.ParquetFile(file).schema_arrow.names
+            schema = pq.ParquetFile(file).schema_arrow
+        self.names = schema.names
+        self._used = [name for name in used if schema.get_field_index(name) >= 0]
+        for name in self._used:
+            kind = _plain_type(schema.field(name).type)
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if not any(is_kind(kind) for is_kind in _SIMPLE_KINDS):
+                raise CatalogError(f'{path}: the column "{name}" holds {kind}; it must hold text or numbers')
 
     def values(self) -> Iterator[RawRow]:
         """See `Rows.values`."""
@@ -222,28 +236,45 @@ class _ParquetRows:
 
     def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
         """See `Rows.pairs`."""
-        with storage.open_input(self._path) as file:
+        with _naming(self._path), storage.open_input(self._path) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=[one, other]):
-                yield from zip(batch[one].to_pylist(), batch[other].to_pylist(), strict=True)
+                yield from zip(*(_python_values(batch[name]) for name in (one, other)), strict=True)
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
-        with storage.open_input(self._path) as file:
-            parquet = pq.ParquetFile(file)
-            for batch in parquet.iter_batches(batch_size=BATCH_ROWS):
-                table = _without_views(pa.Table.from_batches([batch.replace_schema_metadata(None)]))
-                yield [RawRow(values) for values in self._used(table).to_pylist()], table
-
-    @staticmethod
-    def _used(table: pa.Table) -> pa.Table:
-        simple = [field.name for field in table.schema if any(is_kind(field.type) for is_kind in _SIMPLE_KINDS)]
-        return table.select(simple)
+        with _naming(self._path), storage.open_input(self._path) as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
+                table = _plain(pa.Table.from_batches([batch.replace_schema_metadata(None)]))
+                columns = [_python_values(table[name]) for name in self._used]
+                rows = zip(*columns, strict=True)
+                yield [RawRow(dict(zip(self._used, row, strict=True))) for row in rows], table
 
 
-def _without_views(table: pa.Table) -> pa.Table:
+def _python_values(column: pa.Array | pa.ChunkedArray) -> list[Any]:
+    """The values of `column`; bytes become text, as in names of files."""
+    return [os.fsdecode(value) if isinstance(value, bytes) else value for value in column.to_pylist()]
+
+
+def _plain(table: pa.Table) -> pa.Table:
     """`table` with string views, which few readers and not all of Arrow's own functions know, as strings."""
-    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
-    schema = pa.schema([field.with_type(plain.get(field.type, field.type)) for field in table.schema])
+    schema = pa.schema([field.with_type(_plain_type(field.type)) for field in table.schema])
     return table if schema.equals(table.schema) else table.cast(schema)
+
+
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    """`kind` without views, in lists, structures and maps too."""
+    plain = {pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
+    if kind in plain:
+        return plain[kind]
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_plain_type(field.type)) for field in kind])
+    if pa.types.is_map(kind):
+        return pa.map_(_plain_type(kind.key_type), kind.item_field.with_type(_plain_type(kind.item_type)))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_plain_type(kind.value_type)))
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _plain_type(kind.value_type), kind.ordered)
+    return kind
 
 
 # --- fingerprint ----------------------------------------------------------------------------------------------------
@@ -251,7 +282,7 @@ def _without_views(table: pa.Table) -> pa.Table:
 
 def fingerprint(path: str, layout: Layout) -> Fingerprint:
     """Hash the file `path` and count its rows. Raises CatalogError."""
-    try:
+    with _naming(path):
         state = storage.state_of(path)
         lines = _TextScan(layout.quoted and layout.kind != "jsonl")
         is_plain = not layout.compression and layout.encoding.startswith(UTF8)
@@ -268,8 +299,6 @@ def fingerprint(path: str, layout: Layout) -> Fingerprint:
             with layout.open_text(path) as text:
                 while characters := text.read(_SCAN_BYTES):
                     lines.add(characters.encode(errors="surrogateescape"))
-    except (OSError, EOFError, UnicodeError, pa.ArrowException) as exc:
-        raise _cannot_read(path, exc) from exc
     rows = max(0, lines.total - (layout.kind != "jsonl"))
     return Fingerprint(digest.hexdigest(), rows, state, lines.is_utf8, lines.has_quotes)
 

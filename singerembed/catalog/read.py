@@ -5,7 +5,9 @@ Nothing here holds the whole catalogue: a reader's memory is one batch of rows.
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +22,8 @@ from singerembed.catalog.formats import BATCH_ROWS, Fingerprint, RawRow, fingerp
 from singerembed.catalog.layout import TextOptions
 from singerembed.errors import CatalogError, TrackError
 from singerembed.storage import printable
+
+_log = logging.getLogger(__name__)
 
 DEFAULT_UNIT_MINUTES = 240.0
 # Of the files in a folder that are taken for recordings.
@@ -69,6 +73,10 @@ class Columns:
 _FINISHED_ARE_SAFE = (
     "Finished units are safe: put the file back as it was and run the same command again, or give another output"
 )
+# What pandas, R, Spark and databases write for a number that is not there.
+_MISSING_NUMBERS = {"", "nan", "null", "none", "na", "n/a", "<na>", "nil", "\\n"}
+# Between tries to read a catalogue on storage that fails: a minute in all, as a file server takes to start again.
+_PAUSES_SECONDS = (1, 2, 4, 8, 15, 15, 15)
 _MAX_IDS = 50_000_000  # that are compared: 400 MB
 
 
@@ -106,6 +114,14 @@ def _doubled_ids(pairs: Callable[[], Iterator[tuple[Any, Any]]]) -> str:
     return ""
 
 
+def _may_pass(exc: BaseException) -> bool:
+    """Say whether an error of the storage that may pass by itself is the cause of `exc`."""
+    cause = exc.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return storage.may_pass(cause)
+    return cause is not None and _may_pass(cause)
+
+
 class Catalog:
     """A catalogue file, local or remote, read from front to back as often as needed."""
 
@@ -116,7 +132,8 @@ class Catalog:
         """
         self.path = path
         self._columns = columns or Columns()
-        self._rows = open_rows(path, self._columns.path, self._columns.text)
+        used = [self._columns.path, self._columns.track_id, "start", "end"]
+        self._rows = open_rows(path, used, self._columns.text)
         names = list(self._rows.names)
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -129,7 +146,6 @@ class Catalog:
             raise CatalogError(
                 f'{path} has no column "{self._columns.track_id}" (--id-column); it has: {", ".join(names)}'
             )
-        used = {self._columns.path, self._columns.track_id, "start", "end"}
         self._extra = {name: self._columns.rename.get(name, name) for name in names if name not in used}
         unknown = self._columns.rename.keys() - self._extra.keys()
         if unknown:
@@ -137,11 +153,17 @@ class Catalog:
         self._check_taken(set(reserved))
 
     def _check_taken(self, reserved: set[str]) -> None:
-        outputs = list(self._extra.values())
+        """Raise CatalogError where two columns of the output would have names that differ in case at most.
+
+        DuckDB and Spark cannot tell such columns apart.
+        """
+        taken = {name.lower(): name for name in reserved}
         for name, output in self._extra.items():
-            if output in reserved or outputs.count(output) > 1:
+            other = taken.setdefault(output.lower(), output)
+            if output in reserved or other is not output:
+                apart = "" if output == other else f', and "{output}" differs in case only'
                 raise CatalogError(
-                    f'{self.path}: the output already has a column "{output}". Rename the catalogue\'s: '
+                    f'{self.path}: the output already has a column "{other}"{apart}. Rename the catalogue\'s: '
                     f"--rename {name}=catalog_{name}"
                 )
 
@@ -202,15 +224,25 @@ class Catalog:
     ) -> Iterator[Unit]:
         """Cut the catalogue into units of about `minutes` of audio; the same catalogue always gives the same units.
 
-        `unchanged_since`: before a unit is returned, and at the end, the file must still have this fingerprint. Raises
-        CatalogError if it is not, and where the file cannot be read on.
+        `unchanged_since`: before a unit is returned, and at the end, the file must still have this fingerprint. Where
+        the storage fails, it is waited for and the file read again. Raises CatalogError if the file was changed, and
+        where it cannot be read on.
         """
-        expected = unchanged_since
-        for unit in self._units(minutes):
-            expected = expected and self._check_unchanged(expected)
-            yield unit
-        if expected:
-            self._check_unchanged(expected)
+        expected, done = unchanged_since, 0
+        for pause in (*_PAUSES_SECONDS, None):
+            try:
+                for unit in islice(self._units(minutes), done, None):
+                    expected = expected and self._check_unchanged(expected)
+                    yield unit
+                    done += 1
+                if expected:
+                    self._check_unchanged(expected)
+                return
+            except CatalogError as exc:
+                if pause is None or not _may_pass(exc):
+                    raise
+                _log.warning("%s. Waiting for it, for %g s", exc, pause)
+                time.sleep(pause)
 
     def _units(self, minutes: float) -> Iterator[Unit]:
         index, tracks, extras, gathered = 0, list[Track](), list[pa.Table](), 0.0
@@ -261,12 +293,15 @@ class Catalog:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+    """`value` as text; empty where it is missing, as NaN is in pandas."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return str(value)
 
 
 def _seconds(values: dict[str, Any], name: str) -> float | None:
     value = values.get(name)
-    if value is None or value == "":
+    if value is None or _text(value).strip().lower() in _MISSING_NUMBERS:
         return None
     try:
         seconds = float(value)

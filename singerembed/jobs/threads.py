@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 _GRACE_SECONDS = 5.0
 _STOP_SECONDS = 5.0  # that a call may stay in a system call after the run was asked to stop
 _POLL_SECONDS = 0.5
+_SLOW_SECONDS = 60.0  # in one call of a decoder, after which the log names the recording
 MAX_ABANDONED = 64  # threads; a storage that hangs more of them is not there
 
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class _Call:
         self.function, self.item, self.limit = function, item, limit
         self.future: Future[Any] = Future()
         self.thread: threading.Thread | None = None  # that runs it
+        self.is_named = False  # in the log, as slow
 
 
 class WorkerThreads:
@@ -127,6 +129,9 @@ class WorkerThreads:
                 self._stop_seen = time.monotonic()
             stopping = self._stop_seen and time.monotonic() - self._stop_seen > _STOP_SECONDS
             with self._lock:
+                slow = [
+                    call for call in self._running if not call.is_named and call.limit.running_seconds() > _SLOW_SECONDS
+                ]
                 stuck = [
                     call
                     for call in self._running
@@ -139,6 +144,9 @@ class WorkerThreads:
                     self._threads = [thread for thread in self._threads if thread is not call.thread]
                     if not self._closing and self._abandoned <= MAX_ABANDONED:
                         self._start_thread()
+            for call in slow:
+                call.is_named = True
+                _log.warning("%s has been waited for for %.0f s", call.item, call.limit.running_seconds())
             for call in stuck:
                 if stopping:
                     _answer(call.future, None, self._stopped())

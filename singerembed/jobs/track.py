@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,14 +23,36 @@ from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
 from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
 
+_log = logging.getLogger(__name__)
 _STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR}
 
-
-_FIRST_PAUSE_SECONDS = 0.5  # before a recording is read again after its storage failed in the middle of it
+_FIRST_PAUSE_SECONDS = 0.5  # before a recording is read again after its storage failed; doubled each time
+_LONGEST_PAUSE_SECONDS = 60.0
+_POLL_SECONDS = 0.5
 
 
 class Stopped(Exception):
     """A signal asked to stop."""
+
+
+class Patience:
+    """Limits the time that a run waits in vain for storage that fails, so that many bad files do not take a night."""
+
+    def __init__(self, seconds: float = 600.0) -> None:
+        self._left = seconds
+        self._lock = threading.Lock()
+
+    @property
+    def is_left(self) -> bool:
+        """Whether a recording may still be waited for."""
+        return self._left > 0
+
+    def waited_in_vain(self, seconds: float) -> None:
+        """Count the pauses before a recording that could not be read after them either."""
+        with self._lock:
+            was_left, self._left = self.is_left, self._left - seconds
+        if was_left and not self.is_left:
+            _log.warning("storage failed too often: files that cannot be read are not waited for any more")
 
 
 def embed_track(
@@ -36,24 +60,40 @@ def embed_track(
     engine: Engine,
     options: RunOptions,
     limit: TimeLimit | None = None,
+    patience: Patience | None = None,
     *,
     isolated: bool = False,
     stop: Callable[[], int] = lambda: 0,
 ) -> TrackRows:
     """Embed one track; any error of the track is returned as `TrackRows.error`.
 
-    `limit`: of its decoding; by default that of the options. `isolated`: decode it in another process, because a
-    decoder may have crashed on it. `stop` is asked between blocks of crops. Raises EngineError, and Stopped once `stop`
-    returns a signal's number.
+    `limit`: of its decoding; by default that of the options. `patience`: of the run, with storage that fails.
+    `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
+    of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
     """
     started = time.monotonic()
     limit = limit or TimeLimit(options.track_timeout_seconds)
+    patience = patience or Patience()
+    waited = 0.0
     for attempt in range(options.retries + 1):
         rows = _attempt(track, engine, options, limit, isolated=isolated, stop=stop, started=started)
-        if rows.error is None or not rows.error.passing or attempt == options.retries or stop():
+        if rows.error is None or not rows.error.passing:
+            return rows
+        if attempt == options.retries or not patience.is_left:
             break
-        time.sleep(_FIRST_PAUSE_SECONDS * 2**attempt)
+        waited += _pause(min(_LONGEST_PAUSE_SECONDS, _FIRST_PAUSE_SECONDS * 2**attempt), stop)
+    patience.waited_in_vain(waited)
     return rows
+
+
+def _pause(seconds: float, stop: Callable[[], int]) -> float:
+    """Sleep for `seconds`, and return them. Raises Stopped."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if stop():
+            raise Stopped
+        time.sleep(min(left, _POLL_SECONDS))
+    return seconds
 
 
 def overdue_rows(options: RunOptions, embedding_dim: int) -> TrackRows:
@@ -102,9 +142,7 @@ def _timed_blocks(
     """
     with ExitStack() as stack:
         with limit.counting():
-            recording = open_recording(
-                track.location, engine.spec.sample_rate, limit, isolated=isolated, retries=options.retries
-            )
+            recording = open_recording(track.location, engine.spec.sample_rate, limit, isolated=isolated)
             reader = stack.enter_context(recording)
         stack.callback(lambda: notes.extend(reader.notes))
         blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)

@@ -21,7 +21,7 @@ from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
-from singerembed.jobs.track import Stopped, embed_track, overdue_rows
+from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
 from singerembed.output.parts import PartStore
@@ -97,6 +97,7 @@ class EngineThreads:
     ) -> None:
         """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
         self._options, self._stop = options, stop
+        self._patience = Patience()
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
@@ -130,7 +131,9 @@ class EngineThreads:
             row = task.track.row
             with self._journal.decoding(row):
                 apart = isolated or row in self._journal.suspects
-                return embed_track(task.track, self._engine, self._options, limit, isolated=apart, stop=self._stop)
+                return embed_track(
+                    task.track, self._engine, self._options, limit, self._patience, isolated=apart, stop=self._stop
+                )
 
         return ordered_map(
             partial(self._pool.submit, embed),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from singerembed import storage
 from singerembed.catalog.layout import TextOptions
 from singerembed.catalog.read import Catalog, Columns, Track
 from singerembed.errors import CatalogError, UsageError
@@ -124,7 +126,7 @@ def test_parquet_columns_keep_their_types(tmp_path: Path) -> None:
     [
         ("a.wav,x,", "start 'x' is not a number"),
         ("a.wav,-1,", "start '-1'"),
-        ("a.wav,nan,", "start 'nan'"),
+        ("a.wav,inf,", "start 'inf'"),
         ("a.wav,3,2", "end 2 s is not after start 3 s"),
         ("a.wav,1", "2 fields, but the header names 3"),
         ("a.wav,1,2,3", "4 fields"),
@@ -142,6 +144,85 @@ def test_bad_rows_become_problems_of_their_own(tmp_path: Path, row: str, reason:
     assert "row 2" in str(bad.problem)
 
 
+@pytest.mark.parametrize("missing", ["", " ", "nan", "NaN", "null", "NULL", "None", "NA", "N/A", "<NA>", "\\N"])
+def test_a_missing_number_is_missing_however_it_is_written(tmp_path: Path, missing: str) -> None:
+    (track,) = tracks(Catalog(write(tmp_path / "c.csv", f"path,start,end\na.wav,{missing},{missing}\n")))
+    assert (track.problem, track.start, track.end) == (None, 0.0, None)
+
+
+def test_missing_values_of_json(tmp_path: Path) -> None:
+    lines = '{"path": "a.wav", "track_id": NaN, "start": NaN, "end": null}\n{"path": NaN}\n'
+    one, two = tracks(Catalog(write(tmp_path / "c.jsonl", lines)))
+    assert (one.problem, one.track_id, one.start, one.end) == (None, "a.wav", 0.0, None)
+    assert two.problem is not None
+    assert "empty" in str(two.problem)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(),
+        pa.dictionary(pa.int8(), pa.string()), pa.dictionary(pa.int32(), pa.large_string()),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_any_engine_calls_text_is_text(tmp_path: Path, kind: pa.DataType) -> None:
+    path = str(tmp_path / "c.parquet")
+    column = pa.array(["\u00dc.wav", "b.wav", None]).cast(kind)
+    pq.write_table(pa.table({"track_id": column, "path": column, "title": column}), path)
+    catalog = Catalog(path)
+    assert catalog.check(catalog.fingerprint()).notes == []
+    one, two, three = tracks(catalog)
+    assert (one.path, one.track_id, two.path) == ("\u00dc.wav", "\u00dc.wav", "b.wav")
+    assert three.problem is not None
+    titles = [row["title"] for row in extra(catalog)]
+    assert [title.decode() if isinstance(title, bytes) else title for title in titles] == ["\u00dc.wav", "b.wav", None]
+
+
+def test_views_in_nested_columns_become_plain(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.parquet")
+    views = pa.array([["x"], None], pa.list_(pa.string_view()))
+    people = pa.array([{"name": "Ann"}, None], pa.struct([("name", pa.string_view())]))
+    marks = pa.array([[("a", b"1")], None], pa.map_(pa.string_view(), pa.binary_view()))
+    pq.write_table(pa.table({"path": ["a.wav", "b.wav"], "tags": views, "people": people, "marks": marks}), path)
+    (unit,) = Catalog(path).units()
+    assert "view" not in str(unit.extra.schema)
+    assert unit.extra["tags"].to_pylist() == [["x"], None]
+    assert unit.extra["people"].to_pylist() == [{"name": "Ann"}, None]
+    assert unit.extra["marks"].to_pylist() == [[("a", b"1")], None]
+
+
+def test_a_used_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "c.parquet")
+    pq.write_table(pa.table({"path": ["a.wav"], "start": pa.array([1], pa.duration("s"))}), path)
+    with pytest.raises(CatalogError, match='the column "start" holds duration'):
+        Catalog(path)
+
+
+def test_a_catalogue_on_storage_that_fails_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "c.csv", "path\n" + "".join(f"{i}.wav\n" for i in range(3000)))
+    catalog = Catalog(path)
+    before = catalog.fingerprint()
+    pauses: list[float] = []
+    real_state, calls = storage.state_of, []
+
+    def state_of(of: str) -> tuple[int | str, ...]:
+        calls.append(of)
+        if len(calls) in {3, 4}:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real_state(of)
+
+    monkeypatch.setattr("singerembed.storage.state_of", state_of)
+    monkeypatch.setattr("singerembed.catalog.read.time.sleep", pauses.append)
+    units = list(catalog.units(60, before))
+    assert [track.path for unit in units for track in unit.tracks] == [f"{i}.wav" for i in range(3000)]
+    assert len(pauses) == 2
+    monkeypatch.setattr("singerembed.storage.state_of", lambda _path: (tmp_path / "gone").stat())
+    with pytest.raises(CatalogError, match="cannot be read any more"):
+        list(catalog.units(60, before))
+    assert len(pauses) == 2
+
+
 def test_bad_json_lines_become_problems(tmp_path: Path) -> None:
     path = write(tmp_path / "c.jsonl", '{"path": "a.wav"}\n{oops\n[1]\n\n{"path": "b.wav"}\n')
     found = tracks(Catalog(path))
@@ -155,6 +236,8 @@ def test_bad_json_lines_become_problems(tmp_path: Path) -> None:
         ("c.csv", "", "is empty"),
         ("c.csv", "path,a,a\nx,1,2\n", "'a' more than once"),
         ("c.csv", "path,status\nx,1\n", "--rename status=catalog_status"),
+        ("c.csv", "path,Start\nx,1\n", '"start", and "Start" differs in case only'),
+        ("c.csv", "path,Title,title\nx,1,2\n", "--rename title=catalog_title"),
         ("c.xlsx", "PK", "must end in .csv, .tsv, .jsonl or .parquet"),
         ("c.parquet", "not parquet", "cannot read the catalogue"),
     ],

@@ -26,6 +26,7 @@ from singerembed.engine.machine import available_cores
 from singerembed.errors import OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
+from singerembed.jobs.track import Patience
 
 COMMAND = [sys.executable, "-m", "singerembed", "run"]
 
@@ -106,7 +107,7 @@ def test_paths_that_can_never_work_are_not_waited_for(
     paths = {"a file as a folder": "a.wav/b.wav", "a name too long": "x" * 300, "links in a circle": "loop"}
     Path(catalog).write_text(f"path\n{paths[kind]}\n", encoding="utf-8")
     pauses: list[float] = []
-    monkeypatch.setattr("singerembed.audio.recording.time.sleep", pauses.append)
+    monkeypatch.setattr("singerembed.jobs.track.time.sleep", pauses.append)
     run(catalog, str(tmp_path / "o.parquet"), options=RunOptions(retries=2))
     assert statuses(tmp_path / "o.parquet") == [("error", "unreadable")]
     assert pauses == []
@@ -129,6 +130,28 @@ def test_trouble_that_passes_is_waited_for(catalog: str, tmp_path: Path, monkeyp
     calls.clear()
     run(catalog, str(tmp_path / "p.parquet"), options=RunOptions(retries=0))
     assert statuses(tmp_path / "p.parquet")[-1] == ("error", "unreadable")
+
+
+def test_waiting_in_vain_is_bounded_over_the_run(
+    catalog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(catalog).write_text("path\n" + "a.wav\n" * 8, encoding="utf-8")
+    clock = [0.0]
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+
+    def fail(*_rest: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("singerembed.jobs.track.time.sleep", sleep)
+    monkeypatch.setattr("singerembed.jobs.track.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("singerembed.audio.recording.open_source", fail)
+    monkeypatch.setattr("singerembed.jobs.units.Patience", lambda: Patience(4.0))
+    run(catalog, str(tmp_path / "o.parquet"), options=RunOptions(retries=2, workers=1))
+    assert statuses(tmp_path / "o.parquet") == [("error", "unreadable")] * 8
+    assert clock[0] == 4.5  # three recordings of half a second and a second each
+    assert "not waited for any more" in caplog.text
 
 
 def test_one_row_that_needs_a_package_is_one_error_row(
