@@ -10,6 +10,7 @@ from singerembed.jobs.units import Listener
 from singerembed.output.schema import Counts, TrackRows
 
 _FIRST = 100  # tracks; a share of errors says nothing of fewer
+_MISSING_IN_A_ROW = 100
 
 
 class ErrorWatch(Listener):
@@ -19,16 +20,16 @@ class ErrorWatch(Listener):
         """`max_errors`: tracks with errors, a number, or a share below 1 of the tracks so far; None: any number."""
         self._max_errors, self._say = max_errors, say
         self._counts = Counts()
-        self._missing = 0
+        self._missing = 0  # in a row
 
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """Count one track. Raises TooManyErrors."""
         counts = self._counts
         counts.add(rows)
-        if rows.error is not None and rows.error.code == "not_found":
-            self._missing += 1
-            if self._missing == counts.tracks == _FIRST:
-                self._say("warning", f"the first {_FIRST} recordings are all missing. Is the library mounted?")
+        self._missing = self._missing + 1 if rows.error is not None and rows.error.code == "not_found" else 0
+        if self._missing == _MISSING_IN_A_ROW:
+            which = "the first" if counts.tracks == _MISSING_IN_A_ROW else f"up to row {track.row:,},"
+            self._say("warning", f"{which} {_MISSING_IN_A_ROW} recordings are all missing. Is the library mounted?")
         limit = self._max_errors
         if limit is None:
             return

@@ -189,6 +189,13 @@ def test_a_library_that_is_not_there_is_warned_of(tmp_path: Path) -> None:
     assert said == ["the first 100 recordings are all missing. Is the library mounted?"]
 
 
+def test_a_library_that_goes_away_is_warned_of(catalog: str, tmp_path: Path) -> None:
+    Path(catalog).write_text("path\na.wav\n" + "gone.wav\n" * 150, encoding="utf-8")
+    said: list[str] = []
+    run(catalog, str(tmp_path / "o.parquet"), options=RunOptions(retries=0), say=lambda _kind, text: said.append(text))
+    assert said[-1] == "up to row 101, 100 recordings are all missing. Is the library mounted?"
+
+
 @pytest.mark.parametrize(("limit", "failed"), [("3", "4 of"), ("20%", "of 100")])
 def test_too_many_errors_end_the_run_and_mended_files_finish_it(
     catalog: str, tmp_path: Path, limit: str, failed: str
