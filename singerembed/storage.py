@@ -138,6 +138,14 @@ def names_in(folder: str) -> list[str]:
     return [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
 
 
+def is_folder(path: str) -> bool:
+    """Say whether there is a folder at `path`: in object storage, anything below that name."""
+    if is_remote(path):
+        fs, name = _filesystem(path)
+        return bool(fs.isdir(name))
+    return Path(path).is_dir()
+
+
 class Facts(NamedTuple):
     """What a file system says of a file without its being opened; None: it does not say."""
 
@@ -185,7 +193,9 @@ def facts_of(path: str) -> Facts:
 
 def _object_facts(info: dict[str, Any]) -> Facts:
     size = info.get("size")
-    when = next((info[key] for key in ("LastModified", "mtime", "last_modified", "updated", "created") if info.get(key)), None)
+    when = next(
+        (info[key] for key in ("LastModified", "mtime", "last_modified", "updated", "created") if info.get(key)), None
+    )
     if isinstance(when, str):
         with contextlib.suppress(ValueError):
             when = datetime.fromisoformat(when)

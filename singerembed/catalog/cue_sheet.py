@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from singerembed import storage
 
 _FRAMES_A_SECOND = 75  # a time is minutes:seconds:frames, in frames of a CD
-_LINE = re.compile(r'\s*(?P<word>[A-Za-z]+)\s+(?P<rest>.*\S)\s*')
+_LINE = re.compile(r"\s*(?P<word>[A-Za-z]+)\s+(?P<rest>.*\S)\s*")
 _TIME = re.compile(r"(\d+):(\d+):(\d+)")
 _MAX_BYTES = 1 << 20
 

@@ -20,7 +20,9 @@ def read_playlist(path: str) -> list[str]:
     with storage.open_input(path) as file:
         content = file.read()
     if path.lower().endswith(".pls"):
-        numbered = [(int(found[1]), found[2]) for found in map(_PLS_FILE.fullmatch, decoded(content).splitlines()) if found]
+        numbered = [
+            (int(found[1]), found[2]) for found in map(_PLS_FILE.fullmatch, decoded(content).splitlines()) if found
+        ]
         return [_found(path, entry) for _, entry in sorted(numbered, key=lambda pair: pair[0])]
     lines = [line.strip() for line in content.removeprefix(b"\xef\xbb\xbf").splitlines()]
     return [_found(path, os.fsdecode(line), line) for line in lines if line and not line.startswith(b"#")]

@@ -66,7 +66,9 @@ def _with_tinytag(path: str) -> Tags:
     except Exception:  # each file system of fsspec has exceptions of its own, and a strange file may meet any mistake
         return Tags()
     other = found.other
-    recording = [value.removeprefix(_MUSICBRAINZ_OWNER) for value in other.get("ufid", []) if _MUSICBRAINZ_OWNER in value]
+    recording = [
+        value.removeprefix(_MUSICBRAINZ_OWNER) for value in other.get("ufid", []) if _MUSICBRAINZ_OWNER in value
+    ]
     return Tags(
         duration=_seconds(found.duration),
         artist=_text(found.artist),

@@ -44,6 +44,7 @@ class Walk:
 
     say: Callable[[str], None]  # called with one line for each folder that cannot be read
     left_out: Counter[str] = field(default_factory=Counter)
+    own: str = ""  # the name of the file that is being written, which may lie in a folder that is walked
 
     def recordings(self, root: str) -> Iterator[Found]:
         """Yield the recordings under the folder `root`, depth first, each folder in the order of its names.
@@ -72,7 +73,9 @@ class Walk:
                 entries = self._listed(path)
             except OSError as exc:
                 self.left_out[UNREADABLE] += 1
-                self.say(f"{storage.printable(storage.redacted(path))}: {exc.strerror or exc}; what is in it is left out")
+                self.say(
+                    f"{storage.printable(storage.redacted(path))}: {exc.strerror or exc}; what is in it is left out"
+                )
                 continue
             cuts |= self._cuts(path, entries)
             stack.append((path, iter(entries), identity))
@@ -82,6 +85,8 @@ class Walk:
         wanted = []
         for entry in storage.entries(folder):
             reason = _reason_to_leave_out(entry)
+            if entry.name == self.own:
+                continue
             if reason:
                 self.left_out[reason] += 1
             else:
