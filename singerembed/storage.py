@@ -200,8 +200,8 @@ def _object_facts(info: dict[str, Any]) -> Facts:
         with contextlib.suppress(ValueError):
             when = datetime.fromisoformat(when)
     seconds = when.timestamp() if isinstance(when, datetime) else when
-    known = isinstance(seconds, int | float)
-    return Facts(None if size is None else int(size), int(seconds * 1_000_000) * 1000 if known else None)
+    mtime_ns = int(seconds * 1_000_000) * 1000 if isinstance(seconds, int | float) else None
+    return Facts(None if size is None else int(size), mtime_ns)
 
 
 def rename(path: str, to: str) -> None:

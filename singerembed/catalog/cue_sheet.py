@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import PurePosixPath
 
 from singerembed import storage
@@ -116,6 +117,6 @@ def _note(sheet: CueSheet, track: CueTrack | None, word: str, rest: str) -> None
 
 def _order(file: CueFile) -> None:
     placed = sorted((track for track in file.tracks if track.start is not None), key=lambda track: track.start or 0.0)
-    for track, following in zip(placed, placed[1:], strict=False):
+    for track, following in pairwise(placed):
         track.end = following.start
     file.tracks = [track for track in placed if track.end is None or track.start is None or track.end > track.start]

@@ -65,6 +65,7 @@ class ForeignTags:
 def _with_ffmpeg(path: str) -> dict[str, Any]:
     import av
 
+    container: Any
     with open(os.fsencode(path), "rb") as file, av.open(file, metadata_errors="replace", options=_LOOK) as container:  # noqa: PTH123
         stream = container.streams.best("audio")
         if stream is None:

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from singerembed import storage
 from singerembed.catalog.cue_sheet import CueFile, CueSheet, audio_name, read_cue_sheet
+from singerembed.catalog.layout import has_catalog_name
 from singerembed.catalog.playlist import PLAYLIST_SUFFIXES, read_playlist
 from singerembed.catalog.tags import TagReader, Tags
 from singerembed.catalog.walk import UNREADABLE, Found, Walk
@@ -96,10 +97,11 @@ class ScanCounts:
 
 
 def is_source(path: str) -> bool:
-    """Say whether `path` is something that `scan` takes: a folder, a playlist or a cue sheet, rather than a catalogue."""
+    """Say whether `path` is a folder, a playlist or a cue sheet, which `scan` takes, rather than a catalogue."""
     if _is_list(path) or path.endswith("/"):
         return True
-    return storage.is_folder(path)
+    # An object's name tells: to ask a web server would fetch all of it.
+    return not (storage.is_remote(path) and has_catalog_name(path)) and storage.is_folder(path)
 
 
 def scan(
@@ -298,7 +300,7 @@ def _as_text(row: Row) -> Row:
 
 class _CsvWriter:
     def __init__(self, path: str) -> None:
-        self._file = Path(path).open("w", encoding="utf-8", newline="")
+        self._file = Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115  (see close)
         self._writer = csv.DictWriter(self._file, SCAN_SCHEMA.names, lineterminator="\n")
         self._writer.writeheader()
 
@@ -314,7 +316,7 @@ class _CsvWriter:
 
 class _JsonWriter:
     def __init__(self, path: str) -> None:
-        self._file = Path(path).open("w", encoding="utf-8", newline="")
+        self._file = Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115  (see close)
 
     def write(self, rows: list[Row]) -> None:
         for row in map(_as_text, rows):

@@ -177,11 +177,13 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
 def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     """Embed every recording of CATALOG into OUTPUT, a Parquet file or, with --partitioned, a folder of them.
 
-    CATALOG may be a folder, a playlist or a cue sheet: it is scanned first, as by `singerembed scan`. Else it is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
-    "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst). Relative paths count
-    from the catalogue's folder. A run that was stopped goes on when the same command is given again.
+    CATALOG may be a folder, a playlist or a cue sheet: it is scanned first, as by `singerembed scan`, and the catalogue
+    is kept beside OUTPUT. Else it is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known,
+    "track_id", "start" and "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst).
+    Relative paths count from the catalogue's folder. A run that was stopped goes on when the same command is given again.
 
-    Exit codes: 0 all well, 3 finished with error rows or without folders that could not be read, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
+    Exit codes: 0 all well, 3 finished with error rows or without folders that could not be read, 1 could not run or had
+    to stop, 2 usage, 130 or 143 interrupted.
 
     \b
     singerembed run ~/Music library.parquet

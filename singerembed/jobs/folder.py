@@ -11,6 +11,7 @@ from singerembed import storage
 from singerembed.catalog.scan import DEFAULT_WORKERS, UNREADABLE_KEY, ScanCounts, scan
 from singerembed.errors import OutputError
 from singerembed.jobs.options import RunOptions
+from singerembed.output.finished import is_partitioned
 from singerembed.output.parts import PartStore
 
 
@@ -44,7 +45,7 @@ def catalog_of(
         try:
             counts = _scan(source, catalog, finished=finished, output=output, say=say, found=found)
         finally:
-            if not begun:
+            if parts.identity() is None:
                 parts.discard()
     say("scanned", f"{source}: {counts}; kept as {catalog}")
     return catalog, counts.unreadable_folders
@@ -73,8 +74,8 @@ def _scan(
             with storage.open_input(catalog) as file:
                 before = pq.read_metadata(file).num_rows
             raise OutputError(
-                f"{output} was made of {source} as it was then, with {before:,} recordings, and files have changed since: "
-                f"it has {counts.recordings:,}. Give another output, or --restart to embed them all again"
+                f"{output} was made of {source} as it was then, with {before:,} recordings, and files have changed "
+                f"since: it has {counts.recordings:,}. Give another output, or --restart to embed them all again"
             )
     finally:
         storage.remove(now)
@@ -82,11 +83,12 @@ def _scan(
 
 
 def _is_finished(output: str, *, partitioned: bool) -> bool:
-    from singerembed.output.finished import is_partitioned
-
     return is_partitioned(output) if partitioned else storage.exists(output)
 
 
 def _digest(path: str) -> str:
     with storage.open_input(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -53,8 +53,8 @@ def run(
     say: Callable[[str, str], None] = lambda _what, _text: None,
     scanned: Callable[[ScanCounts], None] = lambda _counts: None,
 ) -> RunSummary:
-    """Embed every track of the catalogue `catalog`, or every recording in the folder of that name, into `output`, a Parquet file or a folder of them; go on where an
-    earlier run ended.
+    """Embed every track of the catalogue `catalog`, or every recording in the folder of that name, into `output`, a
+    Parquet file or a folder of them; go on where an earlier run ended.
 
     `engine` is an engine file (default: the bundled one). `stop` returns 0, or the number of a signal on which to stop.
     `say` is called with what a person should know of the catalogue: a subject and a text; `scanned` now and then while
