@@ -98,6 +98,11 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     help="Crops whose peak is not above this are not embedded.",
 )
 @click.option(
+    "--audio-hash",
+    is_flag=True,
+    help="Add the column audio_hash: the same for tracks with the same samples, whatever their container and tags.",
+)
+@click.option(
     "--delimiter", metavar="CHAR", help="What separates the fields of a CSV.  [default: found by the first line]"
 )
 @click.option(
@@ -180,7 +185,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     CATALOG may be a folder, a playlist or a cue sheet: it is scanned first, as by `singerembed scan`, and the catalogue
     is kept beside OUTPUT. Else it is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known,
     "track_id", "start" and "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst).
-    Relative paths count from the catalogue's folder. A run that was stopped goes on when the same command is given again.
+    Relative paths count from the catalogue's folder. A run that was stopped goes on when the same command is given
+    again.
 
     Exit codes: 0 all well, 3 finished with error rows or without folders that could not be read, 1 could not run or had
     to stop, 2 usage, 130 or 143 interrupted.
@@ -203,6 +209,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         pool=values["pool"],
         embedding_dtype=values["embedding_dtype"],
         silence_dbfs=values["silence_dbfs"],
+        audio_hash=values["audio_hash"],
         columns=Columns(
             values["path_column"],
             values["id_column"],
