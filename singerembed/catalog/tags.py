@@ -49,18 +49,33 @@ class TagReader:
         """
         if TinyTag.is_supported(PurePosixPath(path).name):
             return _with_tinytag(path)
-        return Tags() if storage.is_remote(path) else _of_ffmpeg(self._foreign.read(path))
+        if storage.is_remote(path):
+            return Tags()
+        found = self._foreign.read(path)
+        tags = _of_ffmpeg(found)
+        # Of the ID3 tag that some programs put before a file of another format, FFmpeg reads a part or nothing.
+        return (
+            _with_tinytag(path, duration=False)._replace(duration=tags.duration) if found and _has_id3(path) else tags
+        )
 
     def close(self) -> None:
         """End the process of FFmpeg."""
         self._foreign.close()
 
 
-def _with_tinytag(path: str) -> Tags:
+def _has_id3(path: str) -> bool:
+    try:
+        with storage.open_input(path) as file:
+            return file.read(3) == b"ID3"
+    except OSError:
+        return False
+
+
+def _with_tinytag(path: str, *, duration: bool = True) -> Tags:
     try:
         with storage.open_input(path) as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = TinyTag.get(path, file_obj=file)
+            found = TinyTag.get(path, file_obj=file, duration=duration)
     except (TinyTagException, OSError, ValueError):
         return Tags()
     except Exception:  # each file system of fsspec has exceptions of its own, and a strange file may meet any mistake
