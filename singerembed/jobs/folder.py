@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from singerembed import storage
 from singerembed.catalog.scan import DEFAULT_WORKERS, UNREADABLE_KEY, ScanCounts, scan
-from singerembed.errors import OutputError
+from singerembed.errors import InterruptedRun, OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.output.finished import is_partitioned
 from singerembed.output.parts import PartStore
@@ -26,13 +26,20 @@ def catalog_of(
     options: RunOptions,
     say: Callable[[str, str], None],
     found: Callable[[ScanCounts], None] = lambda _counts: None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> tuple[str, int]:
     """Scan the folder, playlist or cue sheet `source`; return the catalogue, and how many folders could not be read.
 
     A run that has begun goes on with the catalogue it began with, and so does one that retries errors: what has changed
-    in the folder meanwhile does not count. Raises CatalogError and UsageError, and OutputError when the output is
-    finished and the folder is another now.
+    in the folder meanwhile does not count. Raises CatalogError and UsageError, OutputError when the output is finished
+    and the folder is another now, and InterruptedRun once `stop` returns a signal's number.
     """
+
+    def going_on(counts: ScanCounts) -> None:
+        found(counts)
+        if number := stop():
+            raise InterruptedRun("stopped while the folder was scanned; the same command begins again", number)
+
     catalog = kept_catalog(output)
     finished = _is_finished(output, partitioned=options.partitioned) and not options.restart
     with PartStore(output, partitioned=options.partitioned) as parts:  # another run may be using the catalogue
@@ -43,7 +50,7 @@ def catalog_of(
             say("catalog", f"{catalog}: the {metadata.num_rows:,} recordings that {source} had when the run began")
             return catalog, int((metadata.metadata or {}).get(UNREADABLE_KEY, 0))
         try:
-            counts = _scan(source, catalog, finished=finished, output=output, say=say, found=found)
+            counts = _scan(source, catalog, finished=finished, output=output, say=say, found=going_on)
         finally:
             if parts.identity() is None:
                 parts.discard()

@@ -69,7 +69,7 @@ def run(
     catalog, output = storage.local_path(catalog), storage.local_path(output)
     unreadable = 0
     if is_source(catalog):
-        catalog, unreadable = catalog_of(catalog, output, options, say, scanned)
+        catalog, unreadable = catalog_of(catalog, output, options, say, scanned, stop)
     fingerprint = _examine(catalog, options, say)
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)

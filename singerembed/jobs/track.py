@@ -142,7 +142,7 @@ class _EmbeddedTrack:
 
     def add(self, block: CropBlock) -> None:
         if self._hash is not None:
-            self._hash.update(np.ascontiguousarray(_as_float(block.pcm)))
+            self._hash.update(_as_float(block.pcm).data)
         self._embedded.append(self._engine.embed(block.pcm))
         self._index += block.index
         self._start.append(block.start)

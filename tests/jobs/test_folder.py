@@ -73,6 +73,12 @@ def test_a_run_that_was_stopped_goes_on_with_the_folder_as_it_was(
     assert restarted.counts.tracks == 4
 
 
+def test_a_stop_while_scanning_leaves_nothing(folder: Path, tmp_path: Path, reference_engine: str) -> None:
+    with pytest.raises(InterruptedRun, match="while the folder was scanned"):
+        run(str(folder), str(tmp_path / "out.parquet"), engine=reference_engine, stop=lambda: 15)
+    assert [path.name for path in tmp_path.iterdir()] == ["music"]
+
+
 def test_errors_are_retried_with_the_catalogue_of_the_run(folder: Path, tmp_path: Path, reference_engine: str) -> None:
     output = tmp_path / "out.parquet"
     good = (folder / "0.wav").read_bytes()
