@@ -13,8 +13,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote_to_bytes
 
 from singerembed.errors import MissingDependencyError
@@ -135,6 +136,72 @@ def names_in(folder: str) -> list[str]:
             return [PurePosixPath(entry).name for entry in fs.ls(name, detail=False)]
         return []
     return [entry.name for entry in Path(folder).iterdir()] if Path(folder).is_dir() else []
+
+
+def is_folder(path: str) -> bool:
+    """Say whether there is a folder at `path`: in object storage, anything below that name."""
+    if is_remote(path):
+        fs, name = _filesystem(path)
+        return bool(fs.isdir(name))
+    return Path(path).is_dir()
+
+
+class Facts(NamedTuple):
+    """What a file system says of a file without its being opened; None: it does not say."""
+
+    size: int | None = None  # bytes
+    mtime_ns: int | None = None  # of the last modification, nanoseconds since 1970
+
+
+class Entry(NamedTuple):
+    """One name in a folder."""
+
+    name: str
+    is_folder: bool
+    is_file: bool  # neither: a pipe, a device, or a link that leads nowhere
+    facts: Facts | None = None  # of an object; local files are asked one by one
+
+
+def entries(folder: str) -> Iterator[Entry]:
+    """Yield what lies in `folder`, unordered; links count as what they lead to. Raises OSError."""
+    if not is_remote(folder):
+        with os.scandir(folder) as found:
+            for entry in found:
+                try:
+                    yield Entry(entry.name, entry.is_dir(), entry.is_file())
+                except OSError:  # a link to itself
+                    yield Entry(entry.name, False, False)
+        return
+    fs, name = _filesystem(folder)
+    fs.invalidate_cache()
+    for info in fs.ls(name, detail=True):
+        path = str(info["name"]).rstrip("/")
+        if path.strip("/") != name.strip("/"):  # some stores list an empty object that stands for the folder
+            is_folder = info["type"] == "directory"
+            yield Entry(PurePosixPath(path).name, is_folder, not is_folder, _object_facts(info))
+    fs.invalidate_cache()  # it would keep every listing of a long walk
+
+
+def facts_of(path: str) -> Facts:
+    """Size and time of the file `path`. Raises OSError."""
+    if is_remote(path):
+        fs, name = _filesystem(path)
+        return _object_facts(fs.info(name))
+    info = Path(path).stat()
+    return Facts(info.st_size, info.st_mtime_ns)
+
+
+def _object_facts(info: dict[str, Any]) -> Facts:
+    size = info.get("size")
+    when = next(
+        (info[key] for key in ("LastModified", "mtime", "last_modified", "updated", "created") if info.get(key)), None
+    )
+    if isinstance(when, str):
+        with contextlib.suppress(ValueError):
+            when = datetime.fromisoformat(when)
+    seconds = when.timestamp() if isinstance(when, datetime) else when
+    mtime_ns = int(seconds * 1_000_000) * 1000 if isinstance(seconds, int | float) else None
+    return Facts(None if size is None else int(size), mtime_ns)
 
 
 def rename(path: str, to: str) -> None:

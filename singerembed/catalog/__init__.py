@@ -1,4 +1,4 @@
-"""Read a catalogue of recordings as tracks, and cut it into work units.
+"""Read a catalogue of recordings as tracks, cut it into work units, and make one of a folder.
 
 May import storage and errors.
 """

@@ -100,11 +100,7 @@ class Layout:
 
 def find_layout(path: str, path_column: str, options: TextOptions) -> Layout:
     """Look at the first 64 KB of the catalogue `path`. Raises OSError."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
-        del suffixes[-1]
-    kinds = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
-    kind = (kinds | {".parquet": "parquet", ".pq": "parquet"}).get(suffixes[-1] if suffixes else "", "")
+    kind = _kind(path)
     with storage.open_input(path) as file:
         start = file.read(4)
     compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), "")
@@ -122,6 +118,19 @@ def find_layout(path: str, path_column: str, options: TextOptions) -> Layout:
         if path_column in _header(candidate, text):
             return candidate
     return Layout(kind, compression, encoding, first, quoted)
+
+
+def has_catalog_name(path: str) -> bool:
+    """Say whether `path` is named as a catalogue is."""
+    return _kind(path) != ""
+
+
+def _kind(path: str) -> str:
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSED_SUFFIXES:
+        del suffixes[-1]
+    kinds = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+    return (kinds | {".parquet": "parquet", ".pq": "parquet"}).get(suffixes[-1] if suffixes else "", "")
 
 
 def _header(layout: Layout, text: str) -> list[str]:

@@ -28,7 +28,8 @@ _log = logging.getLogger(__name__)
 DEFAULT_UNIT_MINUTES = 240.0
 # Of the files in a folder that are taken for recordings.
 AUDIO_SUFFIXES = {
-    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".w64", ".caf", ".wma",
+    ".wav", ".flac", ".mp3", ".ogg", ".opus", ".oga", ".m4a", ".aac", ".aif", ".aiff", ".aifc", ".w64", ".caf", ".wma",
+    ".wv", ".ape", ".tta", ".mka", ".mp2", ".mpc", ".dsf", ".dff", ".au", ".spx",
 }  # fmt: skip
 ASSUMED_TRACK_MINUTES = 4.0  # of a row that does not say where it ends: a song
 

@@ -16,6 +16,7 @@ from singerembed.cli.evaluate import evaluate
 from singerembed.cli.inspect import inspect
 from singerembed.cli.report import report
 from singerembed.cli.run import run
+from singerembed.cli.scan import scan
 from singerembed.errors import SingerEmbedError, UsageError
 
 
@@ -50,12 +51,13 @@ def cli() -> None:
     """Singer identity embeddings for whole music libraries.
 
     \b
+    singerembed scan folder catalog.csv         list the recordings in a folder, with their tags
     singerembed run catalog.csv out.parquet     embed every recording of a catalogue
     singerembed build-engine ckpt.pt            make an engine of a trained encoder
     """
 
 
-for _command in (run, build_engine, inspect, evaluate, report, doctor):
+for _command in (run, scan, build_engine, inspect, evaluate, report, doctor):
     cli.add_command(_command)
 
 

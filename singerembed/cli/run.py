@@ -98,6 +98,11 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     help="Crops whose peak is not above this are not embedded.",
 )
 @click.option(
+    "--audio-hash",
+    is_flag=True,
+    help="Add the column audio_hash: the same for tracks with the same samples, whatever their container and tags.",
+)
+@click.option(
     "--delimiter", metavar="CHAR", help="What separates the fields of a CSV.  [default: found by the first line]"
 )
 @click.option(
@@ -177,19 +182,24 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
 def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     """Embed every recording of CATALOG into OUTPUT, a Parquet file or, with --partitioned, a folder of them.
 
-    CATALOG is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known, "track_id", "start" and
-    "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst). Relative paths count
-    from the catalogue's folder. A run that was stopped goes on when the same command is given again.
+    CATALOG may be a folder, a playlist or a cue sheet: it is scanned first, as by `singerembed scan`, and the catalogue
+    is kept beside OUTPUT. Else it is a CSV, TSV, JSON Lines or Parquet file with a column "path" and, where known,
+    "track_id", "start" and "end" (seconds); its other columns are passed through. Text may be compressed (.gz, .zst).
+    Relative paths count from the catalogue's folder. A run that was stopped goes on when the same command is given
+    again.
 
-    Exit codes: 0 all well, 3 finished with error rows, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
+    Exit codes: 0 all well, 3 finished with error rows or without folders that could not be read, 1 could not run or had
+    to stop, 2 usage, 130 or 143 interrupted.
 
     \b
+    singerembed run ~/Music library.parquet
     singerembed run library.csv library.parquet --engine byol.engine
     singerembed run s3://music/all.parquet s3://music/embedded --partitioned --ray auto
     """
     from singerembed.catalog.layout import TextOptions
     from singerembed.catalog.read import Columns
     from singerembed.cli.progress import ProgressBar
+    from singerembed.cli.scan import ScanBar
     from singerembed.jobs.options import RunOptions
     from singerembed.jobs.run import run as run_pipeline
 
@@ -199,6 +209,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         pool=values["pool"],
         embedding_dtype=values["embedding_dtype"],
         silence_dbfs=values["silence_dbfs"],
+        audio_hash=values["audio_hash"],
         columns=Columns(
             values["path_column"],
             values["id_column"],
@@ -223,16 +234,24 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         _quiet_libraries(),
         _stop_signals() as stop,
         ProgressBar(note, quiet=quiet) as progress,
+        ScanBar(quiet=quiet) as scan_bar,
         _log(values["log_json"]) as logs,
     ):
         summary = run_pipeline(
-            catalog, output, engine=values["engine"], options=options, listeners=[progress, *logs], stop=stop, say=note
+            catalog,
+            output,
+            engine=values["engine"],
+            options=options,
+            listeners=[progress, *logs],
+            stop=stop,
+            say=scan_bar.note,
+            scanned=scan_bar.update,
         )
     if as_json:
         click.echo(json.dumps(_summary_fields(summary)))
     files = f"{summary.output}/*.parquet" if options.partitioned else summary.output
     _say_summary(summary, progress.first_error, files)
-    if summary.counts.errors:
+    if summary.counts.errors or summary.unreadable_folders:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
 
 

@@ -31,6 +31,7 @@ class RunOptions:
     pool: str = "none"  # "mean": one row a track, the mean of its crops' embeddings
     embedding_dtype: str = "float32"
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
+    audio_hash: bool = False  # note which tracks have the same samples
     columns: Columns = field(default_factory=Columns)
     unit_minutes: float = DEFAULT_UNIT_MINUTES  # of audio
     track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS

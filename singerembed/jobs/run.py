@@ -12,11 +12,13 @@ from typing import Any
 from singerembed import storage
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog
+from singerembed.catalog.scan import ScanCounts, is_source
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
 from singerembed.jobs.error_watch import ErrorWatch
+from singerembed.jobs.folder import catalog_of
 from singerembed.jobs.gpus import choose_devices, embed_on_devices
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import embed_on_ray
@@ -37,6 +39,7 @@ class RunSummary:
     seconds: float
     units_before: int = 0  # units that an earlier run had finished
     already_done: bool = False
+    unreadable_folders: int = 0  # whose recordings are missing, where the run was over a folder
 
 
 def run(
@@ -48,12 +51,14 @@ def run(
     listeners: Sequence[Listener] = (),
     stop: Callable[[], int] = lambda: 0,
     say: Callable[[str, str], None] = lambda _what, _text: None,
+    scanned: Callable[[ScanCounts], None] = lambda _counts: None,
 ) -> RunSummary:
-    """Embed every track of the catalogue `catalog` into `output`, a Parquet file or a folder of them; go on where an
-    earlier run ended.
+    """Embed every track of the catalogue `catalog`, or every recording in the folder of that name, into `output`, a
+    Parquet file or a folder of them; go on where an earlier run ended.
 
     `engine` is an engine file (default: the bundled one). `stop` returns 0, or the number of a signal on which to stop.
-    `say` is called with what a person should know of the catalogue: a subject and a text.
+    `say` is called with what a person should know of the catalogue: a subject and a text; `scanned` now and then while
+    a folder is scanned.
     Raises CatalogError, EngineError, OutputError, ClusterError, or InterruptedRun after a stop.
     """
     options = options or RunOptions()
@@ -62,6 +67,9 @@ def run(
         catalog, output = storage.absolute(catalog), storage.absolute(output)
     started = time.monotonic()
     catalog, output = storage.local_path(catalog), storage.local_path(output)
+    unreadable = 0
+    if is_source(catalog):
+        catalog, unreadable = catalog_of(catalog, output, options, say, scanned, stop)
     fingerprint = _examine(catalog, options, say)
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)
@@ -85,7 +93,10 @@ def run(
             _check_same(output, previous, identity)
             if not (options.retry_errors and previous.counts.errors):
                 parts.discard()
-                return RunSummary(output, previous.counts, Counts(), time.monotonic() - started, already_done=True)
+                seconds = time.monotonic() - started
+                return RunSummary(
+                    output, previous.counts, Counts(), seconds, already_done=True, unreadable_folders=unreadable
+                )
         elif options.retry_errors:
             raise UsageError(f"--retry-errors is for a finished output, and {output} does not exist. Run without it")
         retrying = previous if options.retry_errors and not options.restart else None
@@ -109,7 +120,7 @@ def run(
             embedded = runner.embed_all(to_embed, retrying)
         metadata = {**identity, "spec": engine_file.spec.to_dict(), "verification": engine_file.verification}
         counts = parts.finish(runner.schema, metadata | {"engine_build": engine_file.build}, retrying)
-    return RunSummary(output, counts, embedded, time.monotonic() - started, units_before)
+    return RunSummary(output, counts, embedded, time.monotonic() - started, units_before, unreadable_folders=unreadable)
 
 
 def _examine(path: str, options: RunOptions, say: Callable[[str, str], None]) -> Fingerprint:

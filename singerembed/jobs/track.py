@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 import time
@@ -21,9 +22,12 @@ from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
+from singerembed.model.mel import Pcm
 from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
 
 _log = logging.getLogger(__name__)
+
+_HASH_DIGITS = 32  # 128 bits: no two of a billion recordings meet by chance
 _STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR}
 
 _FIRST_PAUSE_SECONDS = 0.5  # before a recording is read again after its storage failed; doubled each time
@@ -173,8 +177,11 @@ class _EmbeddedTrack:
         self._start: list[NDArray[np.int64]] = []
         self._stop: list[NDArray[np.int64]] = []
         self._embedded: list[EmbeddedCrops] = []
+        self._hash = hashlib.sha256() if options.audio_hash else None
 
     def add(self, block: CropBlock) -> None:
+        if self._hash is not None:
+            self._hash.update(_as_float(block.pcm).data)
         self._embedded.append(self._engine.embed(block.pcm))
         self._index += block.index
         self._start.append(block.start)
@@ -196,8 +203,14 @@ class _EmbeddedTrack:
             error=error,
             note="; ".join(self.notes),
             seconds=seconds,
+            audio_hash=self._hash.hexdigest()[:_HASH_DIGITS] if self._hash and self._index else "",
         )
         return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
+
+
+def _as_float(pcm: Pcm) -> Pcm:
+    """`pcm` as float32, full scale 1: decoders of one recording give one or the other."""
+    return pcm.astype(np.float32) / np.float32(32768) if pcm.dtype == np.int16 else pcm
 
 
 def _concatenate(arrays: list[Any], dtype: Any) -> Any:
@@ -219,4 +232,5 @@ def _pooled(rows: TrackRows) -> TrackRows:
         error=rows.error,
         note=rows.note,
         seconds=rows.seconds,
+        audio_hash=rows.audio_hash,
     )

@@ -189,7 +189,10 @@ class UnitRunner:
         self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
         self._engine_file = read_engine_file(job.engine)
         spec = self._engine_file.spec
-        self.schema = output_schema(self._catalog.extra_schema(), spec.embedding_dim, job.options.embedding_dtype)
+        options = job.options
+        self.schema = output_schema(
+            self._catalog.extra_schema(), spec.embedding_dim, options.embedding_dtype, audio_hash=options.audio_hash
+        )
 
     def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:
         """Embed and publish the units of `open_units`. Returns the counts of what was embedded."""

@@ -38,7 +38,8 @@ _LEADING = [
     pa.field("peak_dbfs", pa.float32()),
     pa.field("rms_dbfs", pa.float32()),
 ]
-RESERVED_COLUMNS = [field.name for field in _LEADING] + ["embedding"]
+_AUDIO_HASH = pa.field("audio_hash", pa.string())
+RESERVED_COLUMNS = [field.name for field in _LEADING] + [_AUDIO_HASH.name, "embedding"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class TrackRows:
     error: TrackError | None = None
     note: str = ""  # what a person should know of the recording, although it was decoded; empty: nothing
     seconds: float = 0.0  # spent on decoding and embedding it
+    audio_hash: str = ""  # of the samples of its crops; empty: not wanted
 
     @property
     def n_rows(self) -> int:
@@ -124,10 +126,11 @@ INVALID_SAMPLES = "invalid_samples"
 _INVALID_MESSAGE = "NaN or infinity in the samples"
 
 
-def output_schema(extra: pa.Schema, embedding_dim: int, embedding_dtype: str) -> pa.Schema:
+def output_schema(extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False) -> pa.Schema:
     """Columns of the output; `extra` are the catalogue's. `embedding_dtype` is float32 or float16."""
+    leading = [*_LEADING, _AUDIO_HASH] if audio_hash else _LEADING
     value = pa.float16() if embedding_dtype == "float16" else pa.float32()
-    return pa.schema([*_LEADING, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
+    return pa.schema([*leading, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
 
 
 def writer_options(schema: pa.Schema) -> dict[str, Any]:
@@ -197,6 +200,7 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "error_code": pa.array(_flat(_error_cells(rows, code=True) for _, rows in tracks), pa.string()),
         "error": pa.array(_flat(_error_cells(rows, code=False) for _, rows in tracks), pa.string()),
         "audio_note": pa.array([printable(rows.note) or None for _, rows in tracks], pa.string()).take(of_track),
+        "audio_hash": pa.array([rows.audio_hash or None for _, rows in tracks], pa.string()).take(of_track),
         "peak_dbfs": _dbfs(tracks, "peak"),
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),

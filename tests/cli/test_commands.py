@@ -58,6 +58,35 @@ def test_run(catalog: Path, tmp_path: Path) -> None:
     assert "finished before" in again.stderr
 
 
+def test_scan_and_a_run_over_a_folder(
+    catalog: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (tmp_path / "closed").mkdir()
+    result = invoke("scan", str(tmp_path), str(elsewhere / "library.csv"), "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["recordings"] == 1
+    assert "1 recordings, 0 artists, 0.0 h (left out: 1 no audio)" in result.stderr
+    result = invoke("run", str(tmp_path), str(elsewhere / "o.parquet"))
+    assert result.exit_code == 0
+    assert f"kept as {elsewhere / 'o.catalog.parquet'}\n" in result.stderr
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if path.endswith("closed"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for arguments in (["scan", str(tmp_path), str(elsewhere / "library.csv")],
+                      ["run", str(tmp_path), str(elsewhere / "p.parquet")]):  # fmt: skip
+        result = invoke(*arguments)
+        assert result.exit_code == 3
+        assert f"{tmp_path / 'closed'}: Permission denied" in result.stderr
+    assert invoke("scan", str(tmp_path / "missing"), str(elsewhere / "x.csv")).exit_code == 1
+    assert invoke("scan", str(tmp_path), str(elsewhere / "x.txt")).exit_code == 2
+
+
 def test_restart_says_what_it_throws_away(catalog: Path, tmp_path: Path) -> None:
     output = str(tmp_path / "o.parquet")
     parts = Path(f"{output}.parts")
