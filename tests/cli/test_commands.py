@@ -73,7 +73,7 @@ def test_scan_and_a_run_over_a_folder(
     scandir = os.scandir
 
     def refuse(path: str) -> object:
-        if path.endswith("closed"):
+        if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
