@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -28,6 +29,9 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise  # click ends quietly where nobody reads on, as with `inspect | head`
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            ctx.exit(128 + signal.SIGINT)
         except Exception as exc:
             if verbosity(ctx) > 0:
                 traceback.print_exc()
@@ -91,6 +95,8 @@ def main() -> None:
         from singerembed.jobs.supervisor import run_again_after_crashes
 
         run_again_after_crashes()
+    # So that temporary files are removed. `run` has handlers of its own, which stop it at the end of a unit.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         cli(prog_name="singerembed")
     except UsageError as exc:  # raised while options are parsed

@@ -233,6 +233,26 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert process.returncode == 130
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_other_commands_too_and_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    (tmp_path / "music").mkdir()
+    for i in range(20_000):
+        (tmp_path / "music" / f"{i}.wav").touch()
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-m", "singerembed", "scan", str(tmp_path / "music"), str(tmp_path / "out" / "c.csv")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code, stderr
+    assert "Traceback" not in stderr
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_memory_stays_flat_and_below_600_mb(tmp_path: Path) -> None:
     """Peak resident size of runs over 20 and over 200 tracks, on the default engine."""
     rng = np.random.default_rng(0)
