@@ -107,7 +107,11 @@ def _open_session(model: bytes, index: int, stream: int) -> Any:
         "device_id": str(index),
         "user_compute_stream": str(stream),
         "use_tf32": "0",  # TF32 has no more mantissa bits than FP16
+        # The default, EXHAUSTIVE, times every algorithm again for each size of batch.
+        "cudnn_conv_algo_search": "HEURISTIC",
     }
+    if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds cuDNN and the CUDA libraries that pip installed
+        onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     try:

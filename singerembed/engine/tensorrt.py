@@ -171,6 +171,8 @@ class TensorRtNetwork:
             n_bytes = self._engine.device_memory_size_v2
         else:  # less than the profile's largest batch needs
             n_bytes = self._context.update_device_memory_size_for_shapes()
+            if n_bytes <= 0:  # which is how it reports a failure
+                raise EngineError(f"{self._title} cannot prepare a batch of {batch}: {self._log.taken()}")
         self._memory = self._device.allocate(max(n_bytes, 1))
         self._context.set_device_memory(self._memory.address, n_bytes)
 

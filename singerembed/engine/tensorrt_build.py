@@ -149,7 +149,8 @@ def _timing_cache(config: Any, path: Path) -> Iterator[None]:
     with contextlib.suppress(OSError):
         saved = path.read_bytes()
     cache = config.create_timing_cache(saved) or config.create_timing_cache(b"")
-    config.set_timing_cache(cache, ignore_mismatch=False)
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # timed on another GPU or version
+        config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
     yield
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

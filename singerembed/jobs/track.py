@@ -182,7 +182,15 @@ class _EmbeddedTrack:
     def add(self, block: CropBlock) -> None:
         if self._hash is not None:
             self._hash.update(_as_float(block.pcm).data)
-        self._embedded.append(self._engine.embed(block.pcm))
+        embedded = self._engine.embed(block.pcm)
+        if not np.isfinite(embedded.embedding).all():
+            loud = np.array(block.index)[embedded.state == mel.LOUD]
+            first = loud[~np.isfinite(embedded.embedding).all(axis=1)][0]
+            raise TrackError(
+                "not_finite",
+                f"the engine gave NaN or infinity for crop {first}. If it is FP16, build it with --precision fp32",
+            )
+        self._embedded.append(embedded)
         self._index += block.index
         self._start.append(block.start)
         self._stop.append(block.stop)

@@ -95,6 +95,24 @@ def test_failures_are_told_apart(spec: ModelSpec, message: str, error: type[Exce
         running.enqueue(1, memory.ctypes.data, memory.ctypes.data, CALLER)
 
 
+def test_the_provider_searches_no_algorithms_and_finds_pips_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    class Session:
+        def __init__(self, _model: bytes, _options: Any, providers: Any) -> None:
+            asked.append(providers)
+
+        def get_providers(self) -> list[str]:
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("preloaded"), raising=False)
+    onnxruntime_cuda._open_session(b"", 0, OWN)
+    assert asked[0] == "preloaded"
+    ((_, options),) = asked[1]
+    assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+
+
 def test_the_cpu_serves_where_the_provider_is_missing() -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed here; tests/gpu covers it")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,9 +229,10 @@ class FakeTrt:
         return shape[0] <= FACTS.max_batch
 
     device_memory_size_v2 = 4000
+    size_for_shapes = 1000
 
     def update_device_memory_size_for_shapes(self) -> int:
-        return 1000
+        return self.size_for_shapes
 
     def set_device_memory(self, address: int, size: int) -> None:
         self.told.append(("memory", size))
@@ -291,6 +293,47 @@ def test_failures_carry_the_librarys_reason(trt: FakeTrt) -> None:
         running.enqueue(1, 0, 0, 0)
     with pytest.raises(EngineError, match="TensorRT refuses a batch of 65: no reason given"):
         running.enqueue(65, 0, 0, 0)
+
+
+def test_memory_whose_size_is_not_known_is_not_used(trt: FakeTrt) -> None:
+    """The library says 0 where it cannot say."""
+    running = network()
+    trt.size_for_shapes = 0
+    trt.log.log(1, "shapes are not set")
+    with pytest.raises(EngineError, match="cannot prepare a batch of 32: shapes are not set"):
+        running.prepare(32)
+
+
+def test_timings_of_another_gpu_are_not_used(tmp_path: Path) -> None:
+    """Where the library refuses saved timings, it starts with none, and those of this build are saved."""
+    path = tmp_path / "gpu.timing"
+    path.write_bytes(b"another GPU")
+
+    class Config:
+        cache = b"never set"
+
+        def create_timing_cache(self, saved: bytes) -> bytes:
+            return saved or b"none"
+
+        def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+            assert not ignore_mismatch
+            if cache == b"another GPU":
+                return False
+            self.cache = cache
+            return True
+
+        def get_timing_cache(self) -> Any:
+            class Serialized:
+                @staticmethod
+                def serialize() -> bytes:
+                    return b"of this build"
+
+            return Serialized
+
+    config = Config()
+    with tensorrt_build._timing_cache(config, path):
+        assert config.cache == b"none"
+    assert path.read_bytes() == b"of this build"
 
 
 def test_a_plan_that_does_not_load_or_fit_is_refused(trt: FakeTrt) -> None:

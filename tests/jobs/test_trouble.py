@@ -20,8 +20,10 @@ import pytest
 import soundfile
 from click.testing import CliRunner
 
+from benchmarks.fakes import InstantEngine
 from singerembed import storage
 from singerembed.cli.main import cli
+from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.machine import available_cores
 from singerembed.errors import OutputError
 from singerembed.jobs.options import RunOptions
@@ -163,6 +165,24 @@ def test_one_row_that_needs_a_package_is_one_error_row(
     run(catalog, str(tmp_path / "o.parquet"))
     assert statuses(tmp_path / "o.parquet") == [("error", "unreadable"), ("ok", None), ("ok", None)]
     assert "pip install" in pq.read_table(tmp_path / "o.parquet")["error"][0].as_py()
+
+
+def test_an_embedding_that_is_not_finite_is_never_ok(
+    catalog: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an FP16 engine that overflows on a loud crop."""
+
+    class Overflowing(InstantEngine):
+        def embed(self, crops: Any) -> EmbeddedCrops:
+            embedded = super().embed(crops)
+            embedded.embedding[-1, 7] = np.nan
+            return embedded
+
+    monkeypatch.setattr("singerembed.jobs.units.open_engine", Overflowing)
+    run(catalog, str(tmp_path / "o.parquet"))
+    assert statuses(tmp_path / "o.parquet") == [("error", "not_finite")]
+    (text,) = pq.read_table(tmp_path / "o.parquet")["error"].to_pylist()
+    assert text.startswith("the engine gave NaN or infinity for crop 1. ")
 
 
 def test_dsd256_is_embedded(tmp_path: Path) -> None:
