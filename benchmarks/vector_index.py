@@ -28,7 +28,7 @@ BLOCK = 20_000  # rows that are made, or compared, at a time
 CROPS_A_SINGER = 50
 K = 10
 QUERIES = 500
-CANDIDATES = 200  # that are ranked again by the stored vectors
+CANDIDATES = 500  # that are ranked again by the stored vectors
 Floats = NDArray[np.float32]
 
 
@@ -117,7 +117,8 @@ def _faiss(factory: str) -> Callable[[NDArray[np.float16], Path], Built]:
         path = folder / "faiss.index"
         faiss.write_index(index, str(path))
         is_ivf = "IVF" in factory
-        inner = faiss.extract_index_ivf(index) if is_ivf else faiss.downcast_index(index)
+        last = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+        inner = faiss.extract_index_ivf(index) if is_ivf else last
 
         def search(query: Floats, effort: int) -> NDArray[np.int64]:
             if is_ivf:
@@ -126,7 +127,7 @@ def _faiss(factory: str) -> Callable[[NDArray[np.float16], Path], Built]:
                 inner.hnsw.efSearch = effort
             return np.asarray(index.search(query[np.newaxis], CANDIDATES)[1][0])
 
-        return search, [4, 8, 16, 32, 64, 128] if is_ivf else [200, 400], path.stat().st_size
+        return search, [4, 8, 16, 32, 64, 128] if is_ivf else [500, 1000], path.stat().st_size
 
     return build
 
@@ -146,7 +147,7 @@ def _usearch(dtype: str) -> Callable[[NDArray[np.float16], Path], Built]:
             index.expansion_search = effort
             return np.asarray(index.search(query, CANDIDATES).keys).astype(np.int64)
 
-        return search, [200, 400], path.stat().st_size
+        return search, [500, 1000], path.stat().st_size
 
     return build
 
@@ -165,7 +166,7 @@ def _hnswlib(rows: NDArray[np.float16], folder: Path) -> Built:
         index.set_ef(effort)
         return np.asarray(index.knn_query(query, CANDIDATES, num_threads=1)[0][0]).astype(np.int64)
 
-    return search, [200, 400], path.stat().st_size
+    return search, [500, 1000], path.stat().st_size
 
 
 def _voyager(rows: NDArray[np.float16], folder: Path) -> Built:
@@ -180,7 +181,7 @@ def _voyager(rows: NDArray[np.float16], folder: Path) -> Built:
     def search(query: Floats, effort: int) -> NDArray[np.int64]:
         return np.asarray(index.query(query, CANDIDATES, query_ef=effort)[0]).astype(np.int64)
 
-    return search, [200, 400], path.stat().st_size
+    return search, [500, 1000], path.stat().st_size
 
 
 def _lancedb(rows: NDArray[np.float16], folder: Path) -> Built:
