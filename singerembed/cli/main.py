@@ -13,9 +13,11 @@ from singerembed.cli.build_engine import build_engine
 from singerembed.cli.console import verbosity
 from singerembed.cli.doctor import doctor
 from singerembed.cli.evaluate import evaluate
+from singerembed.cli.index import index
 from singerembed.cli.inspect import inspect
 from singerembed.cli.report import report
 from singerembed.cli.run import run
+from singerembed.cli.search import search
 from singerembed.errors import SingerEmbedError, UsageError
 
 
@@ -55,7 +57,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, build_engine, inspect, evaluate, report, doctor):
+for _command in (run, build_engine, inspect, evaluate, report, index, search, doctor):
     cli.add_command(_command)
 
 

@@ -168,19 +168,20 @@ class Index:
     def _found_track(self, number: int, score: float, crops: Vectors, start: NDArray[np.float64]) -> FoundTrack:
         row = self.stored.tracks.slice(number, 1)
         return FoundTrack(
-            round(score, 6), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singers[number],
-            self.matches(number, crops, start), self._copies.get(number, []),
+            _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singers[number],
+            self._matches(number, crops, start), self._copies.get(number, []),
         )  # fmt: skip
 
-    def matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
+    def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
         """Return the `n` most similar pairs of crops of a query and of track `number`, no crop twice."""
         part = self.stored.crops_of(number)
+        # float16 rounds the length of a vector: the score of a crop with itself may come out above 1.
         score = crops @ self.stored.vectors["crops"].take(np.arange(part.start, part.stop)).T
         times = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
         found = []
         for _ in range(min(n, *score.shape)):
             a, b = np.unravel_index(int(score.argmax()), score.shape)
-            found.append(Match(float(start[a]), float(times[b]), round(float(score[a, b]), 6)))
+            found.append(Match(float(start[a]), float(times[b]), _rounded(score[a, b])))
             score[a, :] = score[:, b] = -np.inf
         return sorted(found, key=lambda match: match.query_seconds)
 
@@ -201,7 +202,7 @@ class Index:
         order = [i for i in np.argsort(-score, kind="stable")[:top] if counts[i] > 0]
         return [
             FoundSinger(
-                round(float(score[i]), 6), None if chances is None else float(chances[0, i]), profiles.names[i], int(counts[i])
+                _rounded(score[i]), None if chances is None else float(chances[0, i]), profiles.names[i], int(counts[i])
             )
             for i in order
         ]
@@ -209,13 +210,15 @@ class Index:
     def chances(self, score: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """Return the chance of each singer from scores [queries, singers]; None where the index is not calibrated.
 
+        `counts`: tracks of each singer, [singers] or [queries, singers]; those without any are not in the index.
+
         That the query is sung by somebody in the index has the prior chance PRIOR_KNOWN, shared equally by singers with
         a track; that it is sung by nobody in it has the rest, and the likelihood ratio 1.
         """
         if self.calibration is None:
             return None
-        here = counts > 0
-        prior = PRIOR_KNOWN / max(1, int(here.sum()))
+        here = np.broadcast_to(counts, score.shape) > 0
+        prior = PRIOR_KNOWN / np.maximum(1, here.sum(axis=1, keepdims=True))
         weight = np.where(here, prior * np.exp(np.minimum(self.calibration.llr(score), 300.0)), 0.0)
         return np.asarray(weight / (weight.sum(axis=1, keepdims=True) + 1 - PRIOR_KNOWN))
 
@@ -254,6 +257,10 @@ class Index:
         mask = np.zeros(len(rows), bool)
         mask[found["row number"].astype(np.int64)] = True
         return mask
+
+
+def _rounded(score: Any) -> float:
+    return round(min(1.0, float(score)), 6)
 
 
 def open_index(path: str, engine: str | None = None) -> Index:
