@@ -119,14 +119,14 @@ def calibrate(trials: Trials, seed: int = 0) -> Calibration | None:
     singers = np.unique(trials.singer[trials.same])
     if len(singers) < MIN_SINGERS:
         return None
-    slope, offset = _fit(trials.score, trials.same)
+    slope, offset = calibrate_scores(trials.score, trials.same)
     fold_of = np.full(int(max(trials.singer.max(), trials.track_singer.max())) + 1, -1)
     fold_of[singers] = np.random.default_rng(seed).permutation(len(singers)) % min(_FOLDS, len(singers))
     llr, same = list[Floats](), list[NDArray[np.bool_]]()
     for fold in range(min(_FOLDS, len(singers))):
         involved = (fold_of[trials.singer] == fold) | (fold_of[trials.track_singer] == fold)
         if trials.same[~involved].any() and (~trials.same[~involved]).any():
-            a, b = _fit(trials.score[~involved], trials.same[~involved])
+            a, b = calibrate_scores(trials.score[~involved], trials.same[~involved])
             llr.append(a * trials.score[involved] + b)
             same.append(trials.same[involved])
     tested, truth = np.concatenate(llr), np.concatenate(same)
@@ -157,8 +157,8 @@ def _min_cllr(llr: Floats, same: NDArray[np.bool_]) -> float:
     return cllr(np.log(best / (1 - best)), same)
 
 
-def _fit(score: Floats, same: NDArray[np.bool_]) -> tuple[float, float]:
-    """Slope and offset of the logistic regression; both kinds of comparison have equal weight."""
+def calibrate_scores(score: Floats, same: NDArray[np.bool_]) -> tuple[float, float]:
+    """Return slope and offset of the logistic regression of `same` [n] on `score` [n], both kinds of equal weight."""
     model = _sklearn("sklearn.linear_model").LogisticRegression(C=1e3, class_weight="balanced")
     model.fit(score[:, np.newaxis], same)
     return float(model.coef_[0, 0]), float(model.intercept_[0])
