@@ -118,7 +118,9 @@ def _faiss(factory: str) -> Callable[[NDArray[np.float16], Path], Built]:
         import faiss
 
         n_lists = int(2 ** np.round(np.log2(4 * np.sqrt(len(rows)))))
-        index = faiss.index_factory(rows.shape[1], factory.format(lists=n_lists), faiss.METRIC_INNER_PRODUCT)
+        # Rows have length 1, so distances give the order of inner products; the PCA subtracts a mean, which keeps
+        # distances and not inner products.
+        index = faiss.index_factory(rows.shape[1], factory.format(lists=n_lists), faiss.METRIC_L2)
         some = np.sort(np.random.default_rng(0).choice(len(rows), min(len(rows), 40 * n_lists, 100_000), replace=False))
         index.train(rows[some].astype(np.float32))
         for first in range(0, len(rows), BLOCK):

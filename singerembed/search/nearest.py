@@ -79,7 +79,9 @@ def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> 
     else:
         n_lists = int(2 ** np.round(np.log2(4 * np.sqrt(len(vectors)))))
         components = min(_COMPONENTS, vectors.dim)
-        index = faiss.index_factory(vectors.dim, f"PCA{components},IVF{n_lists},SQ8", faiss.METRIC_INNER_PRODUCT)
+        # Vectors have length 1, so distances give the order of inner products. They survive the mean that the PCA
+        # subtracts, which inner products do not: with those, recall was 0.94.
+        index = faiss.index_factory(vectors.dim, f"PCA{components},IVF{n_lists},SQ8", faiss.METRIC_L2)
         n_training = min(len(vectors), _TRAINING_ROWS)
         some = np.sort(np.random.default_rng(0).choice(len(vectors), n_training, replace=False))
         index.train(vectors.take(some))
