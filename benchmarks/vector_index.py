@@ -256,7 +256,9 @@ def measure(name: str, rows: NDArray[np.float16], queries: Floats, truth: NDArra
             right += len(set(found.tolist()) & set(wanted.tolist()))
         milliseconds = np.quantile(times, [0.5, 0.95]) * 1000
         recall = right / (K * len(queries))
-        result["settings"].append({"effort": effort, "recall": recall, "ms": [round(float(ms), 2) for ms in milliseconds]})
+        result["settings"].append(
+            {"effort": effort, "recall": recall, "ms": [round(float(ms), 2) for ms in milliseconds]}
+        )
     shutil.rmtree(place)
     return result
 
@@ -284,7 +286,10 @@ def main() -> None:
     print(f"exact: {1000 * (time.monotonic() - started) / len(queries):.1f} ms a query, {QUERIES} together")
     spectrum = np.linalg.svd(rows[:: max(1, len(rows) // 5000)].astype(np.float32), compute_uv=False) ** 2
     held = np.cumsum(spectrum) / spectrum.sum()
-    print("variance in 8, 16, 32, 64, 128, 256 components:", [round(float(held[n - 1]), 5) for n in (8, 16, 32, 64, 128, 256)])
+    print(
+        "variance in 8, 16, 32, 64, 128, 256 components:",
+        [round(float(held[n - 1]), 5) for n in (8, 16, 32, 64, 128, 256)],
+    )
     results = []
     for name in METHODS:
         if any(part in name for part in arguments.methods.split(",")):

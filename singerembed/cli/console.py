@@ -70,3 +70,8 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def percent(chance: float | None) -> str:
+    """A chance for a table."""
+    return "-" if chance is None else f"{100 * chance:.1f} %"

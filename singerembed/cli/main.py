@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from singerembed.cli.build_engine import build_engine
+from singerembed.cli.cluster import cluster
 from singerembed.cli.console import verbosity
 from singerembed.cli.doctor import doctor
 from singerembed.cli.evaluate import evaluate
@@ -18,6 +19,7 @@ from singerembed.cli.inspect import inspect
 from singerembed.cli.report import report
 from singerembed.cli.run import run
 from singerembed.cli.search import search
+from singerembed.cli.verify import verify
 from singerembed.errors import SingerEmbedError, UsageError
 
 
@@ -57,7 +59,7 @@ def cli() -> None:
     """
 
 
-for _command in (run, build_engine, inspect, evaluate, report, index, search, doctor):
+for _command in (run, build_engine, inspect, evaluate, report, index, search, verify, cluster, doctor):
     cli.add_command(_command)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from singerembed.cli.console import aligned, note, verbosity_options
+from singerembed.cli.console import aligned, note, percent, verbosity_options
 from singerembed.errors import UsageError
 from singerembed.storage import printable
 
@@ -80,9 +80,7 @@ def _print_answer(title: str, answer: Answer) -> None:
     if title:
         click.secho(title, bold=True)
     with_singer = any(track.singer for track in answer.tracks)
-    rows = [
-        [f"{t.score:.2f}", t.path, *([t.singer or "-"] if with_singer else []), _where(t)] for t in answer.tracks
-    ]
+    rows = [[f"{t.score:.2f}", t.path, *([t.singer or "-"] if with_singer else []), _where(t)] for t in answer.tracks]
     click.echo(aligned(["score", "track", *(["singer"] if with_singer else []), "where"], rows))
     if answer.singers:
         singers = [[f"{s.score:.2f}", percent(s.chance), str(s.n_tracks), s.singer] for s in answer.singers]
@@ -92,27 +90,26 @@ def _print_answer(title: str, answer: Answer) -> None:
 
 
 def _where(track: Any) -> str:
-    places = [f"{clock(match.query_seconds)} like {clock(match.track_seconds)}" for match in track.matches]
+    places = [f"{_clock(match.query_seconds)} like {_clock(match.track_seconds)}" for match in track.matches]
     return ", ".join(places) + "".join(f"; also {path}" for path in track.also)
 
 
-def clock(seconds: float) -> str:
+def _clock(seconds: float) -> str:
     """`seconds` as minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def percent(chance: float | None) -> str:
-    """A chance for a table."""
-    return "-" if chance is None else f"{100 * chance:.1f} %"
-
-
 def _print_csv(answers: Sequence[tuple[str, Answer]]) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["query", "kind", "score", "chance", "track_id", "path", "singer", "query_seconds", "track_seconds"])
+    writer.writerow(
+        ["query", "kind", "score", "chance", "track_id", "path", "singer", "query_seconds", "track_seconds"]
+    )
     for name, answer in answers:
         query = printable(name)
         for track in answer.tracks:
-            times = [";".join(f"{getattr(m, side):g}" for m in track.matches) for side in ("query_seconds", "track_seconds")]
+            times = [
+                ";".join(f"{getattr(m, side):g}" for m in track.matches) for side in ("query_seconds", "track_seconds")
+            ]
             writer.writerow([query, "track", track.score, "", track.track_id, track.path, track.singer, *times])
         for singer in answer.singers:
             chance = "" if singer.chance is None else singer.chance
@@ -136,7 +133,11 @@ def _screen(opened: Index, catalog: str, min_chance: float, as_csv: bool, as_jso
     for track in screen(opened, catalog, min_chance):
         if as_json:
             singers = [{"singer": name, "score": score, "chance": chance} for name, score, chance in track.singers]
-            click.echo(json.dumps({"track_id": track.track_id, "path": track.path, "credited": track.credited, "singers": singers}))
+            click.echo(
+                json.dumps(
+                    {"track_id": track.track_id, "path": track.path, "credited": track.credited, "singers": singers}
+                )
+            )
         elif as_csv:
             for rank, found in enumerate(track.singers, start=1):
                 writer.writerow([track.track_id, track.path, track.credited, rank, *found])

@@ -118,6 +118,4 @@ def normalised_scores(scores: NDArray[np.floating], cohort: int | None = None) -
     others = np.sort(np.asarray(scores, np.float64)[~np.eye(n, dtype=bool)].reshape(n, n - 1), axis=1)
     near = others[:, -cohort:] if cohort else others
     mean, deviation = near.mean(axis=1), np.maximum(near.std(axis=1), 1e-9)
-    return np.asarray(
-        ((scores - mean[:, np.newaxis]) / deviation[:, np.newaxis] + (scores - mean) / deviation) / 2
-    )
+    return np.asarray(((scores - mean[:, np.newaxis]) / deviation[:, np.newaxis] + (scores - mean) / deviation) / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,9 @@ class _Segment:
         if n:
             files["crops"].write(crops.astype(np.float16).tobytes())
             self._crops.append(
-                pa.table({"track": pa.array(np.full(n, number)), "crop": track.crop, "start": track.start, "end": track.end})
+                pa.table(
+                    {"track": pa.array(np.full(n, number)), "crop": track.crop, "start": track.start, "end": track.end}
+                )
             )
         self.n_tracks, self.n_crops = self.n_tracks + 1, self.n_crops + n
         if len(self._rows) >= _FLUSH_TRACKS:
@@ -256,7 +259,12 @@ class _OpenedDraft(StoredIndex):
 def remove_leftovers(index: StoredIndex) -> None:
     """Remove files in the index's folder that a killed call, or an older state of it, has left."""
     wanted = {MANIFEST, index.manifest["scoring"], index.manifest.get("singers"), *index.manifest["quantised"].values()}
-    wanted |= {f"{n}.{kind}.{end}" for n in index.manifest["segments"] for kind in ("tracks", "crops") for end in ("f16", "parquet")}
+    wanted |= {
+        f"{n}.{kind}.{end}"
+        for n in index.manifest["segments"]
+        for kind in ("tracks", "crops")
+        for end in ("f16", "parquet")
+    }
     for path in index.folder.iterdir():
         if path.name not in wanted and path.name[:6].isdecimal() and path.is_file():
             path.unlink()
@@ -278,3 +286,16 @@ def _new_folder(target: Path) -> Iterator[Path]:
     finally:
         storage.remove_folder(str(folder))
 
+
+@contextlib.contextmanager
+def index_of(
+    source: str, singer_column: str | None = None, advance: Callable[[], object] = lambda: None
+) -> Iterator[StoredIndex]:
+    """The index `source`, or one made of the output `source` and removed afterwards. Raises UsageError, OutputError."""
+    if (Path(source) / MANIFEST).exists():
+        yield StoredIndex(source)
+        return
+    with tempfile.TemporaryDirectory(prefix="singerembed-") as folder:
+        path = str(Path(folder) / "index")
+        build_index([source], path, singer_column=singer_column, advance=advance)
+        yield StoredIndex(path)

@@ -130,9 +130,7 @@ class Index:
         start = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
         return self._answer(crops, start, top, by, where, number)
 
-    def search_crops(
-        self, query: QueryCrops, *, top: int = 10, by: str = "track", where: str | None = None
-    ) -> Answer:
+    def search_crops(self, query: QueryCrops, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up embedded crops; arguments as `search`."""
         return self._answer(self.stored.scoring.vectors(query.embedding), query.start, top, by, where, None)
 

@@ -65,5 +65,7 @@ def embed_recording(path: str, engine: Engine) -> QueryCrops:
             f"{path} is too short: {seconds:.1f} s, and a crop takes {spec.crop_seconds:g} s. Give a longer recording"
         )
     if not start:
-        raise UsageError(f"{path} is silent: none of its {n_crops} crops is louder than -60 dBFS. Give another recording")
+        raise UsageError(
+            f"{path} is silent: none of its {n_crops} crops is louder than -60 dBFS. Give another recording"
+        )
     return QueryCrops(np.array(start), np.concatenate(embedding))

@@ -68,9 +68,7 @@ class StoredIndex:
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as exc:
-            raise UsageError(
-                f"{path} is not an index. Make one with: singerembed index OUT.parquet {path}"
-            ) from exc
+            raise UsageError(f"{path} is not an index. Make one with: singerembed index OUT.parquet {path}") from exc
         except (OSError, ValueError) as exc:
             raise OutputError(f"cannot read the index {path}: {exc}") from exc
         if self.manifest.get("format") != FORMAT_VERSION:

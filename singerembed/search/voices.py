@@ -43,9 +43,7 @@ def chance_of_two_voices(
         first, second = _crops(index, int(tracks[row])), _crops(index, int(tracks[rng.choice(others)]))
         half = min(len(first), len(second)) // 2
         mixed.append(split_score(np.concatenate([first[:half], second[:half]])))
-    slope, offset = calibrate_scores(
-        np.concatenate([mixed, alone]), np.arange(len(mixed) + len(alone)) < len(mixed)
-    )
+    slope, offset = calibrate_scores(np.concatenate([mixed, alone]), np.arange(len(mixed) + len(alone)) < len(mixed))
     found[usable] = chance(slope * alone + offset)
     return found
 
