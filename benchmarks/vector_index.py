@@ -1,11 +1,12 @@
 """Vector indexes on a mixture made of real embeddings: recall, query time, build time, memory and disk.
 
-python -m benchmarks.vector_index OUT.parquet --rows 1000000 --folder /scratch [--methods ivf-sq8,hnsw,...] [--json FILE]
+python -m benchmarks.vector_index OUT.parquet --rows 1000000 --folder /scratch [--methods SQ8,HNSW,...] [--json FILE]
 
-OUT.parquet is an output of `singerembed run` (one row a crop; overlapping crops, as of --hop 0.1, give more to draw from).
-A row of the mixture is a made-up singer's centre, which is a convex combination of the means of three real tracks, plus
-the residuals of two real crops from their track's mean; it is centred and scaled to length 1 as `singerembed index` does,
-and stored as float16. Queries are drawn in the same way and are not in the mixture. Exact search is NumPy over all rows.
+OUT.parquet is an output of `singerembed run` (one row a crop; overlapping crops, as of --hop 0.1, give more to draw
+from). A row of the mixture is a made-up singer's centre, which is a convex combination of the means of three real tracks,
+plus the residuals of two real crops from their track's mean; it is centred and scaled to length 1 as `singerembed index`
+does, and stored as float16. Queries are drawn in the same way and are not in the mixture. Exact search is NumPy over all
+rows.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Mixture:
 
 
 def flattened(embedding: Floats, power: float) -> Floats:
-    """Return embeddings whose singular values about the mean are raised to `power`: stands for an engine of more rank."""
+    """Return embeddings whose singular values about the mean are raised to `power`, as of an engine of more rank."""
     centred = embedding - embedding.mean(axis=0)
     left, values, right = np.linalg.svd(centred, full_matrices=False)
     return np.asarray((left * (values[0] * (values / values[0]) ** power)) @ right, np.float32)

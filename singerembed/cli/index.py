@@ -25,8 +25,8 @@ from singerembed.storage import printable
 def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scoring: str | None, as_json: bool) -> None:
     """Make an INDEX for search of each OUTPUT, a Parquet file or folder written by run.
 
-    Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks that
-    it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed when
+    Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks
+    that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed when
     the index is made. Needs the extra search.
 
     \b

@@ -122,8 +122,8 @@ def _screen(opened: Index, catalog: str, min_chance: float, as_csv: bool, as_jso
     alarms = false_alarms(opened, min_chance)
     note(
         "alarms",
-        f"at chance {min_chance:g}, of 1,000 tracks: {alarms.unknown:.1f} false ones if their singers are not in the index; "
-        f"if they are, {alarms.known:.1f} named as another and {alarms.found:.1f} as themselves "
+        f"at chance {min_chance:g}, of 1,000 tracks: {alarms.unknown:.1f} false ones if their singers are not in the "
+        f"index; if they are, {alarms.known:.1f} named as another and {alarms.found:.1f} as themselves "
         f"(on {alarms.n_tracks:,} tracks of the index)",
     )
     writer = csv.writer(sys.stdout, lineterminator="\n")

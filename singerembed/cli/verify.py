@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -12,6 +13,9 @@ import numpy as np
 from singerembed import storage
 from singerembed.cli.console import aligned, note, percent, progress_bar, verbosity_options
 from singerembed.storage import printable
+
+if TYPE_CHECKING:
+    from singerembed.search.verify import Verification
 
 _NAMED = 10  # singers with too few tracks that are named on the terminal
 
@@ -44,9 +48,9 @@ def verify(
 ) -> None:
     """Find tracks that are not sung by the singer they are credited to.
 
-    Each track of an output of run, or of an index, is compared with the other tracks of its credited singer and with all
-    other singers. The chance comes from a calibration on the library itself, whose error on singers left out is printed.
-    Singers with fewer than three tracks are named, not guessed. Needs the extra search.
+    Each track of an output of run, or of an index, is compared with the other tracks of its credited singer and with
+    all other singers. The chance comes from a calibration on the library itself, whose error on singers left out is
+    printed. Singers with fewer than three tracks are named, not guessed. Needs the extra search.
 
     \b
     singerembed verify library.parquet --singer-column artist -o audit.html
@@ -72,8 +76,8 @@ def verify(
     if as_json:
         facts = [
             {
-                "track_id": credits.track_id[row], "path": credits.path[row], "credited": found.singers[credits.singer[row]],
-                "chance": float(credits.chance[row]), "llr": float(credits.llr[row]), "nearest": name,
+                "track_id": credits.track_id[row], "path": credits.path[row],
+                "credited": found.singers[credits.singer[row]], "chance": float(credits.chance[row]), "llr": float(credits.llr[row]), "nearest": name,
             }
             for row, name in zip(suspects.tolist(), nearest, strict=True)
         ]  # fmt: skip
@@ -114,3 +118,8 @@ def verify(
         )
     if output is not None:
         note("wrote", f"{output}, {table}" if output.endswith(".html") else table)
+
+
+def _nearest(found: Verification, row: int) -> str:
+    is_near = found.credits.other_llr[row] > 0
+    return found.singers[found.credits.other[row]] if is_near else "(nobody in the library)"

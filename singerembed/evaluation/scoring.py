@@ -1,8 +1,8 @@
 """Back ends of scores: what is done to embeddings before their inner product is called a similarity.
 
-Which one is best was measured on labelled singers (docs/search.md): the mean subtracted before rows are scaled to length
-1, the default of `singerembed index`. None of them looks at a query's neighbours, so scores of two crops stay the same
-whatever else is in an index.
+Which one is best was measured on labelled singers (docs/search.md): the mean subtracted before rows are scaled to
+length 1, the default of `singerembed index`. None of them looks at a query's neighbours, so the score of two crops stays
+the same whatever else is in an index.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def fit_scoring(kind: str, moments: Moments, of_singers: Iterable[Moments] = ())
         if len(singers) < 3:
             raise ValueError(f"lda needs three singers or more, there are {len(singers)}")
         n = sum(singer.n for singer in singers)
-        whitener = _whitener(sum(singer.n * singer.covariance() for singer in singers) / n)
+        whitener = _whitener(np.asarray(sum(singer.n * singer.covariance() for singer in singers)) / n)
         between = np.stack([np.sqrt(singer.n / n) * (singer.mean() - mean) @ whitener for singer in singers])
         directions = np.linalg.svd(between, full_matrices=False)[2][: len(singers) - 1]
         return Scoring(kind, centre, np.asarray(whitener @ directions.T, np.float32))

@@ -39,8 +39,8 @@ def make_audit(
     players = _Players(found, index, audio_root)
     body = [
         "<h1>Credits to check</h1>",
-        f"<p>{len(rows):,} of {len(found.credits.track):,} tracks have a chance of {100 * max_chance:g} % or less, at even "
-        f"odds, of being sung by the credited singer. A score is no proof: listen before you conclude.</p>",
+        f"<p>{len(rows):,} of {len(found.credits.track):,} tracks have a chance of {100 * max_chance:g} % or less, at "
+        f"even odds, of being sung by the credited singer. A score is no proof: listen before you conclude.</p>",
         f"<p class=note>Calibrated on {fit.n_singers:,} singers: equal error rate {100 * fit.eer:.1f} %, Cllr "
         f"{fit.cllr:.2f} (at best {fit.min_cllr:.2f}), calibration error {100 * fit.ece:.1f} %, on singers left out. "
         f"{len(found.too_few):,} singers have too few tracks to check.</p>",
@@ -65,7 +65,7 @@ def make_audit(
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">',
-            f"<title>Credits to check</title><style>{STYLE} audio {{ width: 15rem; height: 2rem }}</style></head><body>",
+            f"<title>Credits to check</title><style>{STYLE}audio {{ width: 15rem }}</style></head><body>",
             *body,
             "</body></html>",
         ]

@@ -22,11 +22,11 @@ from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
 from singerembed.search.library import Library, LibraryTrack, check_column, check_engine
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
-from singerembed.search.store import FORMAT_VERSION, MANIFEST, SCORING, StoredIndex, Vectors, publish_manifest
+from singerembed.search.store import FORMAT_VERSION, KINDS, MANIFEST, SCORING, StoredIndex, Vectors, publish_manifest
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
 _FLUSH_TRACKS = 4096
-_OWN = ("n_crops", "same_as", "fingerprint", "vector")  # columns of tracks that are the index's
+_CROPS = pa.schema([("track", pa.int64()), ("crop", pa.int32()), ("start", pa.float64()), ("end", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,17 @@ class _Segment:
 
     def write(self, library: Library, advance: Callable[[], object]) -> None:
         """Write all tracks that are not known."""
-        files = {kind: (self._folder / f"{self.name}.{kind}.f16").open("wb") for kind in ("tracks", "crops")}
+        files = {kind: (self._folder / f"{self.name}.{kind}.f16").open("wb") for kind in KINDS}
         with contextlib.ExitStack() as stack:
             for file in files.values():
                 stack.enter_context(file)
             for track in library.tracks():
                 self._add(track, files)
                 advance()
-        for kind, tables in (("tracks", self._tables), ("crops", self._crops)):
-            self._flush()
-            table = pa.concat_tables(tables, promote_options="permissive") if tables else None
-            if table is not None:
+        self._flush()
+        for kind, tables in (("tracks", self._tables), ("crops", [_CROPS.empty_table(), *self._crops])):
+            if self.n_tracks:
+                table = pa.concat_tables(tables, promote_options="permissive")
                 pq.write_table(table, self._folder / f"{self.name}.{kind}.parquet", compression="zstd")
 
     def _add(self, track: LibraryTrack, files: dict[str, Any]) -> None:
@@ -239,12 +239,12 @@ def _describe(folder: Path, manifest: dict[str, Any], name: str) -> None:
     if index.singer_column is not None:
         names, singer = singer_numbers(index.singers)
         singer = np.where(index.active, singer, -1)
-        vectors = index.vectors["tracks"].take(np.arange(index.tracks.num_rows))
-        total = singer_sums(vectors, singer, len(names))
+        of_tracks = index.vectors["tracks"].take(np.arange(index.tracks.num_rows))
+        total = singer_sums(of_tracks, singer, len(names))
         counts = np.bincount(singer[singer >= 0], minlength=len(names))
         np.savez(folder / f"{name}.singers.npz", names=np.array(names), n_tracks=counts, total=total)
         manifest["singers"] = f"{name}.singers.npz"
-        fitted = calibrate(draw_trials(vectors, singer, total)) if (counts > 1).any() else None
+        fitted = calibrate(draw_trials(of_tracks, singer, total)) if (counts > 1).any() else None
         manifest["calibration"] = fitted.to_dict() if fitted else None
 
 

@@ -26,9 +26,7 @@ class Groups:
     track: NDArray[np.int64]  # [n], number in the index
     group: NDArray[np.int64]  # [n], the largest group is 0; -1: in none
     membership: NDArray[np.float64]  # [n], 0 to 1: how deep in its group a track lies
-    stability: NDArray[
-        np.float64
-    ]  # [groups], 0 to 1: how much of a group comes back when a fifth of tracks is left out
+    stability: NDArray[np.float64]  # [groups], 0 to 1: how much comes back when a fifth of the tracks is left out
 
     @property
     def n_groups(self) -> int:
@@ -83,7 +81,7 @@ def _stability(vectors: Vectors, group: NDArray[np.int64], min_tracks: int, seed
         others = np.bincount(found[found >= 0], minlength=counts.shape[1])
         if counts.shape[1]:
             overlap[replicate] = (counts / np.maximum(sizes + others - counts, 1)).max(axis=1)
-    return overlap.mean(axis=0)
+    return np.asarray(overlap.mean(axis=0))
 
 
 def write_groups(index: StoredIndex, groups: Groups, path: str) -> None:
@@ -92,7 +90,8 @@ def write_groups(index: StoredIndex, groups: Groups, path: str) -> None:
     grouped = groups.group >= 0
     sizes = np.bincount(groups.group[grouped], minlength=groups.n_groups)
     of_row = np.maximum(groups.group, 0)
-    empty = np.zeros(1)
+    if not groups.n_groups:
+        sizes = np.zeros(1, np.int64)
     table = pa.table(
         {
             "track_id": index.tracks["track_id"].take(rows),
@@ -102,9 +101,7 @@ def write_groups(index: StoredIndex, groups: Groups, path: str) -> None:
             "group_tracks": pa.array(
                 (sizes if len(sizes) else empty)[of_row].astype(np.int64), pa.int64(), mask=~grouped
             ),
-            "group_stability": pa.array(
-                (groups.stability if groups.n_groups else empty)[of_row], pa.float64(), mask=~grouped
-            ),
+            "group_stability": pa.array(np.append(groups.stability, 0.0)[of_row], pa.float64(), mask=~grouped),
         }
     )
     try:

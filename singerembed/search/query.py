@@ -101,8 +101,8 @@ class Index:
     ) -> Answer:
         """Look up audio, [samples] or [samples, channels], int16 or float with full scale 1.
 
-        `sample_rate`: Hz. `top`: number of tracks, and of singers. `by`: rank by the mean over crops ("track"), or by the
-        one crop that is most similar ("crop"). `where`: a condition in SQL on the columns of tracks. A singer's chance
+        `sample_rate`: Hz. `top`: number of tracks, and of singers. `by`: rank by the mean over crops ("track"), or by
+        the one crop that is most similar ("crop"). `where`: a condition in SQL on the columns of tracks. A singer's chance
         supposes that the query is sung by one of the index's singers in one case of two, each as likely as the other.
         Raises ValueError for unfit or silent audio.
         """
@@ -110,7 +110,7 @@ class Index:
         loud = ~np.isnan(embedding).any(axis=1)
         if not loud.any():
             raise ValueError("the audio is silent")
-        start = np.flatnonzero(loud) * self.engine.spec.crop_seconds
+        start = np.asarray(np.flatnonzero(loud) * self.engine.spec.crop_seconds, np.float64)
         return self.search_crops(QueryCrops(start, embedding[loud]), top=top, by=by, where=where)
 
     def search_file(self, path: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
@@ -118,7 +118,7 @@ class Index:
         return self.search_crops(embed_recording(path, self.engine), top=top, by=by, where=where)
 
     def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
-        """Look up a track of the index among the others; its copies are left out. Raises UsageError if there is none."""
+        """Look up a track of the index among the others; its copies are left out. Raises UsageError without such."""
         ids = self.stored.tracks["track_id"].to_pylist()
         found = [number for number, name in enumerate(ids) if name == track_id and number not in self._replaced]
         if not found:

@@ -32,8 +32,8 @@ def open_engine_of(index: StoredIndex, path: str | None) -> Engine:
     """Open the engine file `path` (None: the bundled engine), which must be the index's. Raises UsageError if not."""
     if path is None and index.engine["name"] != BUNDLED_NAME:
         raise UsageError(
-            f"{index.folder} was made with the engine {index.engine['name']} ({index.engine['sha256'][:12]}...): name its "
-            "file with --engine"
+            f"{index.folder} was made with the engine {index.engine['name']} ({index.engine['sha256'][:12]}...): name "
+            "its file with --engine"
         )
     file = read_engine_file(path or bundled_engine_path())
     found = {"name": file.spec.name, "sha256": file.sha256}

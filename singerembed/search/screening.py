@@ -118,6 +118,6 @@ def _check_calibrated(index: Index) -> None:
         )
     if index.calibration is None:
         raise UsageError(
-            f"{index.stored.folder} has fewer than four singers with two tracks or more: chances cannot be calibrated on "
-            "it. Add labelled tracks"
+            f"{index.stored.folder} has fewer than four singers with two tracks or more: chances cannot be calibrated "
+            "on it. Add labelled tracks"
         )

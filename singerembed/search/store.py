@@ -84,7 +84,7 @@ class StoredIndex:
     def _open(self) -> None:
         names = self.manifest["segments"]
         with np.load(self.folder / self.manifest["scoring"]) as arrays:
-            projection = arrays["projection"] if "projection" in arrays else None
+            projection = arrays.get("projection")
             self.scoring = Scoring(str(arrays["kind"]), arrays["mean"], projection)
         dim = self.scoring.dim
         self.vectors = {kind: StoredVectors([self.folder / f"{n}.{kind}.f16" for n in names], dim) for kind in KINDS}
