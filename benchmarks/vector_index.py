@@ -3,10 +3,10 @@
 python -m benchmarks.vector_index OUT.parquet --rows 1000000 --folder /scratch [--methods SQ8,HNSW,...] [--json FILE]
 
 OUT.parquet is an output of `singerembed run` (one row a crop; overlapping crops, as of --hop 0.1, give more to draw
-from). A row of the mixture is a made-up singer's centre, which is a convex combination of the means of three real tracks,
-plus the residuals of two real crops from their track's mean; it is centred and scaled to length 1 as `singerembed index`
-does, and stored as float16. Queries are drawn in the same way and are not in the mixture. Exact search is NumPy over all
-rows.
+from). A row of the mixture is a made-up singer's centre, which is a convex combination of the means of three real
+tracks, plus the residuals of two real crops from their track's mean; it is centred and scaled to length 1 as
+`singerembed index` does, and stored as float16. Queries are drawn in the same way and are not in the mixture. Exact
+search is NumPy over all rows.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scori
     """Make an INDEX for search of each OUTPUT, a Parquet file or folder written by run.
 
     Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks
-    that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed when
-    the index is made. Needs the extra search.
+    that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed
+    when the index is made. Needs the extra search.
 
     \b
     singerembed index library.parquet library.index

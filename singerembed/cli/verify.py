@@ -77,7 +77,8 @@ def verify(
         facts = [
             {
                 "track_id": credits.track_id[row], "path": credits.path[row],
-                "credited": found.singers[credits.singer[row]], "chance": float(credits.chance[row]), "llr": float(credits.llr[row]), "nearest": name,
+                "credited": found.singers[credits.singer[row]], "chance": float(credits.chance[row]),
+                "llr": float(credits.llr[row]), "nearest": name,
             }
             for row, name in zip(suspects.tolist(), nearest, strict=True)
         ]  # fmt: skip
@@ -98,7 +99,7 @@ def verify(
     checked = int(np.isfinite(credits.llr).sum())
     note(
         "suspects",
-        f"{len(suspects):,} of {checked:,} credits that could be checked have a chance of {percent(max_chance)} or less",
+        f"{len(suspects):,} of {checked:,} credits that could be checked have {percent(max_chance)} chance or less",
     )
     note(
         "calibration",

@@ -1,8 +1,8 @@
 """Back ends of scores: what is done to embeddings before their inner product is called a similarity.
 
 Which one is best was measured on labelled singers (docs/search.md): the mean subtracted before rows are scaled to
-length 1, the default of `singerembed index`. None of them looks at a query's neighbours, so the score of two crops stays
-the same whatever else is in an index.
+length 1, the default of `singerembed index`. None of them looks at a query's neighbours, so the score of two crops
+stays the same whatever else is in an index.
 """
 
 from __future__ import annotations

@@ -90,17 +90,13 @@ def write_groups(index: StoredIndex, groups: Groups, path: str) -> None:
     grouped = groups.group >= 0
     sizes = np.bincount(groups.group[grouped], minlength=groups.n_groups)
     of_row = np.maximum(groups.group, 0)
-    if not groups.n_groups:
-        sizes = np.zeros(1, np.int64)
     table = pa.table(
         {
             "track_id": index.tracks["track_id"].take(rows),
             "path": index.tracks["path"].take(rows),
             "group": pa.array(groups.group, pa.int64(), mask=~grouped),
             "membership": pa.array(groups.membership, pa.float64(), mask=~grouped),
-            "group_tracks": pa.array(
-                (sizes if len(sizes) else empty)[of_row].astype(np.int64), pa.int64(), mask=~grouped
-            ),
+            "group_tracks": pa.array(np.append(sizes, 0)[of_row], pa.int64(), mask=~grouped),
             "group_stability": pa.array(np.append(groups.stability, 0.0)[of_row], pa.float64(), mask=~grouped),
         }
     )

@@ -36,8 +36,7 @@ def nearest(
     """
     if quantised is None or int(allowed.sum()) <= EXACT_ROWS:
         return _exact(vectors, queries, k, allowed)
-    import faiss
-
+    faiss = _faiss()
     parameters = faiss.SearchParametersIVF(nprobe=_PROBES)
     if not allowed.all():
         parameters.sel = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
