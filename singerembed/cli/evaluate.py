@@ -43,6 +43,13 @@ from singerembed.cli.console import count_or_all, note, progress_bar, verbosity_
     show_default=True,
     help="Crops whose peak is not above this are left out.",
 )
+@click.option(
+    "--scoring",
+    type=click.Choice(["cosine", "centred", "whitened"]),
+    default="cosine",
+    show_default=True,
+    help="What is done to embeddings before they are compared; fitted on the compared crops.",
+)
 @click.option("--no-identification", is_flag=True, help="Leave the linear probe out, which takes longest on much data.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a transformers model brings with it.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of an engine.")
@@ -76,6 +83,7 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
         conditions=values["conditions"],
         silence_dbfs=values["silence_dbfs"],
         identify=not values["no_identification"],
+        scoring=values["scoring"],
         seed=values["seed"],
     )
     labelled = read_labelled(data, values["singer_column"], values["path_column"], values["audio_root"])

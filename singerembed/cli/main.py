@@ -56,6 +56,8 @@ def cli() -> None:
     \b
     singerembed run catalog.csv out.parquet     embed every recording of a catalogue
     singerembed build-engine ckpt.pt            make an engine of a trained encoder
+    singerembed index out.parquet out.index     make an index of what run has written
+    singerembed search out.index demo.m4a       name the tracks and singers that sound most like it
     """
 
 

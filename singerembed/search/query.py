@@ -103,8 +103,8 @@ class Index:
 
         `sample_rate`: Hz. `top`: number of tracks, and of singers. `by`: rank by the mean over crops ("track"), or by
         the one crop that is most similar ("crop"). `where`: a condition in SQL on the columns of tracks. A singer's
-        chance supposes that the query is sung by one of the index's singers in one case of two, each as likely as the other.
-        Raises ValueError for unfit or silent audio.
+        chance supposes that the query is sung by one of the index's singers in one case of two, each as likely
+        as the other. Raises ValueError for unfit or silent audio.
         """
         embedding = Embedder(self.engine).embed(audio, sample_rate)
         loud = ~np.isnan(embedding).any(axis=1)

@@ -52,11 +52,11 @@ def test_scores_are_those_of_the_centred_embeddings(output: str, tracks: list[Ma
 
 
 def _stacked(track: MadeTrack) -> NDArray[np.float64]:
-    return np.stack([crop for crop in track.crops if crop is not None]).astype(np.float64)
+    return np.asarray([crop for crop in track.crops if crop is not None], np.float64)
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    return rows / np.asarray(np.linalg.norm(rows, axis=1, keepdims=True))
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
 
 
 def test_silent_crops_and_copies_do_not_count(tracks: list[MadeTrack], tmp_path: Path) -> None:
