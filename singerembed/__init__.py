@@ -16,19 +16,33 @@ if TYPE_CHECKING:
     from singerembed.jobs.options import RunOptions
     from singerembed.jobs.run import RunSummary, run
     from singerembed.model.spec import ModelSpec
+    from singerembed.search.query import Index, open_index
 
     __version__: str
 
-__all__ = ["BuildOptions", "Embedder", "ModelSpec", "RunOptions", "RunSummary", "build_engine", "load_engine", "run"]
+__all__ = [
+    "BuildOptions",
+    "Embedder",
+    "Index",
+    "ModelSpec",
+    "RunOptions",
+    "RunSummary",
+    "build_engine",
+    "load_engine",
+    "open_index",
+    "run",
+]
 
 _HOMES = {
     "BuildOptions": "singerembed.engine.build",
     "Embedder": "singerembed.engine.embedder",
+    "Index": "singerembed.search.query",
     "ModelSpec": "singerembed.model.spec",
     "RunOptions": "singerembed.jobs.options",
     "RunSummary": "singerembed.jobs.run",
     "build_engine": "singerembed.engine.build",
     "load_engine": "singerembed.engine.embedder",
+    "open_index": "singerembed.search.query",
     "run": "singerembed.jobs.run",
 }
 

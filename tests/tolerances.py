@@ -69,3 +69,8 @@ SUNG_CENTS = 10.0
 SHORTFALL_SECONDS = 0.06
 # Correlation of their samples: dither, other transforms, FFmpeg's noise in AAC's noise bands.
 DECODERS_AGREE = 0.98
+
+# --- search ---------------------------------------------------------------------------------------------------------
+
+# Scores from vectors of length 1 that are stored as float16, against float64: 1000 roundings of 2^-11 each, at random.
+SCORE_FLOAT16 = 2e-4

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
@@ -45,3 +45,33 @@ def count_or_all(_ctx: click.Context, _parameter: click.Parameter, value: str) -
     if value.isdecimal() and int(value) > 0:
         return int(value)
     raise click.BadParameter("give 'all' or a number of crops")
+
+
+@contextmanager
+def progress_bar(total: int | None, unit: str) -> Iterator[Callable[[str], object]]:
+    """A progress bar on stderr, on a terminal only; what is yielded advances it by one and names what is at work.
+
+    `total`: None if it is not known.
+    """
+    from tqdm import tqdm
+
+    quiet = verbosity(click.get_current_context()) < 0 or total == 0
+    with tqdm(total=total, unit=f" {unit}", disable=True if quiet else None, leave=False) as bar:
+
+        def advance(name: str) -> None:
+            bar.set_description(name, refresh=False)
+            bar.update()
+
+        yield advance
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table in aligned columns, a line a row."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def percent(chance: float | None) -> str:
+    """A chance for a table."""
+    return "-" if chance is None else f"{100 * chance:.1f} %"

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+from singerembed.cli.console import count_or_all, note, progress_bar, verbosity_options
 
 
 @click.command()
@@ -45,6 +43,13 @@ from singerembed.cli.console import count_or_all, note, verbosity, verbosity_opt
     show_default=True,
     help="Crops whose peak is not above this are left out.",
 )
+@click.option(
+    "--scoring",
+    type=click.Choice(["cosine", "centred", "whitened"]),
+    default="cosine",
+    show_default=True,
+    help="What is done to embeddings before they are compared; fitted on the compared crops.",
+)
 @click.option("--no-identification", is_flag=True, help="Leave the linear probe out, which takes longest on much data.")
 @click.option("--trust-remote-code", is_flag=True, help="Run code that a transformers model brings with it.")
 @click.option("--workers", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of an engine.")
@@ -78,11 +83,12 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
         conditions=values["conditions"],
         silence_dbfs=values["silence_dbfs"],
         identify=not values["no_identification"],
+        scoring=values["scoring"],
         seed=values["seed"],
     )
     labelled = read_labelled(data, values["singer_column"], values["path_column"], values["audio_root"])
     how = ModelOptions(workers=values["workers"], trust_remote_code=values["trust_remote_code"])
-    with _bar(len(labelled.recordings) * len(models), "recordings") as advance:
+    with progress_bar(len(labelled.recordings) * len(models), "recordings") as advance:
         loaders = [partial(load_model, model, how) for model in models]
         found = compare(labelled, loaders, options, say=note, advance=advance)
     if output is not None:
@@ -91,18 +97,3 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
         write_folder(found, output)
         note("wrote", f"{output}: table.md, table.csv, evaluation.json, pairs.txt, index.html, figures/")
     click.echo(json.dumps(found.to_dict(), allow_nan=False) if as_json else as_text(found))
-
-
-@contextmanager
-def _bar(total: int, unit: str) -> Iterator[Callable[[str], object]]:
-    """A progress bar on stderr, on a terminal only; what is yielded advances it by one and names what is at work."""
-    from tqdm import tqdm
-
-    quiet = verbosity(click.get_current_context()) < 0 or not total
-    with tqdm(total=total, unit=f" {unit}", disable=True if quiet else None, leave=False) as bar:
-
-        def advance(name: str) -> None:
-            bar.set_description(name, refresh=False)
-            bar.update()
-
-        yield advance

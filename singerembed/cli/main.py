@@ -11,13 +11,17 @@ from typing import Any
 import click
 
 from singerembed.cli.build_engine import build_engine
+from singerembed.cli.cluster import cluster
 from singerembed.cli.console import verbosity
 from singerembed.cli.doctor import doctor
 from singerembed.cli.evaluate import evaluate
+from singerembed.cli.index import index
 from singerembed.cli.inspect import inspect
 from singerembed.cli.report import report
 from singerembed.cli.run import run
 from singerembed.cli.scan import scan
+from singerembed.cli.search import search
+from singerembed.cli.verify import verify
 from singerembed.errors import SingerEmbedError, UsageError
 
 
@@ -58,10 +62,12 @@ def cli() -> None:
     singerembed scan folder catalog.csv         list the recordings in a folder, with their tags
     singerembed run catalog.csv out.parquet     embed every recording of a catalogue
     singerembed build-engine ckpt.pt            make an engine of a trained encoder
+    singerembed index out.parquet out.index     make an index of what run has written
+    singerembed search out.index demo.m4a       name the tracks and singers that sound most like it
     """
 
 
-for _command in (run, scan, build_engine, inspect, evaluate, report, doctor):
+for _command in (scan, run, build_engine, index, search, verify, cluster, inspect, evaluate, report, doctor):
     cli.add_command(_command)
 
 

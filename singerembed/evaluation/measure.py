@@ -22,9 +22,10 @@ from singerembed.evaluation.metrics import (
     mean_interval,
     normalised_rank,
 )
-from singerembed.evaluation.pairs import Pairs, all_pairs, draw_pairs, draw_rank_scores, pair_scores, unit_rows
+from singerembed.evaluation.pairs import Pairs, all_pairs, draw_pairs, draw_rank_scores, pair_scores
 from singerembed.evaluation.probe import Identification, identify_singers
 from singerembed.evaluation.result import Crops, EvaluationOptions, Measure, ModelResult
+from singerembed.evaluation.scoring import Moments, fit_scoring, needs_second_moments
 
 _INTERVAL_PAIRS = 200_000  # pairs drawn for the interval of the error rate over all pairs
 _MIN_PAIRS_OF_VALUE = 20  # of each kind; values of a condition with fewer are not reported
@@ -35,12 +36,13 @@ def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: Eva
     layer_eer = {}
     for name, embedding in table.layers.items():
         try:
-            layer_eer[name] = equal_error_of(error_curve(pairs.labels, pair_scores(unit_rows(embedding), pairs))).rate
+            vectors = _vectors(embedding, options.scoring)
+            layer_eer[name] = equal_error_of(error_curve(pairs.labels, pair_scores(vectors, pairs))).rate
         except ValueError:
             layer_eer[name] = float("nan")
     layer = min(layer_eer, key=lambda name: (math.isnan(layer_eer[name]), layer_eer[name]))
     embedding = table.layers[layer]
-    unit = unit_rows(standardised(embedding) if table.facts.standardise else embedding)
+    unit = _vectors(standardised(embedding) if table.facts.standardise else embedding, options.scoring)
     scores = pair_scores(unit, pairs)
     eer, threshold, curve = _equal_error(unit, crops, pairs, scores, options, None)
     identification, why_not = _identification(embedding, crops, options)
@@ -59,6 +61,13 @@ def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: Eva
         curve=curve,
         histogram=_histogram(pairs, scores),
     )
+
+
+def _vectors(embedding: NDArray[np.float32], scoring: str) -> NDArray[np.float32]:
+    """Rows of length 1 whose inner product is the score by the back end `scoring`, float32 [n, dim]."""
+    moments = Moments(second=needs_second_moments(scoring))
+    moments.add(embedding)
+    return fit_scoring(scoring, moments).vectors(embedding)
 
 
 def _equal_error(

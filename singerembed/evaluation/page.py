@@ -20,7 +20,7 @@ from singerembed.evaluation.views import DET_TICKS, View
 _MAX_CURVE_POINTS = 400
 _MAX_COHESION_ROWS = 500
 
-_STYLE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24 }
 h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .86rem }
@@ -78,7 +78,7 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
         [
             '<!doctype html><html lang="en"><head><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">',
-            f"<title>{html.escape(title)}</title><style>{_STYLE}</style>",
+            f"<title>{html.escape(title)}</title><style>{STYLE}</style>",
             f"<script>{plotly_js}</script></head><body>",
             *body,
             f'<script type="application/json" id="figures">{_json(figures)}</script>',

@@ -30,6 +30,7 @@ class EvaluationOptions:
     conditions: tuple[str, ...] = ()  # columns of the catalogue to report error rates by
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
     identify: bool = True
+    scoring: str = "cosine"  # of scoring.SCORINGS that need no labels; fitted on the compared crops
     seed: int = 0
 
 

@@ -216,7 +216,7 @@ class FinishedOutput:
         if not self.unit_counts(unit).errors:
             return []
         rows = self.rows(unit, ["track_id", "path", "crop", "status"])
-        bounds = _track_bounds(rows)
+        bounds = track_bounds(rows)
         if len(bounds) - 1 != n_tracks:
             return list(range(n_tracks))
         failed = rows["status"].to_numpy() == ERROR
@@ -225,7 +225,7 @@ class FinishedOutput:
     def rows_by_track(self, unit: int, n_tracks: int) -> list[pa.Table]:
         """The unit's rows, a table a track; empty where `tracks_with_errors` names them all."""
         rows = self.rows(unit)
-        bounds = _track_bounds(rows)
+        bounds = track_bounds(rows)
         if len(bounds) - 1 != n_tracks:
             return []
         return [rows.slice(a, b - a) for a, b in pairwise(bounds)]
@@ -243,7 +243,7 @@ def _check_form(output: str, *, partitioned: bool) -> None:
         raise UsageError(f"{output} is a partitioned output: say --partitioned too, or give another name")
 
 
-def _track_bounds(rows: pa.Table) -> list[int]:
+def track_bounds(rows: pa.Table) -> list[int]:
     """Offsets of the first row of each track, and the number of rows.
 
     Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same recording

@@ -1,0 +1,112 @@
+"""`singerembed index` and `search` on an output of many rows made of real embeddings: times, memory, disk, recall.
+
+python -m benchmarks.search_scale OUT.parquet --rows 1000000 --more 10000 --folder /scratch
+
+Rows are those of benchmarks/vector_index.py, as tracks of five crops; OUT.parquet is what they are made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from benchmarks.vector_index import CROPS_A_SINGER, Mixture
+from singerembed.output.finished import UnitIndex
+from singerembed.output.schema import (
+    COUNTS_KEY,
+    METADATA_KEY,
+    ROW_GROUP_ROWS,
+    UNITS_KEY,
+    Counts,
+    output_schema,
+    writer_options,
+)
+from singerembed.search.build import build_index
+from singerembed.search.nearest import nearest
+from singerembed.search.query import open_index
+
+CROPS_A_TRACK = 5
+QUERIES = 300
+_UNIT_ROWS = 20_000
+
+
+def write_output(mixture: Mixture, source: str, path: Path, n: int, first: int) -> None:
+    """Write `n` rows as a finished output; the first is number `first` of all."""
+    schema = output_schema(pa.schema([("singer", pa.string())]), mixture.dim, "float16")
+    units, total = UnitIndex(), Counts()
+    with pq.ParquetWriter(path, schema, **writer_options(schema)) as writer:
+        for start in range(first, first + n, _UNIT_ROWS):
+            size = min(_UNIT_ROWS, first + n - start)
+            rows = mixture.rows(size, seed=1 + start).astype(np.float16)
+            track = np.arange(start, start + size) // CROPS_A_TRACK
+            crop = np.arange(start, start + size) % CROPS_A_TRACK
+            flat = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), type=schema.field("embedding").type)
+            counts = Counts(tracks=size // CROPS_A_TRACK, crops=size)
+            none = pa.nulls(size, pa.string())
+            columns = {
+                "track_id": pa.array([f"t{number}" for number in track]), "crop": pa.array(crop, pa.int32()),
+                "path": pa.array([f"t{number}.flac" for number in track]), "start": pa.array(4.0 * crop),
+                "end": pa.array(4.0 * crop + 4), "status": pa.array(["ok"] * size), "error_code": none, "error": none,
+                "audio_note": none, "peak_dbfs": pa.nulls(size, pa.float32()), "rms_dbfs": pa.nulls(size, pa.float32()),
+                "singer": pa.array([f"s{number // 10}" for number in track]), "embedding": flat,
+            }  # fmt: skip
+            table = pa.table([columns[name] for name in schema.names], schema=schema)
+            writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
+            units.add(size, counts)
+            total.tracks, total.crops = total.tracks + counts.tracks, total.crops + counts.crops
+        metadata = pq.read_schema(source).metadata[METADATA_KEY]
+        writer.add_key_value_metadata(
+            {METADATA_KEY: metadata, COUNTS_KEY: json.dumps(total.to_dict()), UNITS_KEY: units.encode()}
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output")
+    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--more", type=int, default=10_000)
+    parser.add_argument("--folder", type=Path, required=True)
+    arguments = parser.parse_args()
+    mixture = Mixture(arguments.output, max(2, arguments.rows // CROPS_A_SINGER), 1.0)
+    path = arguments.folder / "made.index"
+    shutil.rmtree(path, ignore_errors=True)
+    for name, n, first in (("made", arguments.rows, 0), ("more", arguments.more, arguments.rows)):
+        output = arguments.folder / f"{name}.parquet"
+        write_output(mixture, arguments.output, output, n, first)
+        started, busy = time.monotonic(), time.process_time()
+        done = build_index([str(output)], str(path))
+        seconds, cpu = time.monotonic() - started, time.process_time() - busy
+        print(f"{name}: {done.added_crops:,} crops in {seconds:.1f} s ({cpu:.1f} s of processor time)", flush=True)
+        output.unlink()
+    size = sum(file.stat().st_size for file in path.iterdir())
+    print(f"disk {size / 1e9:.2f} GB, peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
+    index = open_index(str(path))
+    vectors, quantised = index.stored.vectors["crops"], index._quantised["crops"]
+    queries, allowed = mixture.rows(QUERIES, seed=0), np.ones(len(vectors), bool)
+    truth = nearest(vectors, queries, 10, allowed)[0]
+    right, times = 0, []
+    for query, wanted in zip(queries, truth, strict=True):
+        started = time.perf_counter()
+        found = nearest(vectors, query[np.newaxis], 10, allowed, quantised)[0][0]
+        times.append(time.perf_counter() - started)
+        right += len(set(found.tolist()) & set(wanted.tolist()))
+    median, high = np.quantile(times, [0.5, 0.95]) * 1000
+    print(f"crops: recall@10 {right / (10 * QUERIES):.4f}, {median:.1f} ms a query (95 %: {high:.1f} ms)")
+    times = []
+    for number in range(50):
+        started = time.perf_counter()
+        index.search_track(f"t{number * 17}")
+        times.append(time.perf_counter() - started)
+    print(f"search --track: {np.median(times) * 1000:.1f} ms a query")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The command `index`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from singerembed.cli.console import note, progress_bar, verbosity_options
+from singerembed.storage import printable
+
+
+@click.command()
+@click.argument("outputs", nargs=-1, required=True, metavar="OUTPUT...")
+@click.argument("index")
+@click.option("--singer-column", metavar="NAME", help="The column of singers.  [default: singer, if there is one]")
+@click.option(
+    "--scoring",
+    type=click.Choice(["centred", "cosine", "whitened"]),
+    help="What is done to embeddings before they are compared.  [default: centred]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
+@verbosity_options
+def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scoring: str | None, as_json: bool) -> None:
+    """Make an INDEX for search of each OUTPUT, a Parquet file or folder written by run.
+
+    Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks
+    that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed
+    when the index is made. Needs the extra search.
+
+    \b
+    singerembed index library.parquet library.index
+    singerembed index tonight.parquet library.index
+    """
+    from singerembed.search.build import build_index
+
+    with progress_bar(None, "tracks") as advance:
+        done = build_index(
+            list(outputs), index, singer_column=singer_column, scoring=scoring, advance=lambda: advance("")
+        )
+    if as_json:
+        click.echo(json.dumps(asdict(done)))
+    left_out = f"{done.silent:,} silent crops and {done.error_tracks:,} tracks with errors left out"
+    changes = f"{done.known:,} tracks were there, {done.replaced:,} replaced"
+    note("added", f"{done.added_tracks:,} tracks, {done.added_crops:,} crops ({left_out}; {changes})")
+    if done.n_doubled:
+        examples = "; ".join(f"{printable(path)} is {printable(first)}" for path, first in done.doubled)
+        note("twice", f"{done.n_doubled:,} tracks are copies of others and count once: {examples}")
+    note("index", f"{done.index}: {done.n_tracks:,} tracks, {done.n_crops:,} crops")

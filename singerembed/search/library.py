@@ -1,0 +1,119 @@
+"""Read finished outputs track by track, for an index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from singerembed import storage
+from singerembed.errors import UsageError
+from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
+from singerembed.output.schema import OK, RESERVED_COLUMNS
+
+_COLUMNS = ["track_id", "path", "crop", "start", "end", "status"]
+
+
+@dataclass(frozen=True)
+class LibraryTrack:
+    """The embedded crops of one track; at least one."""
+
+    columns: dict[str, Any]  # track_id, path, and the catalogue's other columns
+    crop: NDArray[np.int32]  # [n]
+    start: NDArray[np.float64]  # [n], seconds
+    end: NDArray[np.float64]  # [n], seconds
+    embedding: NDArray[np.float32]  # [n, dim]
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What names a track in a library."""
+        return self.columns["track_id"], self.columns["path"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the embeddings: two tracks with the same one are the same recording."""
+        return hashlib.sha256(self.embedding.tobytes()).hexdigest()[:32]
+
+
+class Library:
+    """One or more finished outputs of one engine, read in order. Rows that are silent or errors are left out."""
+
+    def __init__(self, outputs: list[str]) -> None:
+        """Raises OutputError or UsageError where one is missing, was not written by `run`, or has another engine."""
+        self.outputs = [output.rstrip("/") for output in outputs]
+        found = [self._facts(output) for output in self.outputs]
+        self.engine: dict[str, Any] = found[0][0]["engine"]
+        self.spec: dict[str, Any] = found[0][0]["spec"]
+        self.schema: pa.Schema = found[0][1]
+        for output, (metadata, _) in zip(self.outputs, found, strict=True):
+            check_engine(metadata["engine"], self.engine, output, self.outputs[0])
+        self.n_silent = sum(counts.silent for _, _, counts in map(self._counted, self.outputs))
+        self.n_error_tracks = sum(counts.error_tracks for _, _, counts in map(self._counted, self.outputs))
+
+    def tracks(self) -> Iterator[LibraryTrack]:
+        """Read the tracks that have an embedding, one at a time; a work unit at a time is in memory."""
+        for output in self.outputs:
+            with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
+                for unit in range(finished.n_units):
+                    yield from _tracks_of(finished.rows(unit))
+
+    @staticmethod
+    def _facts(output: str) -> tuple[dict[str, Any], pa.Schema]:
+        with closing(_open(output)) as finished:
+            return finished.metadata, finished.rows(0).schema if finished.n_units else pa.schema([])
+
+    @staticmethod
+    def _counted(output: str) -> tuple[str, str, Any]:
+        with closing(_open(output)) as finished:
+            return "", "", finished.counts
+
+
+def check_engine(found: dict[str, Any], wanted: dict[str, Any], what: str, of: str) -> None:
+    """Raise UsageError if two engines differ: their embeddings cannot be compared."""
+    if found["sha256"] != wanted["sha256"]:
+        raise UsageError(
+            f"{what} was made with the engine {found['name']} ({found['sha256'][:12]}...), {of} with "
+            f"{wanted['name']} ({wanted['sha256'][:12]}...): their embeddings cannot be compared. "
+            "Embed both with one engine"
+        )
+
+
+def check_column(column: str, schema: pa.Schema, where: str) -> None:
+    """Raise UsageError unless the catalogue's column `column` is in `schema`."""
+    others = [name for name in schema.names if name not in RESERVED_COLUMNS]
+    if column not in others:
+        raise UsageError(
+            f'{where} has no column "{column}"; it has: {", ".join(others) or "none of the catalogue"}. '
+            "Name it with --singer-column"
+        )
+
+
+def _open(output: str) -> FinishedOutput:
+    if not storage.exists(output):
+        raise UsageError(f"{output}: no such file or folder. Make it with: singerembed run CATALOG {output}")
+    return FinishedOutput(output, partitioned=is_partitioned(output))
+
+
+def _tracks_of(rows: pa.Table) -> Iterator[LibraryTrack]:
+    bounds = track_bounds(rows)
+    ok = rows["status"].to_numpy() == OK
+    others = [name for name in rows.column_names if name not in RESERVED_COLUMNS]
+    columns = rows.select(["track_id", "path", *others]).take(pa.array(bounds[:-1], pa.int64())).to_pylist()
+    stored = rows["embedding"].combine_chunks()
+    flat = stored.values if hasattr(stored, "values") else stored.flatten()
+    dim = stored.type.list_size
+    embedding = np.asarray(flat, np.float32).reshape(-1, dim)[stored.offset : stored.offset + len(stored)]
+    crop, start, end = (rows[name].to_numpy() for name in ("crop", "start", "end"))
+    for i, values in enumerate(columns):
+        kept = np.arange(bounds[i], bounds[i + 1])[ok[bounds[i] : bounds[i + 1]]]
+        kept = kept[np.isfinite(embedding[kept]).all(axis=1)]
+        if len(kept):
+            yield LibraryTrack(
+                values, crop[kept].astype(np.int32), start[kept], end[kept], np.ascontiguousarray(embedding[kept])
+            )

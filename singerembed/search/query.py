@@ -1,0 +1,269 @@
+"""Look recordings up in an index: nearest tracks, nearest singers, and where in them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.engine.base import Engine
+from singerembed.engine.embedder import Embedder
+from singerembed.errors import MissingDependencyError, UsageError
+from singerembed.search.build import track_vector
+from singerembed.search.calibration import Calibration
+from singerembed.search.nearest import nearest, read_quantised
+from singerembed.search.recording import QueryCrops, embed_recording, open_engine_of
+from singerembed.search.store import StoredIndex, Vectors
+
+BY = ("track", "crop")
+_MATCHES = 2  # pairs of crops that are named for a track
+# Crops that are looked up for each crop of a query before tracks are ranked by them: several may be of one track.
+_CROPS_A_TRACK = 20
+# That a query is sung by somebody in the index at all; each of its singers is then as likely as the other.
+PRIOR_KNOWN = 0.5
+
+
+@dataclass(frozen=True)
+class Match:
+    """A crop of the query and the crop of a track that is like it."""
+
+    query_seconds: float
+    track_seconds: float
+    score: float
+
+
+@dataclass(frozen=True)
+class FoundTrack:
+    """A track of the answer."""
+
+    score: float  # -1 to 1
+    track_id: str
+    path: str
+    singer: str  # empty if not known
+    matches: list[Match]  # the most similar pairs of crops, in order of time
+    also: list[str]  # paths of further copies of the same recording
+
+
+@dataclass(frozen=True)
+class FoundSinger:
+    """A singer of the answer."""
+
+    score: float  # of the query against the singer's tracks together, -1 to 1
+    chance: float | None  # that this singer sings the query, see `Index.search`; None: the index is not calibrated
+    singer: str
+    n_tracks: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The result of one query, best first."""
+
+    tracks: list[FoundTrack]
+    singers: list[FoundSinger]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as JSON types."""
+        return asdict(self)
+
+
+class Index:
+    """An index of vectors, opened for queries. Read-only, and the same query always gets the same answer."""
+
+    def __init__(self, path: str, engine: str | None = None) -> None:
+        """Open the index at `path`; `engine`: file of the engine it was made with (None: the bundled one).
+
+        The engine is opened when it is first needed. Raises UsageError and OutputError.
+        """
+        self.stored = StoredIndex(path)
+        self._engine_path = engine
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, which is the one the index was made with."""
+        return open_engine_of(self.stored, self._engine_path)
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """From scores against singers to likelihood ratios; None where the index has too few labelled tracks."""
+        fields = self.stored.manifest.get("calibration")
+        return Calibration(**fields) if fields else None
+
+    @cached_property
+    def _quantised(self) -> dict[str, Any]:
+        files = self.stored.manifest["quantised"]
+        return {kind: read_quantised(self.stored.folder / name) for kind, name in files.items()}
+
+    def search(
+        self, audio: NDArray[Any], sample_rate: int, *, top: int = 10, by: str = "track", where: str | None = None
+    ) -> Answer:
+        """Look up audio, [samples] or [samples, channels], int16 or float with full scale 1.
+
+        `sample_rate`: Hz. `top`: number of tracks, and of singers. `by`: rank by the mean over crops ("track"), or by
+        the one crop that is most similar ("crop"). `where`: a condition in SQL on the columns of tracks. A singer's
+        chance supposes that the query is sung by one of the index's singers in one case of two, each as likely
+        as the other. Raises ValueError for unfit or silent audio.
+        """
+        embedding = Embedder(self.engine).embed(audio, sample_rate)
+        loud = ~np.isnan(embedding).any(axis=1)
+        if not loud.any():
+            raise ValueError("the audio is silent")
+        start = np.asarray(np.flatnonzero(loud) * self.engine.spec.crop_seconds, np.float64)
+        return self.search_crops(QueryCrops(start, embedding[loud]), top=top, by=by, where=where)
+
+    def search_file(self, path: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
+        """Look up the recording `path`; arguments as `search`. Raises UsageError if it cannot be looked up."""
+        return self.search_crops(embed_recording(path, self.engine), top=top, by=by, where=where)
+
+    def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
+        """Look up a track of the index among the others; its copies are left out. Raises UsageError without such."""
+        ids = self.stored.tracks["track_id"].to_pylist()
+        found = [number for number, name in enumerate(ids) if name == track_id and number not in self._replaced]
+        if not found:
+            raise UsageError(f'{self.stored.folder} has no track "{track_id}"; the first is "{ids[0]}"')
+        same_as = self.stored.tracks["same_as"][found[0]].as_py()
+        number = found[0] if same_as is None else same_as
+        part = self.stored.crops_of(number)
+        crops = self.stored.vectors["crops"].take(np.arange(part.start, part.stop))
+        start = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
+        return self._answer(crops, start, top, by, where, number)
+
+    def search_crops(self, query: QueryCrops, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
+        """Look up embedded crops; arguments as `search`."""
+        return self._answer(self.stored.scoring.vectors(query.embedding), query.start, top, by, where, None)
+
+    def _answer(
+        self, crops: Vectors, start: NDArray[np.float64], top: int, by: str, where: str | None, itself: int | None
+    ) -> Answer:
+        allowed = self.stored.active.copy()
+        if where is not None:
+            allowed &= self._satisfying(where)
+        if itself is not None:
+            allowed[itself] = False
+        whole = track_vector(crops)
+        ranked = self._by_track(whole, top, allowed) if by == "track" else self._by_crop(crops, top, allowed)
+        tracks = [self._found_track(number, score, crops, start) for number, score in ranked]
+        return Answer(tracks, self._singers(whole, top, itself))
+
+    def _by_track(self, whole: Vectors, top: int, allowed: NDArray[np.bool_]) -> list[tuple[int, float]]:
+        vectors = self.stored.vectors["tracks"]
+        rows, scores = nearest(vectors, whole[np.newaxis], top, allowed, self._quantised.get("tracks"))
+        return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+
+    def _by_crop(self, crops: Vectors, top: int, allowed: NDArray[np.bool_]) -> list[tuple[int, float]]:
+        of_crop = self.stored.track_of_crop
+        vectors = self.stored.vectors["crops"]
+        rows, scores = nearest(vectors, crops, top * _CROPS_A_TRACK, allowed[of_crop], self._quantised.get("crops"))
+        best: dict[int, float] = {}
+        for row, score in zip(rows.ravel(), scores.ravel(), strict=True):
+            if row >= 0:
+                track = int(of_crop[row])
+                best[track] = max(float(score), best.get(track, -2.0))
+        return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top]
+
+    def _found_track(self, number: int, score: float, crops: Vectors, start: NDArray[np.float64]) -> FoundTrack:
+        row = self.stored.tracks.slice(number, 1)
+        return FoundTrack(
+            _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singers[number],
+            self._matches(number, crops, start), self._copies.get(number, []),
+        )  # fmt: skip
+
+    def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
+        """Return the `n` most similar pairs of crops of a query and of track `number`, no crop twice."""
+        part = self.stored.crops_of(number)
+        # float16 rounds the length of a vector: the score of a crop with itself may come out above 1.
+        score = crops @ self.stored.vectors["crops"].take(np.arange(part.start, part.stop)).T
+        times = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
+        found = []
+        for _ in range(min(n, *score.shape)):
+            a, b = np.unravel_index(int(score.argmax()), score.shape)
+            found.append(Match(float(start[a]), float(times[b]), _rounded(score[a, b])))
+            score[a, :] = score[:, b] = -np.inf
+        return sorted(found, key=lambda match: match.query_seconds)
+
+    def _singers(self, whole: Vectors, top: int, itself: int | None) -> list[FoundSinger]:
+        if self.stored.singer_column is None:
+            return []
+        profiles = self.stored.profiles
+        total, counts = profiles.total, profiles.n_tracks
+        own = self.stored.singers[itself] if itself is not None else ""
+        if own:
+            total, counts = total.copy(), counts.copy()
+            number = profiles.names.index(own)
+            total[number] -= self.stored.vectors["tracks"].take(np.array([itself]))[0]
+            counts[number] -= 1
+        length = np.linalg.norm(total, axis=1)
+        score = np.where((counts > 0) & (length > 1e-6), total @ whole / np.maximum(length, 1e-6), -1.0)
+        chances = self.chances(score[np.newaxis], counts)
+        order = [i for i in np.argsort(-score, kind="stable")[:top] if counts[i] > 0]
+        return [
+            FoundSinger(
+                _rounded(score[i]), None if chances is None else float(chances[0, i]), profiles.names[i], int(counts[i])
+            )
+            for i in order
+        ]
+
+    def chances(self, score: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """Return the chance of each singer from scores [queries, singers]; None where the index is not calibrated.
+
+        `counts`: tracks of each singer, [singers] or [queries, singers]; those without any are not in the index.
+
+        That the query is sung by somebody in the index has the prior chance PRIOR_KNOWN, shared equally by singers with
+        a track; that it is sung by nobody in it has the rest, and the likelihood ratio 1.
+        """
+        if self.calibration is None:
+            return None
+        here = np.broadcast_to(counts, score.shape) > 0
+        prior = PRIOR_KNOWN / np.maximum(1, here.sum(axis=1, keepdims=True))
+        weight = np.where(here, prior * np.exp(np.minimum(self.calibration.llr(score), 300.0)), 0.0)
+        return np.asarray(weight / (weight.sum(axis=1, keepdims=True) + 1 - PRIOR_KNOWN))
+
+    @cached_property
+    def _replaced(self) -> set[int]:
+        return set(self.stored.manifest["replaced"])
+
+    @cached_property
+    def _copies(self) -> dict[int, list[str]]:
+        """Paths of further copies, by the number of the track that counts."""
+        found: dict[int, list[str]] = {}
+        same_as = self.stored.tracks["same_as"]
+        copies = np.flatnonzero(same_as.is_valid().to_numpy())
+        for number in copies.tolist():
+            if number not in self._replaced:
+                path = self.stored.tracks["path"][number].as_py()
+                found.setdefault(same_as[number].as_py(), []).append(path)
+        return found
+
+    def _satisfying(self, where: str) -> NDArray[np.bool_]:
+        """Which tracks satisfy a condition in SQL."""
+        try:
+            import duckdb
+        except ImportError as exc:
+            raise MissingDependencyError("--where", "duckdb", "search") from exc
+        hidden = {"n_crops", "same_as", "fingerprint"}
+        names = [name for name in self.stored.tracks.column_names if name not in hidden]
+        connection = duckdb.connect(config={"enable_external_access": "false"})
+        rows = np.arange(self.stored.tracks.num_rows)
+        connection.register("tracks", self.stored.tracks.select(names).append_column("row number", [rows]))
+        try:
+            found = connection.sql(f'select "row number" from tracks where ({where})').fetchnumpy()
+        except duckdb.Error as exc:
+            first = str(exc).strip().splitlines()[0]
+            raise UsageError(f"--where {where}: {first}. Columns: {', '.join(names)}") from exc
+        mask = np.zeros(len(rows), bool)
+        mask[found["row number"].astype(np.int64)] = True
+        return mask
+
+
+def _rounded(score: Any) -> float:
+    return round(min(1.0, float(score)), 6)
+
+
+def open_index(path: str, engine: str | None = None) -> Index:
+    """Open the index `path` for queries; `engine`: file of the engine it was made with (None: the bundled one).
+
+    Raises UsageError if there is no index, OutputError if it is damaged.
+    """
+    return Index(path, engine)

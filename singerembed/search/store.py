@@ -1,0 +1,151 @@
+"""An index on disk: a folder whose `index.json` names the files that count.
+
+`index.json` is written last and by rename, so an index is whole or not there, and one that grows stays as it was until
+then. A segment is what one call of `singerembed index` added: NUMBER.tracks.parquet (a row a track: the catalogue's
+columns, and its vector), NUMBER.crops.parquet (a row a crop), and their vectors as raw float16, row after row, in
+NUMBER.tracks.f16 and NUMBER.crops.f16, which are memory-mapped. Tracks and crops are numbered through all segments.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from singerembed import storage
+from singerembed.errors import OutputError, UsageError
+from singerembed.evaluation.scoring import Scoring
+
+MANIFEST, SCORING, SINGERS = "index.json", "scoring.npz", "singers.npz"
+FORMAT_VERSION = 1
+KINDS = ("tracks", "crops")
+Vectors = NDArray[np.float32]
+
+
+class StoredVectors:
+    """The vectors of all segments, float16 on disk, read as float32."""
+
+    def __init__(self, paths: list[Path], dim: int) -> None:
+        self.maps = [np.memmap(path, np.float16, "r").reshape(-1, dim) for path in paths if path.stat().st_size]
+        self.ends = np.cumsum([len(each) for each in self.maps], dtype=np.int64)
+        self.dim = dim
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def take(self, rows: NDArray[np.int64]) -> Vectors:
+        """Return the vectors of `rows` [n], float32 [n, dim]."""
+        found = np.empty((len(rows), self.dim), np.float32)
+        of_map = np.searchsorted(self.ends, rows, side="right")
+        for number in np.unique(of_map):
+            mask = of_map == number
+            found[mask] = self.maps[number][rows[mask] - (self.ends[number - 1] if number else 0)]
+        return found
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """The singers of an index, each as the sum of its tracks' vectors."""
+
+    names: list[str]
+    n_tracks: NDArray[np.int64]  # [singers]
+    total: Vectors  # [singers, dim]
+
+
+class StoredIndex:
+    """An index as it is on disk, opened for reading."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UsageError if `path` is no index, OutputError if it is damaged or of another version."""
+        self.folder = Path(path)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise UsageError(f"{path} is not an index. Make one with: singerembed index OUT.parquet {path}") from exc
+        except (OSError, ValueError) as exc:
+            raise OutputError(f"cannot read the index {path}: {exc}") from exc
+        if self.manifest.get("format") != FORMAT_VERSION:
+            raise OutputError(
+                f"{path}: index format {self.manifest.get('format')}, but this singerembed reads {FORMAT_VERSION}. "
+                "Make the index again"
+            )
+        try:
+            self._open()
+        except (OSError, KeyError, ValueError, pa.ArrowException) as exc:
+            raise OutputError(f"the index {path} is damaged ({exc}). Make it again") from exc
+
+    def _open(self) -> None:
+        names = self.manifest["segments"]
+        with np.load(self.folder / self.manifest["scoring"]) as arrays:
+            projection = arrays.get("projection")
+            self.scoring = Scoring(str(arrays["kind"]), arrays["mean"], projection)
+        dim = self.scoring.dim
+        self.vectors = {kind: StoredVectors([self.folder / f"{n}.{kind}.f16" for n in names], dim) for kind in KINDS}
+        tables = [pq.ParquetFile(self.folder / f"{name}.tracks.parquet") for name in names]
+        kept = [[column for column in file.schema_arrow.names if column != "vector"] for file in tables]
+        self.tracks = pa.concat_tables(
+            [file.read(columns=columns) for file, columns in zip(tables, kept, strict=True)],
+            promote_options="permissive",
+        ).combine_chunks()
+        self.crops = pa.concat_tables([pq.read_table(self.folder / f"{name}.crops.parquet") for name in names])
+        if len(self.vectors["tracks"]) != self.tracks.num_rows or len(self.vectors["crops"]) != self.crops.num_rows:
+            raise ValueError("its tables and vectors are not of one length")
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Name and hash of the engine that made the embeddings."""
+        return dict(self.manifest["engine"])
+
+    @property
+    def singer_column(self) -> str | None:
+        """The column of singers, if there is one."""
+        column = self.manifest["singer_column"]
+        return None if column is None else str(column)
+
+    @cached_property
+    def active(self) -> NDArray[np.bool_]:
+        """Whether a track counts, [tracks]: not a second copy of another, and not replaced by a later one."""
+        active = ~self.tracks["same_as"].is_valid().to_numpy()
+        active[self.manifest["replaced"]] = False
+        return np.asarray(active, bool)
+
+    @cached_property
+    def track_of_crop(self) -> NDArray[np.int64]:
+        """Number of each crop's track, [crops]."""
+        return np.asarray(self.crops["track"].to_numpy(), np.int64)
+
+    @cached_property
+    def first_crop(self) -> NDArray[np.int64]:
+        """Number of each track's first crop, and the number of crops at the end, [tracks + 1]."""
+        counts = self.tracks["n_crops"].to_numpy()
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @cached_property
+    def singers(self) -> list[str]:
+        """The singer of each track; empty where there is none or no column of them."""
+        if self.singer_column is None:
+            return [""] * self.tracks.num_rows
+        return ["" if name is None else str(name) for name in self.tracks[self.singer_column].to_pylist()]
+
+    @cached_property
+    def profiles(self) -> Profiles:
+        """The singers, in the order of their names."""
+        with np.load(self.folder / self.manifest["singers"]) as arrays:
+            return Profiles(arrays["names"].tolist(), arrays["n_tracks"], arrays["total"])
+
+    def crops_of(self, track: int) -> slice:
+        """Numbers of the crops of a track."""
+        return slice(int(self.first_crop[track]), int(self.first_crop[track + 1]))
+
+
+def publish_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write `index.json`: from now on the index is what `manifest` says."""
+    with storage.publishing(str(folder / MANIFEST)) as temporary:
+        Path(temporary).write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -1,0 +1,103 @@
+"""`index`, `search`, `verify` and `cluster` as they are typed, on the example recordings."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from click.testing import CliRunner, Result
+
+import singerembed
+from singerembed.cli.main import cli
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(cli, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = str(tmp_path_factory.mktemp("search") / "out.parquet")
+    assert invoke("run", str(EXAMPLES / "catalog.csv"), path).exit_code == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def index(output: str) -> str:
+    path = output.replace("out.parquet", "out.index")
+    result = invoke("index", output, path)
+    assert result.exit_code == 0
+    assert result.stdout == ""
+    assert "12 tracks" in result.stderr
+    return path
+
+
+def test_a_recording_of_the_library_finds_itself(index: str) -> None:
+    recording = str(EXAMPLES / "audio" / "bass_1.wav")
+    found = json.loads(invoke("search", index, recording, "--json", "--top", "3").stdout)
+    assert [track["singer"] for track in found["tracks"]] == ["bass"] * 3
+    assert found["tracks"][0]["track_id"] == "bass-1"
+    assert found["tracks"][0]["score"] == pytest.approx(1, abs=1e-3)
+    assert found["singers"][0]["singer"] == "bass"
+    table = invoke("search", index, recording, "--top", "3").stdout
+    assert table.splitlines()[0].split() == ["score", "track", "singer", "where"]
+    assert table.splitlines()[1].split()[:6] == ["1.00", "audio/bass_1.wav", "bass", "0:00", "like", "0:00,"]
+    rows = list(csv.DictReader(io.StringIO(invoke("search", index, recording, "--csv").stdout)))
+    assert {row["kind"] for row in rows} == {"track", "singer"}
+    samples, rate = soundfile.read(recording)
+    answer = singerembed.open_index(index).search(samples, rate, top=3)
+    assert [track.track_id for track in answer.tracks] == [track["track_id"] for track in found["tracks"]]
+
+
+def test_unfit_queries_exit_with_2(index: str, output: str, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "short.wav", np.full(44_100, 0.1), 44_100)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(441_000), 44_100)
+    (tmp_path / "text.wav").write_text("no audio", encoding="utf-8")
+    for arguments, message in (
+        ([str(tmp_path / "short.wav")], "too short: 1.0 s, and a crop takes 4 s"),
+        ([str(tmp_path / "silent.wav")], "is silent"),
+        ([str(tmp_path / "text.wav")], "cannot be looked up"),
+        ([str(tmp_path / "none.wav")], "file not found"),
+        ([], "nothing to look up"),
+        (["--track", "nobody"], 'no track "nobody"'),
+        (["--track", "bass-1", "--where", "singer ="], "--where singer ="),
+        (["--track", "bass-1", "--csv", "--json"], "not both"),
+        (["--catalog", output], ""),
+    ):
+        result = invoke("search", index, *arguments)
+        if message:
+            assert result.exit_code == 2, arguments
+            assert message in result.stderr
+            assert "Traceback" not in result.stderr
+        else:
+            assert result.exit_code == 0
+            assert "of 1,000 tracks" in result.stderr
+    assert "is not an index" in invoke("search", str(tmp_path), "--track", "x").stderr
+
+
+def test_verify_writes_a_table_and_a_page(output: str, tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    result = invoke("verify", output, "-o", str(page), "--audio-root", str(EXAMPLES), "--max-chance", "1", "--json")
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    assert len(found["suspects"]) == 12
+    assert found["calibration"]["n_singers"] == 4
+    assert page.read_text(encoding="utf-8").count("<audio") >= 24
+    assert (tmp_path / "audit.parquet").exists()
+    assert invoke("verify", output, "--singer-column", "artist").exit_code == 2
+
+
+def test_cluster_prints_groups(output: str, tmp_path: Path) -> None:
+    result = invoke("cluster", output, "-o", str(tmp_path / "g.parquet"), "--json")
+    assert result.exit_code == 0
+    assert {path for group in json.loads(result.stdout) for path in group["paths"]} >= {"audio/bass_1.wav"}
+    assert (tmp_path / "g.parquet").exists()

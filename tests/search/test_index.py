@@ -1,0 +1,247 @@
+"""An index: what goes in, what comes out, how it grows, and what a kill leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from made_library import MadeTrack, made_tracks, write_output
+from numpy.typing import NDArray
+from tolerances import SCORE_FLOAT16
+
+from singerembed.errors import OutputError, UsageError
+from singerembed.evaluation.scoring import Moments, fit_scoring
+from singerembed.search import nearest as nearest_module
+from singerembed.search.build import build_index, track_vector
+from singerembed.search.nearest import nearest
+from singerembed.search.query import open_index
+from singerembed.search.store import MANIFEST, StoredIndex
+
+
+@pytest.fixture
+def tracks() -> list[MadeTrack]:
+    return made_tracks(5, 4, 3)
+
+
+@pytest.fixture
+def output(tracks: list[MadeTrack], tmp_path: Path) -> str:
+    return write_output(tmp_path / "out.parquet", tracks)
+
+
+def test_scores_are_those_of_the_centred_embeddings(output: str, tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    done = build_index([output], path)
+    assert (done.n_tracks, done.n_crops, done.silent) == (20, 60, 0)
+    every = np.stack([crop for track in tracks for crop in track.crops if crop is not None]).astype(np.float64)
+    whole = np.stack([_unit(_unit(_stacked(t) - every.mean(0)).mean(0, keepdims=True))[0] for t in tracks])
+    for number in (0, 7, 19):
+        scores = whole @ whole[number]
+        scores[number] = -2
+        answer = open_index(path).search_track(tracks[number].track_id, top=3)
+        expected = np.argsort(-scores)[:3]
+        assert [found.track_id for found in answer.tracks] == [tracks[i].track_id for i in expected]
+        assert [found.score for found in answer.tracks] == pytest.approx(scores[expected], abs=SCORE_FLOAT16)
+        assert answer.singers[0].singer == tracks[number].singer
+        assert answer.singers[0].n_tracks == 3  # the track itself does not count
+
+
+def _stacked(track: MadeTrack) -> NDArray[np.float64]:
+    return np.asarray([crop for crop in track.crops if crop is not None], np.float64)
+
+
+def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
+
+
+def test_silent_crops_and_copies_do_not_count(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    copy = dataclasses.replace(tracks[0], track_id="copy")
+    silent = dataclasses.replace(tracks[1], track_id="silent", crops=[None, None])
+    half = dataclasses.replace(tracks[2], track_id="half", crops=[None, tracks[2].crops[0]])
+    path = str(tmp_path / "i.index")
+    done = build_index([write_output(tmp_path / "o.parquet", [*tracks, copy, silent, half])], path)
+    assert (done.n_tracks, done.n_doubled, done.doubled, done.silent) == (21, 1, [("copy.wav", "s0-0.wav")], 3)
+    index = open_index(path)
+    answer = index.search_track("s0-1", top=3)
+    assert {found.track_id: found.also for found in answer.tracks}["s0-0"] == ["copy.wav"]
+    assert "copy" not in [found.track_id for found in answer.tracks]
+    assert index.search_track("copy", top=3) == index.search_track("s0-0", top=3)
+    assert answer.singers[0].n_tracks == 4  # s0-0, s0-2, s0-3 and half
+    half_match = index.search_track("half", top=1).tracks[0].matches
+    assert [(match.query_seconds, match.track_seconds) for match in half_match] == [(4.0, 0.0)]
+    with pytest.raises(UsageError, match='no track "silent"'):
+        index.search_track("silent")
+
+
+def test_by_crop_finds_the_one_crop_of_a_duet(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    duet = MadeTrack("duet", None, [*tracks[0].crops[:1], *tracks[8].crops, *tracks[12].crops])
+    path = str(tmp_path / "i.index")
+    build_index([write_output(tmp_path / "o.parquet", [*tracks, duet])], path)
+    index = open_index(path)
+    assert index.search_track("s0-0", top=1, by="crop").tracks[0].track_id == "duet"
+    assert index.search_track("s0-0", top=1, by="track").tracks[0].track_id != "duet"
+
+
+def test_the_next_nights_output_is_added(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    build_index([write_output(tmp_path / "one.parquet", tracks[:15])], path)
+    mean = StoredIndex(path).scoring.mean
+    changed = dataclasses.replace(tracks[3], crops=tracks[3].crops[:2])
+    whole_library = [*tracks[:3], changed, *tracks[4:]]
+    done = build_index([write_output(tmp_path / "two.parquet", whole_library)], path)
+    assert (done.known, done.replaced, done.added_tracks, done.n_tracks) == (14, 1, 6, 20)
+    stored = StoredIndex(path)
+    assert np.array_equal(stored.scoring.mean, mean)
+    assert stored.profiles.n_tracks.tolist() == [4] * 5
+    answer = open_index(path).search_track("s4-3", top=3)
+    assert {found.singer for found in answer.tracks} == {"singer 4"}
+    again = build_index([str(tmp_path / "two.parquet")], path)
+    assert (again.known, again.added_tracks) == (20, 0)
+    assert open_index(path).search_track("s4-3", top=3) == answer
+
+
+def test_where_takes_columns_of_the_catalogue(output: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    build_index([output], path)
+    index = open_index(path)
+    years = index.stored.tracks["year"].to_pylist()
+    names = index.stored.tracks["track_id"].to_pylist()
+    found = [t.track_id for t in index.search_track("s0-0", where="year < 1982 and singer <> 'singer 0'").tracks]
+    assert sorted(found) == sorted(n for n, year in zip(names, years, strict=True) if year < 1982 and n[:2] != "s0")
+    with pytest.raises(UsageError, match=r"no_such.*Columns: track_id, path, singer, year"):
+        index.search_track("s0-0", where="no_such = 1")
+    with pytest.raises(UsageError):
+        index.search_track("s0-0", where="year in (select 1 from read_csv('/etc/passwd'))")
+
+
+@pytest.mark.parametrize("allowed_share", [1.0, 0.5])
+def test_quantised_vectors_find_what_exact_search_finds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed_share: float
+) -> None:
+    pytest.importorskip("faiss")
+    monkeypatch.setattr(nearest_module, "EXACT_ROWS", 200)
+    monkeypatch.setattr("singerembed.search.build.EXACT_ROWS", 200)
+    path = str(tmp_path / "i.index")
+    tracks = made_tracks(40, 10, 3)
+    build_index([write_output(tmp_path / "one.parquet", tracks[:350])], path)
+    before = sorted(p.name for p in Path(path).glob("*.faiss"))
+    build_index([write_output(tmp_path / "two.parquet", tracks[350:])], path)
+    assert before == ["000000.crops.faiss", "000000.tracks.faiss"]
+    assert sorted(p.name for p in Path(path).glob("*.faiss")) == ["000001.crops.faiss", "000001.tracks.faiss"]
+    index = open_index(path)
+    crops = index.stored.vectors["crops"]
+    allowed = np.random.default_rng(0).random(len(crops)) < allowed_share
+    queries = crops.take(np.arange(0, len(crops), 40)) + 0.01
+    found = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    exact = nearest(crops, queries, 10, allowed)
+    same = [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(found[0], exact[0], strict=True)]
+    assert np.mean(same) >= 0.98
+    again = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    assert np.array_equal(found[0], again[0])
+    assert np.array_equal(found[1], again[1])
+    assert allowed[found[0]].all()
+
+
+def test_an_index_killed_while_it_is_made_is_not_there(tmp_path: Path) -> None:
+    output = write_output(tmp_path / "o.parquet", made_tracks(10, 10, 3))
+    path = tmp_path / "i.index"
+    code = (
+        "import sys, time\n"
+        "from singerembed.search.build import build_index\n"
+        "n = 0\n"
+        "def advance():\n"
+        "    global n\n"
+        "    n += 1\n"
+        "    if n == 50:\n"
+        "        print('half', flush=True); time.sleep(60)\n"
+        "build_index([sys.argv[1]], sys.argv[2], advance=advance)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, output, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    with pytest.raises(UsageError, match="is not an index"):
+        open_index(str(path))
+    assert build_index([output], str(path)).n_tracks == 100
+
+
+def test_an_index_killed_while_it_grows_stays_as_it_was(output: str, tmp_path: Path) -> None:
+    path = tmp_path / "i.index"
+    build_index([output], str(path))
+    answer = open_index(str(path)).search_track("s0-0")
+    more = write_output(tmp_path / "more.parquet", made_tracks(5, 4, 3, seed=1, first=10))
+
+    class Killed(BaseException):
+        pass
+
+    def kill() -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        build_index([more], str(path), advance=kill)
+    assert open_index(str(path)).search_track("s0-0") == answer
+    assert build_index([more], str(path)).n_tracks == 40
+    assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "scorin"}
+
+
+def test_plain_messages(output: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    with pytest.raises(UsageError, match='no column "artist"; it has: singer, year'):
+        build_index([output], path, singer_column="artist")
+    other = write_output(tmp_path / "other.parquet", made_tracks(1, 1, 1), engine={"name": "byol", "sha256": "0" * 64})
+    with pytest.raises(UsageError, match=r"engine byol .* cannot be compared"):
+        build_index([output, other], path)
+    silent = write_output(tmp_path / "silent.parquet", [MadeTrack("a", "x", [None])])
+    with pytest.raises(UsageError, match=r"no row has an embedding .1 silent crops"):
+        build_index([silent], path)
+    with pytest.raises(UsageError, match="no such file"):
+        build_index([str(tmp_path / "none.parquet")], path)
+    assert not Path(path).exists()
+    build_index([output], path)
+    with pytest.raises(UsageError, match="engine byol"):
+        build_index([other], path)
+    with pytest.raises(UsageError, match="was made with --singer-column singer"):
+        build_index([output], path, singer_column="year")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(UsageError, match="exists and is not an index"):
+        build_index([output], str(tmp_path / "other"))
+    vectors = Path(path) / "000000.crops.f16"
+    vectors.write_bytes(vectors.read_bytes()[:-2000])
+    with pytest.raises(OutputError, match="is damaged"):
+        open_index(path)
+    (Path(path) / MANIFEST).write_text('{"format": 99}', encoding="utf-8")
+    with pytest.raises(OutputError, match="format 99, but this singerembed reads 1"):
+        open_index(path)
+
+
+def test_scorings_separate_made_singers() -> None:
+    tracks = made_tracks(6, 4, 3)
+    rows = np.stack([crop for track in tracks for crop in track.crops if crop is not None])
+    singer = np.repeat(np.arange(6), 12)
+    moments = Moments(second=True)
+    moments.add(rows)
+    each = [Moments(second=True) for _ in range(6)]
+    for number in range(6):
+        each[number].add(rows[singer == number])
+    for kind in ("centred", "whitened", "lda", "cosine"):
+        vectors = fit_scoring(kind, moments, each).vectors(rows)
+        assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-5)
+        same = (singer[:, np.newaxis] == singer) & ~np.eye(len(rows), dtype=bool)
+        scores = vectors @ vectors.T
+        gap = scores[same].mean() - scores[singer[:, np.newaxis] != singer].mean()
+        assert gap > (0.01 if kind == "cosine" else 0.2), kind
+    with pytest.raises(ValueError, match="three singers"):
+        fit_scoring("lda", moments, each[:2])
+
+
+def test_a_tracks_vector_weighs_crops_alike() -> None:
+    crops = np.eye(3, dtype=np.float32)[:2]
+    assert track_vector(crops) == pytest.approx([np.sqrt(0.5), np.sqrt(0.5), 0])
