@@ -96,8 +96,25 @@ class CudaMel final : public DeviceMel {
   DeviceTable<float> weights_;
 };
 
+// Asks for one kernel, so that a build without code for the device is found at opening, not in the middle of a run.
+void require_device_code() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, mel_kernel);
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    throw std::runtime_error(
+        "this build has no CUDA mel kernels for this GPU. Install singerembed again on this machine, with a CUDA toolkit "
+        "that knows it");
+  }
+  SE_CUDA(status);
+}
+
 }  // namespace
 
-std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options) { return std::make_unique<CudaMel>(options); }
+std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options) {
+  require_device_code();
+  return std::make_unique<CudaMel>(options);
+}
 
 }  // namespace singerembed

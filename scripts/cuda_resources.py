@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "mel_cuda.cu"
-ARCHITECTURES = ("80", "86", "89", "90")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers.*?(\d+) bytes smem")

@@ -98,10 +98,13 @@ def require_cuda_kernels() -> None:
 def cuda_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> _csrc.DeviceMel:
     """Return the CUDA kernels for `spec`, in the current CUDA context.
 
-    Raises EngineError if the extension was compiled without them.
+    Raises EngineError if the extension was compiled without them, or without code for this GPU.
     """
     require_cuda_kernels()
-    return _csrc.make_cuda_mel(_options(spec, silence_dbfs))
+    try:
+        return _csrc.make_cuda_mel(_options(spec, silence_dbfs))
+    except RuntimeError as exc:
+        raise EngineError(str(exc)) from exc
 
 
 def emulated_mel(spec: ModelSpec, silence_dbfs: float = DEFAULT_SILENCE_DBFS, *, order: int = 0) -> _csrc.EmulatedMel:

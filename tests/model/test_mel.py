@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from singerembed.errors import EngineError
+from singerembed.model import mel
 from singerembed.model.mel import INVALID, LOUD, SILENT, MelExtractor, available_isas, mel_basis, mix_down
 from singerembed.model.spec import ModelSpec
 
@@ -181,3 +184,13 @@ def test_mix_down_is_the_mean(channels: int, frames: int, seed: int) -> None:
     mono, cancelled = mix_down(pcm, frames + 1)
     assert cancelled == 0
     assert np.allclose(mono, pcm.mean(axis=1) if frames else np.empty(0), rtol=1e-5, atol=1e-6)
+
+
+def test_kernels_without_code_for_the_gpu_are_said_at_opening(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_code(_options: Any) -> None:
+        raise RuntimeError("this build has no CUDA mel kernels for this GPU")
+
+    monkeypatch.setattr(mel._csrc, "HAS_CUDA", True)
+    monkeypatch.setattr(mel._csrc, "make_cuda_mel", no_code, raising=False)
+    with pytest.raises(EngineError, match="no CUDA mel kernels for this GPU"):
+        mel.cuda_mel(spec)
