@@ -48,7 +48,7 @@ def verify(
 ) -> None:
     """Find tracks that are not sung by the singer they are credited to.
 
-    Each track of SOURCE, an output of run or an index, is compared with the other tracks of its credited singer and with
+    Each track of SOURCE, an output of run or an index, is compared with the others of its credited singer and with
     all other singers. The chance comes from a calibration on the library itself, whose error on singers left out is
     printed. Singers with fewer than three tracks are named, not guessed. Needs the extra search.
 
