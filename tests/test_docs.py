@@ -26,7 +26,7 @@ from docs_comments import field_comment
 from docs_hooks import outside_code
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("tutorial.md", "api.md")
+PAGES = ("tutorial.md", "api.md", "search.md")
 # The tables show two decimals of similarities, and one of levels; instruction sets differ in the last digits.
 SHOWN = 0.011
 _BLOCK = re.compile(

@@ -12,7 +12,7 @@ from singerembed.storage import printable
 
 
 @click.command()
-@click.argument("source", metavar="OUTPUT|INDEX")
+@click.argument("source")
 @click.option("-o", "--output", metavar="FILE", help="Write a row a track to this Parquet file.")
 @click.option(
     "--min-tracks", type=click.IntRange(min=2), default=2, show_default=True, help="The least tracks of a group."
@@ -21,7 +21,7 @@ from singerembed.storage import printable
 @click.option("--json", "as_json", is_flag=True, help="Print the groups as JSON on stdout.")
 @verbosity_options
 def cluster(source: str, output: str | None, min_tracks: int, top: int, as_json: bool) -> None:
-    """Group the tracks of an output of run, or of an index, that sound like one singer.
+    """Group the tracks of SOURCE, an output of run or an index, that sound like one singer.
 
     A group's stability, 0 to 1, says how much of it comes back when a fifth of the tracks is left out. Tracks that are
     like no others are in no group. Needs the extra search.

@@ -12,7 +12,7 @@ from singerembed.storage import printable
 
 
 @click.command()
-@click.argument("outputs", nargs=-1, required=True, metavar="OUTPUT...")
+@click.argument("outputs", nargs=-1, required=True)
 @click.argument("index")
 @click.option("--singer-column", metavar="NAME", help="The column of singers.  [default: singer, if there is one]")
 @click.option(
@@ -23,7 +23,7 @@ from singerembed.storage import printable
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
 @verbosity_options
 def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scoring: str | None, as_json: bool) -> None:
-    """Make an INDEX for search of each OUTPUT, a Parquet file or folder written by run.
+    """Make an INDEX for search of OUTPUTS, Parquet files or folders written by run.
 
     Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks
     that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed

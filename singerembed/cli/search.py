@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("index")
-@click.argument("queries", nargs=-1, metavar="[RECORDING]...")
+@click.argument("queries", nargs=-1)
 @click.option("--track", "tracks", multiple=True, metavar="ID", help="Look up a track of the index; may be repeated.")
 @click.option("--catalog", metavar="OUTPUT", help="Screen every track of an output of run against the index's singers.")
 @click.option("--engine", metavar="FILE", help="The engine that made the index.  [default: the bundled one]")
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout, a line a query or screened track.")
 @verbosity_options
 def search(index: str, queries: tuple[str, ...], as_csv: bool, as_json: bool, **values: Any) -> None:
-    """Name the tracks and the singers of INDEX that sound most like each RECORDING.
+    """Name the tracks and the singers of INDEX that sound most like each recording of QUERIES.
 
     "where" names crops that match: a time in the query, and the time in the track that is like it. A singer's chance
     supposes that the query is sung by one of the index's singers in one case of two. With --catalog, a line for each

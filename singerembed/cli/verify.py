@@ -21,7 +21,7 @@ _NAMED = 10  # singers with too few tracks that are named on the terminal
 
 
 @click.command()
-@click.argument("source", metavar="OUTPUT|INDEX")
+@click.argument("source")
 @click.option("--singer-column", default="singer", show_default=True, metavar="NAME", help="The column of credits.")
 @click.option(
     "-o", "--output", metavar="FILE", help="Write FILE.parquet, and, if FILE ends in .html, a page to listen."
@@ -48,7 +48,7 @@ def verify(
 ) -> None:
     """Find tracks that are not sung by the singer they are credited to.
 
-    Each track of an output of run, or of an index, is compared with the other tracks of its credited singer and with
+    Each track of SOURCE, an output of run or an index, is compared with the others of its credited singer and with
     all other singers. The chance comes from a calibration on the library itself, whose error on singers left out is
     printed. Singers with fewer than three tracks are named, not guessed. Needs the extra search.
 

@@ -82,6 +82,7 @@ def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> 
         # subtracts, which inner products do not: with those, recall was 0.94.
         index = faiss.index_factory(vectors.dim, f"PCA{components},IVF{n_lists},SQ8", faiss.METRIC_L2)
         n_training = min(len(vectors), _TRAINING_ROWS)
+        faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1  # otherwise it prints a warning
         some = np.sort(np.random.default_rng(0).choice(len(vectors), n_training, replace=False))
         index.train(vectors.take(some))
     for rows in _blocks(index.ntotal, len(vectors)):

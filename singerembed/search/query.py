@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from singerembed.engine.base import Engine
@@ -119,10 +120,11 @@ class Index:
 
     def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up a track of the index among the others; its copies are left out. Raises UsageError without such."""
-        ids = self.stored.tracks["track_id"].to_pylist()
-        found = [number for number, name in enumerate(ids) if name == track_id and number not in self._replaced]
+        ids = self.stored.tracks["track_id"]
+        same_id = np.flatnonzero(pc.equal(ids, track_id).to_numpy())
+        found = [number for number in same_id.tolist() if number not in self._replaced]
         if not found:
-            raise UsageError(f'{self.stored.folder} has no track "{track_id}"; the first is "{ids[0]}"')
+            raise UsageError(f'{self.stored.folder} has no track "{track_id}"; the first is "{ids[0].as_py()}"')
         same_as = self.stored.tracks["same_as"][found[0]].as_py()
         number = found[0] if same_as is None else same_as
         part = self.stored.crops_of(number)

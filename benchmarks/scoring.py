@@ -1,0 +1,82 @@
+"""Back ends of scores on a labelled output: equal error rates and nearest neighbours of crops of different songs.
+
+python -m benchmarks.scoring OUT.parquet [--singer-column singer] [--song-column song]
+
+OUT.parquet is an output of `singerembed run` with a column of singers and one of songs. Back ends that read labels are
+fitted without the singers of the pair that is scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+from itertools import combinations_with_replacement
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from singerembed.evaluation.metrics import equal_error_rate
+from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, normalised_scores
+
+Floats = NDArray[np.float32]
+
+
+def moments(rows: Floats) -> Moments:
+    found = Moments(second=True)
+    found.add(rows)
+    return found
+
+
+def unlabelled(kind: str, rows: Floats) -> Floats:
+    vectors = fit_scoring(kind, moments(rows)).vectors(rows)
+    return vectors @ vectors.T
+
+
+def lda(rows: Floats, singer: NDArray[np.int64]) -> Floats:
+    """Scores of each pair by a back end that has seen neither of its singers."""
+    scores = np.empty((len(rows), len(rows)), np.float32)
+    for a, b in combinations_with_replacement(range(singer.max() + 1), 2):
+        seen = (singer != a) & (singer != b)
+        others = [moments(rows[singer == other]) for other in np.unique(singer[seen])]
+        fitted: Scoring = fit_scoring("lda", moments(rows[seen]), others)
+        block = fitted.vectors(rows[singer == a]) @ fitted.vectors(rows[singer == b]).T
+        scores[np.ix_(singer == a, singer == b)] = block
+        scores[np.ix_(singer == b, singer == a)] = block.T
+    return scores
+
+
+def report(name: str, scores: Floats, singer: NDArray[np.int64], song: NDArray[np.int64]) -> None:
+    first, second = np.triu_indices(len(scores), 1)
+    apart = song[first] != song[second]
+    first, second = first[apart], second[apart]
+    rate = equal_error_rate(singer[first] == singer[second], scores[first, second]).rate
+    hidden = np.where(song[:, np.newaxis] == song, -np.inf, scores)
+    right = (singer[hidden.argmax(axis=1)] == singer).mean()
+    print(f"{name:<34} EER {100 * rate:5.1f} %   nearest crop of another song right {100 * right:5.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output")
+    parser.add_argument("--singer-column", default="singer")
+    parser.add_argument("--song-column", default="song")
+    arguments = parser.parse_args()
+    table = pq.read_table(arguments.output)
+    table = table.filter(table["embedding"].is_valid())
+    rows = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+    names = table[arguments.singer_column].to_pylist()
+    singer = np.unique(names, return_inverse=True)[1]
+    songs = [f"{a}\0{b}" for a, b in zip(names, table[arguments.song_column].to_pylist(), strict=True)]
+    song = np.unique(songs, return_inverse=True)[1]
+    for kind in ("cosine", "centred", "whitened"):
+        report(kind, unlabelled(kind, rows), singer, song)
+    report("lda", lda(rows, singer), singer, song)
+    for kind in ("cosine", "centred"):
+        scores = unlabelled(kind, rows)
+        for cohort in (20, None):
+            normalised = normalised_scores(scores, cohort).astype(np.float32)
+            report(f"{kind}, as-norm with {cohort or 'all'}", normalised, singer, song)
+
+
+if __name__ == "__main__":
+    main()
