@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from singerembed import _csrc
 from singerembed.errors import EngineError
-from singerembed.model import mel
-from singerembed.model.mel import INVALID, LOUD, SILENT, MelExtractor, available_isas, mel_basis, mix_down
+from singerembed.model.mel import INVALID, LOUD, SILENT, MelExtractor, available_isas, cuda_mel, mel_basis, mix_down
 from singerembed.model.spec import ModelSpec
 
 ISAS = available_isas()
@@ -190,7 +190,7 @@ def test_kernels_without_code_for_the_gpu_are_said_at_opening(spec: ModelSpec, m
     def no_code(_options: Any) -> None:
         raise RuntimeError("this build has no CUDA mel kernels for this GPU")
 
-    monkeypatch.setattr(mel._csrc, "HAS_CUDA", True)
-    monkeypatch.setattr(mel._csrc, "make_cuda_mel", no_code, raising=False)
+    monkeypatch.setattr(_csrc, "HAS_CUDA", True)
+    monkeypatch.setattr(_csrc, "make_cuda_mel", no_code, raising=False)
     with pytest.raises(EngineError, match="no CUDA mel kernels for this GPU"):
-        mel.cuda_mel(spec)
+        cuda_mel(spec)
