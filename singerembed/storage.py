@@ -27,6 +27,7 @@ _PASSING = {
     errno.ENXIO, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ENETDOWN, errno.ENETUNREACH,
     errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EREMOTEIO, errno.ENFILE, errno.EMFILE, errno.ENOMEM,
 }  # fmt: skip
+_BLOCK_BYTES, _LOOK_BYTES = 1 << 20, 256 << 20
 # A scheme has two letters or more, so that C:\ stays a path.
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
 _FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
@@ -117,6 +118,20 @@ def state_of(path: str) -> tuple[int | str, ...]:
         return int(info.get("size") or 0), str(info.get("ETag") or info.get("mtime") or "")
     info = Path(path).stat()
     return info.st_size, info.st_mtime_ns, info.st_ino
+
+
+def reading_error(path: str) -> OSError | None:
+    """The error with which reading the local file `path` fails; None if its first 256 MB can be read.
+
+    Decoders take a read that fails for the end of the file, or for damage; this tells one from the other.
+    """
+    try:
+        with Path(path).open("rb", buffering=0) as file:
+            while file.tell() < _LOOK_BYTES and file.read(_BLOCK_BYTES):
+                pass
+    except OSError as exc:
+        return exc
+    return None
 
 
 def exists(path: str) -> bool:

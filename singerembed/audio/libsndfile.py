@@ -11,6 +11,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
+from singerembed import storage
 from singerembed.audio.headers import SAMPLE_BYTES, HeaderCheck, check_header
 from singerembed.audio.limits import TimeLimit, check_format, check_length
 from singerembed.audio.mono import MonoMixer
@@ -101,6 +102,9 @@ class SoundFileReader:
             code, what = ("unreadable", "reading") if of_system else ("decode_failed", "decoding")
             message = f"{what} failed after {self._seconds(got)}: {exc.error_string}"
             self._failure = TrackError(code, message, passing=of_system)
+        if got < n and not self._failure and (error := storage.reading_error(self._path)) is not None:
+            message = f"reading failed after {self._seconds(got)}: {error.strerror}"
+            self._failure = TrackError("unreadable", message, passing=storage.may_pass(error))
         self._position += got
         return pcm[:got]
 

@@ -27,7 +27,10 @@ class TimeLimit:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """Within this block the clock runs."""
+        """Within this block the clock runs; a block within another counts once."""
+        if self._started is not None:
+            yield
+            return
         self._started = time.monotonic()
         try:
             yield

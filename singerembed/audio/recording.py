@@ -33,7 +33,7 @@ def open_recording(location: str, sample_rate: int, limit: TimeLimit, *, isolate
     `isolated`: decode in another process whatever the format is. Raises TrackError with code not_found, unreadable,
     no_audio, unsupported, decode_failed, decoder_crashed or decode_timeout.
     """
-    with _local_copy(location) as path:
+    with _local_copy(location) as path, _blaming_storage(path, limit):
         source: PcmReader
         try:
             _check_file(path)
@@ -94,6 +94,20 @@ def _local_copy(location: str) -> Iterator[str]:
         except Exception as exc:  # each fsspec file system has exceptions of its own
             raise _unreadable(exc) from exc
         yield path
+
+
+@contextlib.contextmanager
+def _blaming_storage(path: str, limit: TimeLimit) -> Iterator[None]:
+    """Let an error that seems to be the file's be one of its storage, where the file cannot be read to its end."""
+    try:
+        yield
+    except TrackError as exc:
+        if exc.code in {"no_audio", "decode_failed", "truncated"}:
+            with limit.counting():
+                error = storage.reading_error(path)
+            if error is not None:
+                raise _unreadable(error) from exc
+        raise
 
 
 def _check_file(path: str) -> None:

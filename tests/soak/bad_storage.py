@@ -4,6 +4,8 @@ Storage: recordings lie on a file system that hangs, gives EIO and ESTALE, dies 
 (faulty_fs.py), and the run is killed between. It is started again until it ends: then every track must be accounted
 for. Then it runs with --retry-errors on sound storage: the rows must equal those of an undisturbed run.
 
+Errors: where the second part of each file gives EIO, its row says that the storage failed, not that the file is bad.
+
 Catalogue: during runs the catalogue is appended to, cut, emptied, replaced and touched at random moments. A run must
 end with exit 1, or with the rows of the catalogue as it was; in the end the rows must equal those of an undisturbed
 run.
@@ -154,6 +156,32 @@ def try_storage(folder: Path, turns: int, n_faults: int, rng: random.Random) -> 
     )
 
 
+def try_errors(folder: Path) -> None:
+    """Read recordings whose second part gives EIO: each is decoded or unreadable, by every decoder."""
+    mount = Mount(EXAMPLES, folder / "with_errors", folder / "its_faults")
+    catalog, rows = folder / "with_errors.csv", 0
+    paths = [str(path) for path in sorted(mount.path.iterdir())]
+    catalog.write_text("path\n" + "\n".join(paths) + "\n", encoding="utf-8")
+    try:
+        for more in ([], ["--crops", "2"]):
+            plain, output = folder / f"sound{len(more)}.parquet", folder / f"errors{len(more)}.parquet"
+            mount.set()
+            subprocess.run(command(catalog, plain, *more), check=False)
+            mount.set("eio")
+            subprocess.run(command(catalog, output, *more), check=False)
+            expected = {(row["path"], row["crop"]): row for row in rows_of(plain).to_pylist()}
+            for row in rows_of(output).to_pylist():
+                rows += row["error_code"] == "unreadable"
+                if row["error_code"] is not None:
+                    assert row["error_code"] == "unreadable", row
+                else:
+                    assert row == expected[row["path"], row["crop"]], row
+    finally:
+        mount.unmount()
+    assert rows
+    print(f"EIO: {rows} recordings unreadable, and no row of another kind or with other numbers", flush=True)
+
+
 def try_catalog(folder: Path, turns: int, rounds: int, rng: random.Random) -> None:
     """The second half of what the module says."""
     catalog, output, plain = folder / "written_to.csv", folder / "written_to.parquet", folder / "as_it_was.parquet"
@@ -203,6 +231,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     turns = max(1, round(arguments.minutes / EXAMPLE_MINUTES))
     with tempfile.TemporaryDirectory() as name:
+        try_errors(Path(name))
         try_storage(Path(name), turns, arguments.faults, rng)
         try_catalog(Path(name), turns, arguments.rounds, rng)
 
