@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from singerembed import storage
 from singerembed.errors import UsageError
 from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
-from singerembed.output.schema import OK, RESERVED_COLUMNS
+from singerembed.output.schema import OK, RESERVED_COLUMNS, Counts
 
 _COLUMNS = ["track_id", "path", "crop", "start", "end", "status"]
 
@@ -47,14 +47,14 @@ class Library:
     def __init__(self, outputs: list[str]) -> None:
         """Raises OutputError or UsageError where one is missing, was not written by `run`, or has another engine."""
         self.outputs = [output.rstrip("/") for output in outputs]
-        found = [self._facts(output) for output in self.outputs]
-        self.engine: dict[str, Any] = found[0][0]["engine"]
-        self.spec: dict[str, Any] = found[0][0]["spec"]
-        self.schema: pa.Schema = found[0][1]
-        for output, (metadata, _) in zip(self.outputs, found, strict=True):
-            check_engine(metadata["engine"], self.engine, output, self.outputs[0])
-        self.n_silent = sum(counts.silent for _, _, counts in map(self._counted, self.outputs))
-        self.n_error_tracks = sum(counts.error_tracks for _, _, counts in map(self._counted, self.outputs))
+        found = [_facts(output) for output in self.outputs]
+        self.engine: dict[str, Any] = found[0].metadata["engine"]
+        self.spec: dict[str, Any] = found[0].metadata["spec"]
+        self.schema = found[0].schema
+        for output, facts in zip(self.outputs, found, strict=True):
+            check_engine(facts.metadata["engine"], self.engine, output, self.outputs[0])
+        self.n_silent = sum(facts.counts.silent for facts in found)
+        self.n_error_tracks = sum(facts.counts.error_tracks for facts in found)
 
     def tracks(self) -> Iterator[LibraryTrack]:
         """Read the tracks that have an embedding, one at a time; a work unit at a time is in memory."""
@@ -62,16 +62,6 @@ class Library:
             with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
                 for unit in range(finished.n_units):
                     yield from _tracks_of(finished.rows(unit))
-
-    @staticmethod
-    def _facts(output: str) -> tuple[dict[str, Any], pa.Schema]:
-        with closing(_open(output)) as finished:
-            return finished.metadata, finished.rows(0).schema if finished.n_units else pa.schema([])
-
-    @staticmethod
-    def _counted(output: str) -> tuple[str, str, Any]:
-        with closing(_open(output)) as finished:
-            return "", "", finished.counts
 
 
 def check_engine(found: dict[str, Any], wanted: dict[str, Any], what: str, of: str) -> None:
@@ -94,10 +84,19 @@ def check_column(column: str, schema: pa.Schema, where: str) -> None:
         )
 
 
-def _open(output: str) -> FinishedOutput:
+class _Facts(NamedTuple):
+    metadata: dict[str, Any]
+    schema: pa.Schema
+    counts: Counts
+
+
+def _facts(output: str) -> _Facts:
+    """What a finished output says of itself. Raises OutputError and UsageError."""
     if not storage.exists(output):
         raise UsageError(f"{output}: no such file or folder. Make it with: singerembed run CATALOG {output}")
-    return FinishedOutput(output, partitioned=is_partitioned(output))
+    with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
+        schema = finished.rows(0).schema if finished.n_units else pa.schema([])
+        return _Facts(finished.metadata, schema, finished.counts)
 
 
 def _tracks_of(rows: pa.Table) -> Iterator[LibraryTrack]:
