@@ -139,6 +139,8 @@ class Catalog:
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
             raise CatalogError(f"{path} has the column {doubled[0]!r} more than once; rename one of them in the file")
+        if not names:
+            raise CatalogError(f"{path} is empty: it names no columns")
         if self._columns.path not in names:
             raise CatalogError(
                 f'{path} has no column "{self._columns.path}"; it has: {", ".join(names)}. Name it with --path-column'

@@ -29,9 +29,12 @@ def cluster(source: str, output: str | None, min_tracks: int, top: int, as_json:
     \b
     singerembed cluster unlabelled.parquet -o groups.parquet
     """
+    from singerembed.output.finished import check_result_path
     from singerembed.search.build import index_of
     from singerembed.search.cluster import group_tracks, write_groups
 
+    if output is not None:
+        check_result_path(output, ".parquet")
     with progress_bar(None, "tracks") as advance, index_of(source, None, lambda: advance("")) as index:
         groups = group_tracks(index, min_tracks)
         paths = index.tracks["path"].to_pylist()

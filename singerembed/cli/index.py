@@ -44,6 +44,10 @@ def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scori
     left_out = f"{done.silent:,} silent crops and {done.error_tracks:,} tracks with errors left out"
     changes = f"{done.known:,} tracks were there, {done.replaced:,} replaced"
     note("added", f"{done.added_tracks:,} tracks, {done.added_crops:,} crops ({left_out}; {changes})")
+    if done.singer_column is None:
+        note(
+            "singers", "none, as no column is named: search names tracks only. Make it again with --singer-column NAME"
+        )
     if done.n_doubled:
         examples = "; ".join(f"{printable(path)} is {printable(first)}" for path, first in done.doubled)
         note("twice", f"{done.n_doubled:,} tracks are copies of others and count once: {examples}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,11 +22,12 @@ _SHORT_HASH = 12  # characters
 def inspect(file: str, full: bool, as_json: bool) -> None:
     """Say what FILE is, from what it was made, and how it was verified.
 
-    FILE is an engine, a checkpoint, what run has written, or the .parts folder of an unfinished run.
+    FILE is an engine, a checkpoint, what run has written, the .parts folder of an unfinished run, or an index.
     """
     from singerembed.jobs.describe import describe
+    from singerembed.search.store import MANIFEST
 
-    facts = describe(file)
+    facts = _index(file) if (Path(file) / MANIFEST).exists() else describe(file)
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -34,9 +36,22 @@ def inspect(file: str, full: bool, as_json: bool) -> None:
         click.echo(line)
 
 
+def _index(path: str) -> dict[str, Any]:
+    from singerembed.search.store import StoredIndex
+
+    index = StoredIndex(path)
+    tracks, crops = int(index.active.sum()), index.crops.num_rows
+    scoring = {"singer_column": index.singer_column, "scoring": index.scoring.kind}
+    facts = {"engine": index.engine, "spec": index.manifest["spec"]}
+    return {"kind": "index", "tracks": tracks, "crops": crops, **scoring, **facts}
+
+
 def _summary(file: str, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The facts a person asks for first, a line each: what it is about, and the text (empty: leave it out)."""
     yield facts["kind"].split()[0], f"{file} ({facts['kind']})"
+    if "tracks" in facts:
+        yield "rows", f"{facts['tracks']:,} tracks, {facts['crops']:,} crops"
+        yield "scores", f"{facts['scoring']}; singers by column {facts['singer_column'] or '(none)'}"
     if "counts" in facts:
         counts = facts["counts"]
         minutes = counts["audio_seconds"] / 60

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -75,6 +76,8 @@ def _limit_reached(exc: Exception) -> str | None:
     """What to do about a limit of the system, if `exc` comes from one."""
     if isinstance(exc, MemoryError):
         return "no memory left (ulimit -v, or a limit of the container). Lower --workers, or raise the limit"
+    if isinstance(exc, OSError) and exc.errno == errno.ENOSPC:
+        return f"no space left on the device of {exc.filename or 'stdout'}. Free some and run the same command again"
     if isinstance(exc, RuntimeError) and "can't start new thread" in str(exc):
         return "no more threads may be started (ulimit -u, or a limit of the container). Lower --workers, or raise it"
     return None

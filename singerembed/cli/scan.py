@@ -44,6 +44,9 @@ def scan(folder: tuple[str, ...], catalog: str, *, workers: int, as_json: bool) 
     singerembed scan s3://music/albums/ s3://music/singles/ library.parquet
     """
     from singerembed.catalog.scan import scan as scan_folders
+    from singerembed.output.finished import check_result_path
+
+    check_result_path(catalog)
 
     started = time.monotonic()
     quiet = verbosity(click.get_current_context()) < 0

@@ -17,11 +17,19 @@ from singerembed.storage import printable
 if TYPE_CHECKING:
     from singerembed.search.query import Answer, Index
 
+_COPIES = 3  # of a recording that are named on the terminal
+
 
 @click.command()
 @click.argument("index")
 @click.argument("queries", nargs=-1)
-@click.option("--track", "tracks", multiple=True, metavar="ID", help="Look up a track of the index; may be repeated.")
+@click.option(
+    "--track",
+    "tracks",
+    multiple=True,
+    metavar="ID",
+    help="Look up a track of the index; may be repeated.",
+)
 @click.option("--catalog", metavar="OUTPUT", help="Screen every track of an output of run against the index's singers.")
 @click.option("--engine", metavar="FILE", help="The engine that made the index.  [default: the bundled one]")
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Tracks, and singers, to name.")
@@ -91,7 +99,9 @@ def _print_answer(title: str, answer: Answer) -> None:
 
 def _where(track: Any) -> str:
     places = [f"{_clock(match.query_seconds)} like {_clock(match.track_seconds)}" for match in track.matches]
-    return ", ".join(places) + "".join(f"; also {path}" for path in track.also)
+    copies = "".join(f"; also {path}" for path in track.also[:_COPIES])
+    more = f" and {len(track.also) - _COPIES:,} more" if len(track.also) > _COPIES else ""
+    return ", ".join(places) + copies + more
 
 
 def _clock(seconds: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -14,9 +13,7 @@ from singerembed import storage
 from singerembed.cli.console import aligned, note, percent, progress_bar, verbosity_options
 from singerembed.storage import printable
 
-if TYPE_CHECKING:
-    from singerembed.search.verify import Verification
-
+_LOOKED_FOR = 20  # recordings, to see whether the page can play them
 _NAMED = 10  # singers with too few tracks that are named on the terminal
 
 
@@ -55,18 +52,30 @@ def verify(
     \b
     singerembed verify library.parquet --singer-column artist -o audit.html
     """
+    from singerembed.output.finished import check_result_path
     from singerembed.search.audit_page import write_audit
     from singerembed.search.build import index_of
     from singerembed.search.verify import verify_credits, write_credits
 
+    table = None
+    if output is not None:
+        check_result_path(output, ".html", ".parquet")
+        table = str(Path(output).with_suffix(".parquet"))
+        check_result_path(table)
     with progress_bar(None, "tracks") as advance, index_of(source, singer_column, lambda: advance("")) as index:
         found = verify_credits(index, singer_column)
-        if output is not None:
-            table = str(Path(output).with_suffix(".parquet"))
+        if output is not None and table is not None:
             write_credits(found, table, max_chance)
             if output.endswith(".html"):
                 root = storage.resolve(source, "") if audio_root is None else os.path.join(audio_root, "")  # noqa: PTH118
                 write_audit(found, index, output, root, max_chance, 1 - max_chance)
+                places = [storage.resolve(root, path) for path in found.credits.path[:_LOOKED_FOR]]
+                if not any(storage.is_remote(place) or Path(place).exists() for place in places):
+                    note(
+                        "warning",
+                        f"the page cannot play the recordings: {places[0]} is not there. Name the folder that paths "
+                        "count from with --audio-root",
+                    )
     credits, fit = found.credits, found.calibration
     suspects, divided = found.suspects(max_chance), found.divided(1 - max_chance)
     nearest = [
@@ -118,9 +127,4 @@ def verify(
             f"{len(found.too_few):,} singers have fewer than 3 tracks: {', '.join(found.too_few[:_NAMED])}{more}",
         )
     if output is not None:
-        note("wrote", f"{output}, {table}" if output.endswith(".html") else table)
-
-
-def _nearest(found: Verification, row: int) -> str:
-    is_near = found.credits.other_llr[row] > 0
-    return found.singers[found.credits.other[row]] if is_near else "(nobody in the library)"
+        note("wrote", f"{output}, {table}" if output.endswith(".html") else output)

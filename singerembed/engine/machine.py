@@ -75,6 +75,11 @@ def examine() -> list[Finding]:
         _optional("onnx", "onnx", "build-engine", "build"),
         _optional("huggingface_hub", "huggingface_hub", "fetching official weights", "build"),
         _optional("fsspec", "fsspec", "s3://, gs://, https:// and more", "remote"),
+        _optional("FAISS", "faiss", "index and search above 50,000 vectors", "search", "faiss-cpu"),
+        _optional("scikit-learn", "sklearn", "search, verify, cluster, evaluate", "search", "scikit-learn"),
+        _optional("duckdb", "duckdb", "search --where", "search"),
+        _optional("plotly", "plotly", "evaluate and report", "eval"),
+        _optional("ray", "ray", "run --ray", "ray"),
     ]
 
 
@@ -101,10 +106,10 @@ def _package(subject: str, package: str, purpose: str, distribution: str) -> Fin
         return Finding(subject, False, f"{purpose} is missing ({exc}); install singerembed again")
 
 
-def _optional(subject: str, package: str, purpose: str, extra: str) -> Finding:
+def _optional(subject: str, package: str, purpose: str, extra: str, distribution: str = "") -> Finding:
     try:
         if importlib.util.find_spec(package) is not None:
-            return Finding(subject, True, f"{version(package)}: {purpose}")
+            return Finding(subject, True, f"{version(distribution or package)}: {purpose}")
     except (ImportError, PackageNotFoundError, ValueError):
         pass
     return Finding(subject, False, f"not installed ({purpose}): pip install 'singerembed[{extra}]'")

@@ -128,6 +128,8 @@ def _examine(path: str, options: RunOptions, say: Callable[[str, str], None]) ->
     catalog = Catalog(path, options.columns, RESERVED_COLUMNS)
     fingerprint = catalog.fingerprint()
     check = catalog.check(fingerprint)
+    if not fingerprint.rows:
+        say("warning", f"{path} has no rows: the output will have none either")
     for text in catalog.remarks + check.notes:
         say("catalog", f"{path}: {text}")
     if check.doubled_ids and options.pool == "mean":

@@ -181,15 +181,23 @@ class FinishedOutput:
             raise OutputError(
                 f"{output} exists and is not a Parquet file ({exc}). Give another name, or remove it"
             ) from exc
-        if METADATA_KEY not in found:
+        wanted = [METADATA_KEY, COUNTS_KEY] + ([] if partitioned else [UNITS_KEY])
+        if any(key not in found for key in wanted):
             self._files.close()
-            raise OutputError(f"{output} exists and was not written by singerembed. Give another name, or remove it")
+            raise OutputError(
+                f"{output} exists and is not as singerembed run has written it. Give another name, or remove it"
+            )
         self.metadata = json.loads(found[METADATA_KEY])
         self.counts = Counts.from_dict(json.loads(found[COUNTS_KEY]))
         self._index = read_index(output) if partitioned else UnitIndex.decode(found[UNITS_KEY])
         self._unit_ends = list(accumulate(self._index.table["rows"].to_pylist()))
         groups = range(0 if partitioned else self._parquet.num_row_groups)
         self._group_ends = list(accumulate(self._parquet.metadata.row_group(i).num_rows for i in groups))
+        if not partitioned and [0, *self._group_ends][-1] != [0, *self._unit_ends][-1]:
+            self._files.close()
+            raise OutputError(
+                f"{output} has other rows than singerembed run has written. Give another name, or remove it"
+            )
 
     @property
     def n_units(self) -> int:
@@ -233,6 +241,25 @@ class FinishedOutput:
     def close(self) -> None:
         """Close the file."""
         self._files.close()
+
+
+def check_result_path(path: str, *suffixes: str) -> None:
+    """Raise UsageError unless a result may be written to `path`.
+
+    That is if it ends in one of `suffixes`, and nothing is there but a regular file that `run` has not written.
+    """
+    if suffixes and not path.endswith(suffixes):
+        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if storage.is_remote(path) or not Path(path).exists():
+        return
+    if not Path(path).is_file():
+        raise UsageError(f"{path} is not a regular file. Give another name")
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return
+    if METADATA_KEY in metadata:
+        raise UsageError(f"{path} is an output of run, and would be replaced. Give another name, or remove it first")
 
 
 def _check_form(output: str, *, partitioned: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import os
 import tempfile
@@ -42,6 +43,7 @@ class IndexSummary:
     n_doubled: int
     silent: int  # crops that were left out
     error_tracks: int
+    singer_column: str | None
     n_tracks: int  # in the index now, each recording once
     n_crops: int
 
@@ -224,7 +226,8 @@ def _add(
     n_crops = int(index.tracks["n_crops"].to_numpy()[index.active].sum())
     return IndexSummary(
         str(folder), segment.n_tracks, segment.n_crops, segment.n_known, len(segment.replaced), segment.doubled,
-        segment.n_doubled, library.n_silent, library.n_error_tracks, int(index.active.sum()), n_crops,
+        segment.n_doubled, library.n_silent, library.n_error_tracks, index.singer_column, int(index.active.sum()),
+        n_crops,
     )  # fmt: skip
 
 
@@ -275,6 +278,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name when the block ends well; otherwise nothing is left."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(target)
         folder = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         folder.mkdir()
     except OSError as exc:
@@ -285,6 +289,14 @@ def _new_folder(target: Path) -> Iterator[Path]:
         folder.rename(target)
     finally:
         storage.remove_folder(str(folder))
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove the folders that killed processes of this machine have left beside `target`."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.*-*.tmp"):
+        process = folder.name[len(target.name) + 2 :].partition("-")[0]
+        if process.isdecimal() and not Path("/proc", process).exists() and Path("/proc/self").exists():
+            storage.remove_folder(str(folder))
 
 
 @contextlib.contextmanager

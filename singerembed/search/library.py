@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import UsageError
+from singerembed.errors import OutputError, UsageError
 from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
 from singerembed.output.schema import OK, RESERVED_COLUMNS, Counts
 
@@ -94,7 +94,14 @@ def _facts(output: str) -> _Facts:
     """What a finished output says of itself. Raises OutputError and UsageError."""
     if not storage.exists(output):
         raise UsageError(f"{output}: no such file or folder. Make it with: singerembed run CATALOG {output}")
-    with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
+    try:
+        opened = FinishedOutput(output, partitioned=is_partitioned(output))
+    except OutputError as exc:
+        raise UsageError(
+            f"{output} is not an output of run, or another program has rewritten it. Make one with: singerembed run "
+            "CATALOG OUTPUT"
+        ) from exc
+    with closing(opened) as finished:
         schema = finished.rows(0).schema if finished.n_units else pa.schema([])
         return _Facts(finished.metadata, schema, finished.counts)
 

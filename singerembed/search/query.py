@@ -119,12 +119,18 @@ class Index:
         return self.search_crops(embed_recording(path, self.engine), top=top, by=by, where=where)
 
     def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
-        """Look up a track of the index among the others; its copies are left out. Raises UsageError without such."""
-        ids = self.stored.tracks["track_id"]
-        same_id = np.flatnonzero(pc.equal(ids, track_id).to_numpy())
-        found = [number for number in same_id.tolist() if number not in self._replaced]
+        """Look up a track of the index, by its id or its path, among the others; its copies are left out.
+
+        Raises UsageError where there is none.
+        """
+        ids, paths = self.stored.tracks["track_id"], self.stored.tracks["path"]
+        named = [np.flatnonzero(pc.equal(column, track_id).to_numpy()) for column in (ids, paths)]
+        found = [number for number in np.concatenate(named).tolist() if number not in self._replaced]
         if not found:
-            raise UsageError(f'{self.stored.folder} has no track "{track_id}"; the first is "{ids[0].as_py()}"')
+            raise UsageError(
+                f'{self.stored.folder} has no track of the id or path "{track_id}"; the first is "{ids[0].as_py()}", '
+                f"{paths[0].as_py()}"
+            )
         same_as = self.stored.tracks["same_as"][found[0]].as_py()
         number = found[0] if same_as is None else same_as
         part = self.stored.crops_of(number)

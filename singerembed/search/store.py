@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
@@ -78,7 +79,7 @@ class StoredIndex:
             )
         try:
             self._open()
-        except (OSError, KeyError, ValueError, pa.ArrowException) as exc:
+        except (OSError, EOFError, KeyError, ValueError, BadZipFile, pa.ArrowException) as exc:
             raise OutputError(f"the index {path} is damaged ({exc}). Make it again") from exc
 
     def _open(self) -> None:

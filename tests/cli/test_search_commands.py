@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 from click.testing import CliRunner, Result
@@ -68,7 +69,7 @@ def test_unfit_queries_exit_with_2(index: str, output: str, tmp_path: Path) -> N
         ([str(tmp_path / "text.wav")], "cannot be looked up"),
         ([str(tmp_path / "none.wav")], "file not found"),
         ([], "nothing to look up"),
-        (["--track", "nobody"], 'no track "nobody"'),
+        (["--track", "nobody"], 'no track of the id or path "nobody"; the first is "bass-1", audio/bass_1.wav'),
         (["--track", "bass-1", "--where", "singer ="], "--where singer ="),
         (["--track", "bass-1", "--csv", "--json"], "not both"),
         (["--catalog", output], ""),
@@ -101,3 +102,71 @@ def test_cluster_prints_groups(output: str, tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert {path for group in json.loads(result.stdout) for path in group["paths"]} >= {"audio/bass_1.wav"}
     assert (tmp_path / "g.parquet").exists()
+
+
+def test_a_track_is_looked_up_by_its_path_too(index: str) -> None:
+    by_id, by_path = (
+        invoke("search", index, "--track", name, "--json").stdout for name in ("bass-1", "audio/bass_1.wav")
+    )
+    assert json.loads(by_id)["tracks"] == json.loads(by_path)["tracks"]
+
+
+def test_inspect_knows_an_index(index: str) -> None:
+    text = invoke("inspect", index).stdout
+    assert "12 tracks, " in text
+    assert "centred; singers by column singer" in text
+    assert json.loads(invoke("inspect", index, "--json").stdout)["kind"] == "index"
+
+
+def test_no_result_replaces_what_run_has_written(output: str, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.parquet"
+    mine.write_bytes(Path(output).read_bytes())
+    before = mine.read_bytes()
+    (tmp_path / "music").mkdir()
+    soundfile.write(tmp_path / "music" / "a.wav", np.zeros(441), 44_100)
+    for arguments in (
+        ("verify", str(mine), "-o", str(tmp_path / "mine.html")),
+        ("verify", str(mine), "-o", str(mine)),
+        ("cluster", str(mine), "-o", str(mine)),
+        ("scan", str(tmp_path / "music"), str(mine)),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "is an output of run, and would be replaced" in result.stderr
+    assert mine.read_bytes() == before
+    assert "must end in .parquet" in invoke("cluster", str(mine), "-o", str(tmp_path / "g.csv")).stderr
+    (tmp_path / "folder.parquet").mkdir()
+    assert "not a regular file" in invoke("cluster", str(mine), "-o", str(tmp_path / "folder.parquet")).stderr
+
+
+def test_what_is_no_output_is_not_to_be_removed(output: str, tmp_path: Path) -> None:
+    (tmp_path / "lib.csv").write_text("path\na.wav\n", encoding="utf-8")
+    rewritten, slice_of_it = tmp_path / "rewritten.parquet", tmp_path / "slice.parquet"
+    table = pq.read_table(output)
+    pq.write_table(table.slice(0, 3), slice_of_it)
+    pq.write_table(table.replace_schema_metadata(None), rewritten)
+    for path in (tmp_path / "lib.csv", tmp_path, rewritten, slice_of_it):
+        for arguments in (("cluster", str(path)), ("index", str(path), str(tmp_path / "i.index"))):
+            result = invoke(*arguments)
+            assert result.exit_code == 2, result.stderr
+            assert "is not an output of run" in result.stderr
+            assert "remove" not in result.stderr
+
+
+def test_a_page_that_cannot_play_says_so(output: str, tmp_path: Path) -> None:
+    result = invoke("verify", output, "-o", str(tmp_path / "a.html"), "--audio-root", str(tmp_path))
+    assert result.exit_code == 0
+    assert "the page cannot play the recordings" in result.stderr
+    assert "--audio-root" in result.stderr
+
+
+def test_an_index_without_singers_says_so(tmp_path: Path) -> None:
+    (tmp_path / "c.csv").write_text(f"path\n{EXAMPLES / 'audio' / 'bass_1.wav'}\n", encoding="utf-8")
+    assert invoke("run", str(tmp_path / "c.csv"), str(tmp_path / "o.parquet")).exit_code == 0
+    result = invoke("index", str(tmp_path / "o.parquet"), str(tmp_path / "i.index"))
+    assert "search names tracks only" in result.stderr
+
+
+def test_doctor_names_what_search_needs() -> None:
+    subjects = {finding["subject"] for finding in json.loads(invoke("doctor", "--json").stdout)}
+    assert {"FAISS", "scikit-learn", "duckdb"} <= subjects

@@ -74,7 +74,7 @@ def test_silent_crops_and_copies_do_not_count(tracks: list[MadeTrack], tmp_path:
     assert answer.singers[0].n_tracks == 4  # s0-0, s0-2, s0-3 and half
     half_match = index.search_track("half", top=1).tracks[0].matches
     assert [(match.query_seconds, match.track_seconds) for match in half_match] == [(4.0, 0.0)]
-    with pytest.raises(UsageError, match='no track "silent"'):
+    with pytest.raises(UsageError, match='no track of the id or path "silent"'):
         index.search_track("silent")
 
 
@@ -169,7 +169,9 @@ def test_an_index_killed_while_it_is_made_is_not_there(tmp_path: Path) -> None:
     assert not path.exists()
     with pytest.raises(UsageError, match="is not an index"):
         open_index(str(path))
+    assert list(tmp_path.glob(".i.index.*"))
     assert build_index([output], str(path)).n_tracks == 100
+    assert not list(tmp_path.glob(".i.index.*"))
 
 
 def test_an_index_killed_while_it_grows_stays_as_it_was(output: str, tmp_path: Path) -> None:
