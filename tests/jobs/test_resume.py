@@ -112,7 +112,7 @@ def test_files_of_others_are_never_overwritten(library: Path, reference_engine: 
     pq.write_table(pa.table({"x": [1]}), foreign)
     text = tmp_path / "notes.parquet"
     text.write_text("my notes", encoding="utf-8")
-    for output, message in ((foreign, "not written by singerembed"), (text, "is not a Parquet file")):
+    for output, message in ((foreign, "is not as singerembed run has written it"), (text, "is not a Parquet file")):
         content = output.read_bytes()
         for restart in (False, True):
             with pytest.raises(OutputError, match=message):
@@ -288,7 +288,7 @@ def test_retry_errors_goes_on_after_a_stop(
 def test_passing_trouble_is_waited_out(
     library: Path, reference_engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("singerembed.audio.recording._FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("singerembed.jobs.track._FIRST_PAUSE_SECONDS", 0.01)
     original, failures = Path.stat, {"left": 2}
 
     def flaky(self: Path, **options: Any) -> os.stat_result:
