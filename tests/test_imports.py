@@ -62,3 +62,10 @@ def test_public_names_exist() -> None:
     assert set(singerembed.__all__) == set(singerembed._HOMES)
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = singerembed.nothing_of_the_kind
+
+
+def test_the_command_starts_without_numpy_and_pyarrow() -> None:
+    """Every command's options are read at each start; what takes long to import is imported by what needs it."""
+    code = "import sys, singerembed.cli.main; print([name for name in ('numpy', 'pyarrow', 'torch') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

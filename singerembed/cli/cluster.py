@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import click
-import numpy as np
 
 from singerembed.cli.console import aligned, note, progress_bar, verbosity_options
 from singerembed.storage import printable
@@ -53,7 +52,7 @@ def cluster(source: str, output: str | None, min_tracks: int, top: int, as_json:
             for number, tracks in enumerate(members[:top])
         ]
         click.echo(aligned(["group", "tracks", "stability", "first track"], rows))
-    alone = int(np.sum(groups.group < 0))
+    alone = int((groups.group < 0).sum())
     note("groups", f"{groups.n_groups:,} groups of {len(groups.track) - alone:,} tracks; {alone:,} tracks in none")
     if output is not None:
         note("wrote", output)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import click
-import numpy as np
 
 from singerembed import storage
 from singerembed.cli.console import aligned, note, percent, progress_bar, verbosity_options
@@ -105,7 +104,7 @@ def verify(
             for row, name in zip(suspects[:top].tolist(), nearest, strict=False)
         ]
         click.echo(aligned(["chance it is them", "track", "credited", "nearest other"], rows))
-    checked = int(np.isfinite(credits.llr).sum())
+    checked = found.n_checked
     note(
         "suspects",
         f"{len(suspects):,} of {checked:,} credits that could be checked have {percent(max_chance)} chance or less",

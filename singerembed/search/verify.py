@@ -61,6 +61,11 @@ class Verification:
     calibration: Calibration
     too_few: list[str]  # singers with fewer than MIN_TRACKS tracks
 
+    @property
+    def n_checked(self) -> int:
+        """How many credits could be checked."""
+        return int(np.isfinite(self.credits.llr).sum())
+
     def suspects(self, max_chance: float) -> NDArray[np.int64]:
         """Rows of `credits` whose credit has at most that chance, the least likely first."""
         found = np.flatnonzero(self.credits.chance <= max_chance)
