@@ -298,36 +298,32 @@ def _as_text(row: Row) -> Row:
     return {**row, "mtime": when and when.isoformat(timespec="microseconds").replace("+00:00", "Z")}
 
 
-class _CsvWriter:
+class _TextWriter:
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115  (see close)
+
+    def finish(self, _counts: ScanCounts) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _CsvWriter(_TextWriter):
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
         self._writer = csv.DictWriter(self._file, SCAN_SCHEMA.names, lineterminator="\n")
         self._writer.writeheader()
 
     def write(self, rows: list[Row]) -> None:
         self._writer.writerows(map(_as_text, rows))
 
-    def finish(self, _counts: ScanCounts) -> None:
-        pass
 
-    def close(self) -> None:
-        self._file.close()
-
-
-class _JsonWriter:
-    def __init__(self, path: str) -> None:
-        self._file = Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115  (see close)
-
+class _JsonWriter(_TextWriter):
     def write(self, rows: list[Row]) -> None:
         for row in map(_as_text, rows):
             known = {name: row[name] for name in SCAN_SCHEMA.names if row[name] is not None}
             self._file.write(json.dumps(known, ensure_ascii=False) + "\n")
-
-    def finish(self, _counts: ScanCounts) -> None:
-        pass
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class _ParquetWriter:

@@ -54,13 +54,14 @@ def verify(
     from singerembed.output.finished import check_result_path
     from singerembed.search.audit_page import write_audit
     from singerembed.search.build import index_of
-    from singerembed.search.verify import verify_credits, write_credits
+    from singerembed.search.verify import check_table_path, verify_credits, write_credits
 
     table = None
     if output is not None:
         check_result_path(output, ".html", ".parquet")
         table = str(Path(output).with_suffix(".parquet"))
         check_result_path(table)
+        check_table_path(table)
     with progress_bar(None, "tracks") as advance, index_of(source, singer_column, lambda: advance("")) as index:
         found = verify_credits(index, singer_column)
         if output is not None and table is not None:

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,7 @@ def build_index(
         np.savez(folder / SCORING, **arrays)  # type: ignore[arg-type]
         writer = _Segment(folder, manifest, fitted, {}, {}, 0)
         summary = _add(library, writer, folder, manifest, advance)
-    return _named(summary, path)
-
-
-def _named(summary: IndexSummary, path: str) -> IndexSummary:
-    return IndexSummary(**{**summary.__dict__, "index": path})
+    return replace(summary, index=path)  # its files were written under another name
 
 
 def _fit(library: Library, kind: str) -> Scoring:
@@ -117,7 +113,7 @@ def _extend(
     manifest = json.loads(json.dumps(index.manifest))
     remove_leftovers(index)
     writer = _Segment(index.folder, manifest, index.scoring, known, first, len(keys))
-    return _named(_add(library, writer, index.folder, manifest, advance), path)
+    return _add(library, writer, index.folder, manifest, advance)
 
 
 class _Segment:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -140,6 +141,18 @@ def _nearest_others(
         ratio = np.exp(calibration.llr(found))
         mean[part] = np.log((1 + ratio.sum(axis=1)) / (1 + np.isfinite(found).sum(axis=1)))
     return best, score, mean
+
+
+def check_table_path(path: str) -> None:
+    """Raise UsageError where a table at `path` would replace another file than an earlier table of credits."""
+    if not Path(path).exists():
+        return
+    try:
+        names = pq.read_schema(path).names
+    except (pa.ArrowException, OSError):
+        names = []
+    if "llr" not in names:
+        raise UsageError(f"{path} is there, and is no table of verify: it would be replaced. Give -o another name")
 
 
 def write_credits(found: Verification, path: str, max_chance: float) -> None:

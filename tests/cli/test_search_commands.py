@@ -94,6 +94,9 @@ def test_verify_writes_a_table_and_a_page(output: str, tmp_path: Path) -> None:
     assert found["calibration"]["n_singers"] == 4
     assert page.read_text(encoding="utf-8").count("<audio") >= 24
     assert (tmp_path / "audit.parquet").exists()
+    assert (
+        invoke("verify", output, "-o", str(page), "--audio-root", str(EXAMPLES)).exit_code == 0
+    )  # replaced by a new one
     assert invoke("verify", output, "--singer-column", "artist").exit_code == 2
 
 
@@ -134,6 +137,10 @@ def test_no_result_replaces_what_run_has_written(output: str, tmp_path: Path) ->
         assert result.exit_code == 2, arguments
         assert "is an output of run, and would be replaced" in result.stderr
     assert mine.read_bytes() == before
+    (tmp_path / "notes.parquet").write_text("a catalogue, say", encoding="utf-8")
+    result = invoke("verify", str(mine), "-o", str(tmp_path / "notes.html"))
+    assert result.exit_code == 2
+    assert "is no table of verify" in result.stderr
     assert "must end in .parquet" in invoke("cluster", str(mine), "-o", str(tmp_path / "g.csv")).stderr
     (tmp_path / "folder.parquet").mkdir()
     assert "not a regular file" in invoke("cluster", str(mine), "-o", str(tmp_path / "folder.parquet")).stderr
