@@ -55,7 +55,7 @@ class AvReader:
         self._open()
 
     def _open(self) -> None:
-        self._container = _opened(self._path)
+        self._container = opened(self._path)
         stream: Any = self._container.streams.best("audio")
         if stream is None:
             self._container.close()
@@ -232,7 +232,7 @@ class AvReader:
             return True
         tolerance = (self._stream.time_base or Fraction(1)) ** -1 / 10  # a tenth of a second, in its unit
         expected: int | None = None
-        with contextlib.closing(_opened(self._path)) as container:
+        with contextlib.closing(opened(self._path)) as container:
             stream = container.streams.best("audio")
             for packet in container.demux(stream):
                 if packet.size == 0:
@@ -287,7 +287,7 @@ class _Clock:
         return snapped if number >= 0 and abs(snapped - place) <= self._n / 4 else None
 
 
-def _opened(path: str) -> Any:
+def opened(path: str) -> Any:
     """Open `path`; PyAV takes names that are UTF-8 only, and a file object for others."""
     source: Any = path if storage.is_utf8(path) else Path(path).open("rb")  # noqa: SIM115  (closed with the container)
     return av.open(source, metadata_errors="ignore")

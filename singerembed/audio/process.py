@@ -89,6 +89,11 @@ def _decode_process() -> _DecodeProcess:
     return process
 
 
+def packet_hash(path: str, limit: TimeLimit) -> str:
+    """What `hash_packets` finds in the local file `path`, in this thread's decoder process. Raises TrackError."""
+    return str(_decode_process().call({"op": "hash_packets", "path": path}, limit)[0]["hash"])
+
+
 class ProcessReader:
     """A decoder in this thread's decoder process: "av" is FFmpeg, "any" chooses as recording.py does. A `PcmReader`."""
 

@@ -33,7 +33,7 @@ def open_recording(location: str, sample_rate: int, limit: TimeLimit, *, isolate
     `isolated`: decode in another process whatever the format is. Raises TrackError with code not_found, unreadable,
     no_audio, unsupported, decode_failed, decoder_crashed or decode_timeout.
     """
-    with _local_copy(location) as path, _blaming_storage(path, limit):
+    with local_recording(location) as path, _blaming_storage(path, limit):
         source: PcmReader
         try:
             _check_file(path)
@@ -83,7 +83,8 @@ def open_source(
 
 
 @contextlib.contextmanager
-def _local_copy(location: str) -> Iterator[str]:
+def local_recording(location: str) -> Iterator[str]:
+    """Yield a local path of what is at `location`; what is remote is fetched for the block. Raises TrackError."""
     with contextlib.ExitStack() as stack:
         try:
             path = stack.enter_context(storage.local_copy(location))

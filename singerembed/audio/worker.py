@@ -20,6 +20,7 @@ import numpy as np
 from singerembed import storage
 from singerembed.audio.ffmpeg import AvReader
 from singerembed.audio.limits import TimeLimit
+from singerembed.audio.packets import hash_packets
 from singerembed.audio.reader import PcmReader
 from singerembed.audio.recording import open_source
 from singerembed.errors import TrackError
@@ -54,6 +55,8 @@ class _Server:
             del request["op"]
             self._reader = _open(**request)
             return self._head(sample_rate=self._reader.sample_rate), b""
+        if operation == "hash_packets":
+            return {"hash": hash_packets(request["path"])}, b""
         if operation == "close" or self._reader is None:
             self._close()
         elif operation == "read":

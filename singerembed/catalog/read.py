@@ -234,7 +234,7 @@ class Catalog:
         expected, done = unchanged_since, 0
         for pause in (*_PAUSES_SECONDS, None):
             try:
-                for unit in islice(self._units(minutes), done, None):
+                for unit in islice(cut_units(self.tracks(), minutes), done, None):
                     expected = expected and self._check_unchanged(expected)
                     yield unit
                     done += 1
@@ -247,28 +247,14 @@ class Catalog:
                 _log.warning("%s. Waiting for it, for %g s", exc, pause)
                 time.sleep(pause)
 
-    def _units(self, minutes: float) -> Iterator[Unit]:
-        index, tracks, extras, gathered = 0, list[Track](), list[pa.Table](), 0.0
-        for batch, extra in self._batches():
-            first = 0
-            for i, track in enumerate(batch):
-                tracks.append(track)
-                gathered += track.minutes
-                if gathered >= minutes or len(tracks) >= BATCH_ROWS:
-                    yield Unit(index, tracks, pa.concat_tables([*extras, extra.slice(first, i + 1 - first)]))
-                    index, tracks, extras, gathered, first = index + 1, [], [], 0.0, i + 1
-            if first < len(batch):
-                extras.append(extra.slice(first))
-        if tracks:
-            yield Unit(index, tracks, pa.concat_tables(extras))
-
     def extra_schema(self) -> pa.Schema:
         """Names and types of the columns that are passed through."""
-        for _, extra in self._batches():
+        for _, extra in self.tracks():
             return extra.schema
         return pa.schema([(name, pa.string()) for name in self._extra.values()])
 
-    def _batches(self) -> Iterator[tuple[list[Track], pa.Table]]:
+    def tracks(self) -> Iterator[tuple[list[Track], pa.Table]]:
+        """Yield the tracks in batches, with the catalogue's other columns, a row a track. Raises CatalogError."""
         row = 0
         for raw_rows, table in self._rows.batches():
             tracks = [self._track(row + i, raw) for i, raw in enumerate(raw_rows, start=1)]
@@ -293,6 +279,23 @@ class Catalog:
                 row, track_id, path, location, problem=TrackError("bad_row", f"row {row} of the catalogue: {exc}")
             )
         return Track(row, track_id, path, location, start, end)
+
+
+def cut_units(batches: Iterable[tuple[list[Track], pa.Table]], minutes: float, first_index: int = 0) -> Iterator[Unit]:
+    """Cut tracks, in batches as `Catalog.tracks` yields them, into units of about `minutes` of audio."""
+    index, tracks, extras, gathered = first_index, list[Track](), list[pa.Table](), 0.0
+    for batch, extra in batches:
+        first = 0
+        for i, track in enumerate(batch):
+            tracks.append(track)
+            gathered += track.minutes
+            if gathered >= minutes or len(tracks) >= BATCH_ROWS:
+                yield Unit(index, tracks, pa.concat_tables([*extras, extra.slice(first, i + 1 - first)]))
+                index, tracks, extras, gathered, first = index + 1, [], [], 0.0, i + 1
+        if first < len(batch):
+            extras.append(extra.slice(first))
+    if tracks:
+        yield Unit(index, tracks, pa.concat_tables(extras))
 
 
 def _text(value: Any) -> str:

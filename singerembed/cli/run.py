@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from singerembed import storage
 from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+from singerembed.cli.process import quiet_libraries, stop_signals
+from singerembed.cli.run_summary import say_summary, say_what_restarting_costs, summary_fields
 
 if TYPE_CHECKING:
     from singerembed.jobs.log import RunLog
-    from singerembed.jobs.run import RunSummary
+    from singerembed.jobs.options import RunOptions
 
 EXIT_WITH_ERROR_ROWS = 3
-_COPIES_SECONDS = 1.0
+EXIT_AT_DEADLINE = 4
 
 
 def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
@@ -49,6 +49,19 @@ def _number_or_share(_ctx: click.Context, _parameter: click.Parameter, value: st
     if value.endswith("%") and re.fullmatch(r"\d+(\.\d+)?", share) and float(share) < 100:
         return float(share) / 100
     raise click.BadParameter("give a number of recordings, or a percentage below 100 as in 5%")
+
+
+def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """The next time, in seconds since 1970, at which a clock here shows `value`."""
+    if value is None:
+        return None
+    try:
+        wanted = time.strptime(value, "%H:%M")
+    except ValueError:
+        raise click.BadParameter("give a time of day, as in 06:00") from None
+    now = datetime.now().astimezone()
+    then = now.replace(hour=wanted.tm_hour, minute=wanted.tm_min, second=0, microsecond=0)
+    return (then if then > now else then + timedelta(days=1)).timestamp()
 
 
 def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -174,7 +187,28 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     callback=_number_or_share,
     help="End the run when more recordings fail, or a greater share of them.  [default: never]",
 )
+@click.option(
+    "--deadline",
+    metavar="HH:MM",
+    callback=_time_of_day,
+    help="Begin no unit after this time of day; the same command goes on the next night.",
+)
 @click.option("--retry-errors", is_flag=True, help="Embed again what has error rows in a finished output.")
+@click.option(
+    "--update",
+    is_flag=True,
+    help="Bring OUTPUT up to date with CATALOG: embed what is new or changed, drop what has gone, keep all other rows.",
+)
+@click.option(
+    "--identity",
+    type=click.Choice(["file", "audio"]),
+    default="file",
+    show_default=True,
+    help="What --update knows a recording by: path, size and time; or also a hash of its encoded audio, so that files "
+    "that were moved or tagged anew keep their rows. Every run of an output must have the same.",
+)
+@click.option("--keep-missing", is_flag=True, help="With --update: keep the rows of what has gone from CATALOG.")
+@click.option("--allow-gone", is_flag=True, help="With --update: drop rows even of more than half of OUTPUT.")
 @click.option("--restart", is_flag=True, help="Throw away what an earlier run with this output has done.")
 @click.option("--log-json", metavar="FILE", help="Append a log to FILE: a JSON object a line, a report as the last.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON on stdout.")
@@ -188,8 +222,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     Relative paths count from the catalogue's folder. A run that was stopped goes on when the same command is given
     again.
 
-    Exit codes: 0 all well, 3 finished with error rows or without folders that could not be read, 1 could not run or had
-    to stop, 2 usage, 130 or 143 interrupted.
+    Exit codes: 0 all well, 3 finished with error rows, or without folders or files that could not be read, 4 stopped at
+    the deadline, 1 could not run or had to stop, 2 usage, 130 or 143 interrupted.
 
     \b
     singerembed run ~/Music library.parquet
@@ -224,15 +258,21 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         partitioned=values["partitioned"],
         retries=values["retries"],
         max_errors=values["max_errors"],
+        deadline=values["deadline"],
         restart=values["restart"],
         retry_errors=values["retry_errors"],
+        update=values["update"],
+        identity=values["identity"],
+        keep_missing=values["keep_missing"],
+        allow_gone=values["allow_gone"],
     )
+    _check_together(options)
     if options.restart:
-        _say_what_restarting_costs(output.rstrip("/"), partitioned=options.partitioned)
+        say_what_restarting_costs(output.rstrip("/"), partitioned=options.partitioned)
     quiet = verbosity(click.get_current_context()) < 0
     with (
-        _quiet_libraries(),
-        _stop_signals() as stop,
+        quiet_libraries(),
+        stop_signals() as stop,
         ProgressBar(note, quiet=quiet) as progress,
         ScanBar(quiet=quiet) as scan_bar,
         _log(values["log_json"]) as logs,
@@ -247,12 +287,26 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
             say=scan_bar.note,
             scanned=scan_bar.update,
         )
+        for log in logs:
+            log.summary = summary_fields(summary)
     if as_json:
-        click.echo(json.dumps(_summary_fields(summary)))
+        click.echo(json.dumps(summary_fields(summary)))
     files = f"{summary.output}/*.parquet" if options.partitioned else summary.output
-    _say_summary(summary, progress.first_error, files)
-    if summary.counts.errors or summary.unreadable_folders:
+    say_summary(summary, progress.first_error, files)
+    if summary.at_deadline:
+        click.get_current_context().exit(EXIT_AT_DEADLINE)
+    missing = summary.update is not None and summary.update.missing
+    if summary.counts.errors or summary.unreadable_folders or missing:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
+
+
+def _check_together(options: RunOptions) -> None:
+    """Raise UsageError for options that exclude each other."""
+    if options.update and (options.restart or options.retry_errors):
+        other = "--restart" if options.restart else "--retry-errors"
+        raise click.UsageError(f"--update and {other} exclude each other")
+    if (options.keep_missing or options.allow_gone) and not options.update:
+        raise click.UsageError("--keep-missing and --allow-gone belong to --update")
 
 
 def _delimiter(text: str | None) -> str | None:
@@ -274,105 +328,3 @@ def _log(path: str | None) -> Iterator[list[RunLog]]:
             log.finished(storage.scrubbed(str(exc)) or type(exc).__name__)
             raise
         log.finished("finished")
-
-
-def _say_what_restarting_costs(output: str, *, partitioned: bool) -> None:
-    from singerembed.output.parts import count_parts
-
-    finished = f"; {output} is replaced when the run is through" if storage.exists(output) and not partitioned else ""
-    where = output if partitioned else f"{output}.parts"
-    note("restart", f"{count_parts(output):,} finished units in {where} are thrown away{finished}")
-
-
-def _summary_fields(summary: RunSummary) -> dict[str, Any]:
-    return {
-        "output": summary.output,
-        **summary.counts.to_dict(),
-        "embedded_tracks": summary.embedded.tracks,
-        "embedded_crops": summary.embedded.crops,
-        "seconds": round(summary.seconds, 3),
-        "already_done": summary.already_done,
-    }
-
-
-def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
-    counts = summary.counts
-    n_errors = counts.errors.total()
-    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
-    if summary.already_done:
-        note(
-            "done",
-            f"{summary.output} was finished before, by the same command: {what}. --restart does it again",
-        )
-    else:
-        rate = summary.embedded.crops / summary.seconds
-        real_time = summary.embedded.audio_seconds / summary.seconds
-        note(
-            "wrote",
-            f"{summary.output}: {what} in {summary.seconds:.1f} s ({rate:.0f} crops/s, {real_time:.0f}x real time)",
-        )
-    if n_errors:
-        example = f"      first: {first_error}" if first_error else ""
-        note("errors", "   ".join(f"{code} {count:,}" for code, count in counts.errors.most_common()) + example)
-        note(
-            "",
-            f"see them:  duckdb -c \"select path, error_code, error from '{files}' where status = 'error'\"",
-        )
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Within the block, what C libraries print to descriptors 1 and 2 is dropped; Python's stderr stays.
-
-    With --verbose only stdout is kept clean, as --json is printed there: what comes for it goes to stderr.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    own, before = [os.dup(1), os.dup(2)], sys.stderr
-    if verbosity(click.get_current_context()) > 0:
-        os.dup2(2, 1)
-    else:
-        if before is sys.__stderr__:
-            sys.stderr = os.fdopen(os.dup(own[1]), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.close(null)
-    try:
-        yield
-    finally:
-        for number, copy in enumerate(own, start=1):
-            os.dup2(copy, number)
-            os.close(copy)
-        if sys.stderr is not before:
-            with suppress(OSError):
-                sys.stderr.close()
-            sys.stderr = before
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block, the first SIGINT, SIGTERM or SIGHUP is noted for the run to stop on; a later one ends at once.
-
-    Signals within a second of the first are copies of it: one that is sent to the whole process group comes directly
-    and by way of the supervisor.
-    """
-    received: list[int] = []
-    first = 0.0
-
-    def receive(number: int, _frame: object) -> None:
-        nonlocal first
-        if received:
-            if time.monotonic() - first > _COPIES_SECONDS:
-                os._exit(128 + number)
-            return
-        first = time.monotonic()
-        received.append(number)
-        note("stopping", "after the tracks that are being embedded; press again to stop now")
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

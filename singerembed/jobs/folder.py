@@ -31,8 +31,8 @@ def catalog_of(
     """Scan the folder, playlist or cue sheet `source`; return the catalogue, and how many folders could not be read.
 
     A run that has begun goes on with the catalogue it began with, and so does one that retries errors: what has changed
-    in the folder meanwhile does not count. Raises CatalogError and UsageError, OutputError when the output is finished
-    and the folder is another now, and InterruptedRun once `stop` returns a signal's number.
+    in the folder meanwhile does not count. An update always scans. Raises CatalogError and UsageError, OutputError when
+    the output is finished and the folder is another now, and InterruptedRun once `stop` returns a signal's number.
     """
 
     def going_on(counts: ScanCounts) -> None:
@@ -41,9 +41,9 @@ def catalog_of(
             raise InterruptedRun("stopped while the folder was scanned; the same command begins again", number)
 
     catalog = kept_catalog(output)
-    finished = _is_finished(output, partitioned=options.partitioned) and not options.restart
+    finished = _is_finished(output, partitioned=options.partitioned) and not options.restart and not options.update
     with PartStore(output, partitioned=options.partitioned) as parts:  # another run may be using the catalogue
-        begun = parts.identity() is not None and not options.restart
+        begun = parts.identity() is not None and not options.restart and not options.update
         if storage.exists(catalog) and (begun or (finished and options.retry_errors)):
             with storage.open_input(catalog) as file:
                 metadata = pq.read_metadata(file)

@@ -103,7 +103,7 @@ def _work(job: Job, events: Any, stopping: Any, total_tracks: int) -> None:
             [_Sender(events)],
             lambda: int(stopping.value),
         )
-        runner.embed_all(total_tracks)
+        runner.embed_all(total_tracks, runner.open_units())
     except InterruptedRun:
         pass
     except SingerEmbedError as exc:

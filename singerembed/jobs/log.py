@@ -35,6 +35,7 @@ class RunLog(Listener):
         except OSError as exc:
             raise OutputError(f"cannot write the log {path}: {exc.strerror or exc}") from exc
         self._path = path
+        self.summary: dict[str, Any] | None = None  # of the output, for the last line
         self._started = time.monotonic()
         self._counts = Counts()
         self._crops_by_hour: defaultdict[int, int] = defaultdict(int)
@@ -90,6 +91,7 @@ class RunLog(Listener):
         self._write(
             "finished",
             outcome=outcome,
+            output=self.summary,
             seconds=round(seconds, 3),
             embedded=self._counts.to_dict(),
             silent_share=round(self._counts.silent / max(1, self._counts.crops), 4),

@@ -13,12 +13,16 @@ _INDECISIVE = {
     "track_timeout_seconds",
     "retries",
     "max_errors",
+    "deadline",
     "workers",
     "devices",
     "ray",
     "partitioned",
     "restart",
     "retry_errors",
+    "update",
+    "keep_missing",
+    "allow_gone",
 }
 
 
@@ -32,6 +36,7 @@ class RunOptions:
     embedding_dtype: str = "float32"
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
     audio_hash: bool = False  # note which tracks have the same samples
+    identity: str = "file"  # by which an update knows a track again; "audio": by the hash of its packets too
     columns: Columns = field(default_factory=Columns)
     unit_minutes: float = DEFAULT_UNIT_MINUTES  # of audio
     track_timeout_seconds: float = DEFAULT_TRACK_TIMEOUT_SECONDS
@@ -41,8 +46,12 @@ class RunOptions:
     devices: tuple[int, ...] | None = None  # CUDA devices, for an engine that runs on them; None: all
     ray: str | None = None  # Ray cluster to run on: "local", "auto", host:port or ray://host:port; None: this machine
     partitioned: bool = False  # the output is a folder of part files
+    deadline: float | None = None  # seconds since 1970, after which no unit is begun
     restart: bool = False
     retry_errors: bool = False
+    update: bool = False  # bring a finished output up to date with its catalogue
+    keep_missing: bool = False  # in an update: rows of tracks that have gone from the catalogue stay
+    allow_gone: bool = False  # in an update: more than half of the tracks may have gone
 
     def decisive(self) -> dict[str, Any]:
         """The options that decide the rows, as JSON types."""

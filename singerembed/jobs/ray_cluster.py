@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from singerembed.catalog.read import Unit
 from singerembed.engine.machine import available_cores
 from singerembed.errors import ClusterError, MissingDependencyError, SingerEmbedError
 from singerembed.jobs.ray_worker import ClusterJob, unpack
 from singerembed.jobs.scheduling import Assignment, Scheduler
 from singerembed.jobs.track import Stopped
-from singerembed.jobs.units import Listener
+from singerembed.jobs.units import Listener, Work
 from singerembed.output.parts import PartStore
 from singerembed.output.schema import Counts
 
@@ -101,7 +100,7 @@ class _Call(NamedTuple):
 def embed_on_ray(
     address: str,
     job: ClusterJob,
-    work: Iterator[tuple[Unit, Sequence[int]]],
+    work: Work,
     parts: PartStore,
     total_tracks: int,
     listeners: Sequence[Listener],
@@ -215,7 +214,7 @@ class _ClusterRun:
         self,
         ray: Any,
         job: ClusterJob,
-        work: Iterator[tuple[Unit, Sequence[int]]],
+        work: Work,
         parts: PartStore,
         total_tracks: int,
         listeners: Sequence[Listener],

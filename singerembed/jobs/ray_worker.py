@@ -29,7 +29,7 @@ class ClusterJob:
     """What every worker of a run needs to know, sent once."""
 
     output: str
-    retrying: bool  # `output` is finished, and units with errors are embedded again
+    revising: bool  # `output` is finished, and brought up to date
     identity: dict[str, Any]  # of the run, as its folder of parts has it
     options: RunOptions
     engine_file: EngineFile
@@ -43,13 +43,13 @@ class ClusterWorker:
         """Start the engine. Raises ClusterError where this machine does not see the output, and EngineError."""
         partitioned = job.options.partitioned
         self._job = job
-        self._parts = PartStore(job.output, partitioned=partitioned and not job.retrying)
+        self._parts = PartStore(job.output, partitioned=partitioned and not job.revising)
         if self._parts.identity() != job.identity:
             raise ClusterError(
                 f"{self._parts.folder} is not there, or belongs to another run. The output and local recordings must "
                 "lie on a file system that all nodes share, or on object storage"
             )
-        self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.retrying else None
+        self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.revising else None
         options = replace(job.options, workers=None)  # they decided how many cores this process has
         self._threads = EngineThreads(
             job.engine_file, options, lambda threads: CrashJournal(None, threads), _never, device=0, cores=cores

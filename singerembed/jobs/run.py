@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,7 +13,7 @@ from singerembed import storage
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog
 from singerembed.catalog.scan import ScanCounts, is_source
-from singerembed.engine.file import read_engine_file
+from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
@@ -23,8 +23,11 @@ from singerembed.jobs.gpus import choose_devices, embed_on_devices
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import embed_on_ray
 from singerembed.jobs.ray_worker import ClusterJob
-from singerembed.jobs.units import Job, Listener, UnitRunner
+from singerembed.jobs.track import Stopped
+from singerembed.jobs.units import Job, Listener, UnitRunner, Work, publish_kept
+from singerembed.jobs.update import UpdateCounts, UpdatePlan, new_update, take_in, take_in_interrupted
 from singerembed.output.finished import FinishedOutput
+from singerembed.output.known_tracks import KnownTracks
 from singerembed.output.parts import PartStore, differences
 from singerembed.output.schema import RESERVED_COLUMNS, Counts
 
@@ -36,10 +39,12 @@ class RunSummary:
     output: str
     counts: Counts  # of the whole output
     embedded: Counts  # of the tracks that this run embedded itself
-    seconds: float
+    seconds: float = 0.0
     units_before: int = 0  # units that an earlier run had finished
     already_done: bool = False
     unreadable_folders: int = 0  # whose recordings are missing, where the run was over a folder
+    update: UpdateCounts | None = None  # what an update did
+    at_deadline: bool = False  # it passed, and not everything is done
 
 
 def run(
@@ -82,45 +87,117 @@ def run(
         "options": options.decisive(),
         "version": version("singerembed"),
     }
-    partitioned = options.partitioned
-    with (
-        PartStore(output, partitioned=partitioned) as parts,
-        closing(FinishedOutput(output, partitioned=partitioned)) as previous,
-    ):
-        if options.restart:
-            parts.remove()
-        elif previous.exists:
-            _check_same(output, previous, identity)
-            if not (options.retry_errors and previous.counts.errors):
-                parts.discard()
-                seconds = time.monotonic() - started
-                return RunSummary(
-                    output, previous.counts, Counts(), seconds, already_done=True, unreadable_folders=unreadable
+    job = Job(catalog, output, engine, options, options.partitioned, devices[0], unchanged_since=fingerprint)
+    with PartStore(output, partitioned=options.partitioned) as parts:
+        one = _Run(job, devices, engine_file, identity, parts, [*listeners, ErrorWatch(options.max_errors, say)], stop)
+        summary = one.run(fingerprint.rows, say, all_was_seen=not unreadable)
+    return replace(summary, seconds=time.monotonic() - started, unreadable_folders=unreadable)
+
+
+class _Run:
+    """One run, once its catalogue, engine and output are known, and the output's lock is held."""
+
+    def __init__(
+        self,
+        job: Job,
+        devices: tuple[int, ...],
+        engine_file: EngineFile,
+        identity: dict[str, Any],
+        parts: PartStore,
+        listeners: Sequence[Listener],
+        stop: Callable[[], int],
+    ) -> None:
+        self._job, self._devices, self._engine_file, self._identity = job, devices, engine_file, identity
+        self._parts, self._listeners, self._stop = parts, listeners, stop
+        self._runner = UnitRunner(job, parts, listeners, stop)
+        verification, build = engine_file.verification, engine_file.build
+        self._facts = {"spec": engine_file.spec.to_dict(), "verification": verification, "engine_build": build}
+
+    def run(self, rows: int, say: Callable[[str, str], None], *, all_was_seen: bool) -> RunSummary:
+        """Embed all `rows` of the catalogue, or what is to be embedded of them."""
+        options, output = self._job.options, self._job.output
+        with self._finished_output() as previous:
+            if options.restart:
+                self._parts.remove()
+            elif options.update and (previous.exists or self._parts.is_of_another(self._identity)):
+                take_in_interrupted(self._parts, previous, self._identity, self._facts)
+                try:
+                    return self._update(say, all_was_seen=all_was_seen)
+                except Stopped as exc:
+                    raise self._parts.interrupted(self._stop()) from exc
+            elif previous.exists:
+                _check_same(output, previous, self._identity)
+                if options.retry_errors and previous.counts.errors:
+                    return self._retry(previous)
+                self._parts.discard()
+                return RunSummary(output, previous.counts, Counts(), already_done=True)
+            elif options.retry_errors:
+                raise UsageError(
+                    f"--retry-errors is for a finished output, and {output} does not exist. Run without it"
                 )
-        elif options.retry_errors:
-            raise UsageError(f"--retry-errors is for a finished output, and {output} does not exist. Run without it")
-        retrying = previous if options.retry_errors and not options.restart else None
-        parts_identity = identity | {"retrying": dict(retrying.counts.errors)} if retrying else identity
-        parts.open(parts_identity, retrying=retrying is not None)
+        self._parts.open(self._identity)
+        return self._embed(self._runner.open_units(), rows, None)
+
+    def _finished_output(self) -> closing[FinishedOutput]:
+        return closing(FinishedOutput(self._job.output, partitioned=self._job.partitioned))
+
+    def _retry(self, previous: FinishedOutput) -> RunSummary:
+        self._identity["retrying"] = dict(previous.counts.errors)
+        self._parts.stage()
+        self._parts.open(self._identity)
+        return self._embed(self._runner.failed_units(previous), previous.counts.error_tracks, previous)
+
+    def _update(self, say: Callable[[str, str], None], *, all_was_seen: bool) -> RunSummary:
+        self._identity |= new_update()
+        runner = self._runner
+        with ExitStack() as stack:
+            previous = stack.enter_context(self._finished_output())
+            known = stack.enter_context(closing(KnownTracks(previous)))
+            today = stack.enter_context(closing(runner.todays_tracks(self._parts.local_folder)))
+            plan = UpdatePlan(known, today, runner.schema, self._job.options, all_was_seen=all_was_seen)
+            say("kept", str(plan.counts))
+            if plan.is_empty:
+                self._parts.discard()
+                return RunSummary(self._job.output, previous.counts, Counts(), already_done=True, update=plan.counts)
+            self._parts.stage()
+            self._parts.open(self._identity)
+            publish_kept(plan.rewritten(), self._parts, runner.schema, self._listeners, previous, self._stop)
+            summary = self._embed(plan.work(), plan.n_to_embed, previous)
+            return replace(summary, update=plan.counts)
+
+    def _embed(self, work: Work, to_embed: int, revised: FinishedOutput | None) -> RunSummary:
+        """Embed `to_embed` tracks, those of `work`, and finish the output: `revised`, if it was there before."""
+        parts, options = self._parts, self._job.options
         gather_suspects(parts.local_folder)
         units_before = len(parts.done)
-        for listener in listeners if units_before else ():
+        for listener in self._listeners if units_before else ():
             listener.resumed(units_before)
-        job = Job(catalog, output, engine, options, partitioned, devices[0], unchanged_since=fingerprint)
-        listeners = [*listeners, ErrorWatch(options.max_errors, say)]
-        runner = UnitRunner(job, parts, listeners, stop)
-        to_embed = retrying.counts.error_tracks if retrying else fingerprint.rows
         if options.ray is not None:
-            cluster_job = ClusterJob(output, retrying is not None, parts_identity, options, engine_file, runner.schema)
-            work = runner.open_units(retrying)
-            embedded = embed_on_ray(options.ray, cluster_job, work, parts, to_embed, listeners, stop)
-        elif len(devices) > 1 and not retrying:
-            embedded = embed_on_devices(job, devices, parts, to_embed, listeners, stop)
+            job = ClusterJob(
+                self._job.output, revised is not None, self._identity, options, self._engine_file, self._runner.schema
+            )
+            work = self._runner.until_deadline(work)
+            embedded = embed_on_ray(options.ray, job, work, parts, to_embed, self._listeners, self._stop)
+        elif len(self._devices) > 1 and not revised:
+            embedded = embed_on_devices(self._job, self._devices, parts, to_embed, self._listeners, self._stop)
         else:
-            embedded = runner.embed_all(to_embed, retrying)
-        metadata = {**identity, "spec": engine_file.spec.to_dict(), "verification": engine_file.verification}
-        counts = parts.finish(runner.schema, metadata | {"engine_build": engine_file.build}, retrying)
-    return RunSummary(output, counts, embedded, time.monotonic() - started, units_before, unreadable_folders=unreadable)
+            embedded = self._runner.embed_all(to_embed, work, revised)
+        summary = RunSummary(self._job.output, embedded, embedded, units_before=units_before)
+        if self._runner.is_late and (next(work, None) is not None or not self._all_shards_done(revised)):
+            return replace(self._at_deadline(summary, revised), at_deadline=True)
+        return replace(summary, counts=parts.finish(self._runner.schema, self._identity | self._facts, revised))
+
+    def _all_shards_done(self, revised: FinishedOutput | None) -> bool:
+        return revised is not None or len(self._devices) == 1 or self._runner.is_complete()
+
+    def _at_deadline(self, summary: RunSummary, revised: FinishedOutput | None) -> RunSummary:
+        """Leave what is done for the next night; in an update, put it into the output."""
+        if not self._job.options.update:
+            return summary
+        take_in(self._parts, self._identity, self._facts, revised)
+        self._parts.discard()
+        with self._finished_output() as output:
+            return replace(summary, counts=output.counts)
 
 
 def _examine(path: str, options: RunOptions, say: Callable[[str, str], None]) -> Fingerprint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 from singerembed import storage
 from singerembed.audio.crops import CropBlock, CropPlan, read_crops
 from singerembed.audio.limits import TimeLimit
-from singerembed.audio.recording import open_recording
+from singerembed.audio.process import packet_hash
+from singerembed.audio.recording import local_recording, open_recording
 from singerembed.catalog.read import Track
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.errors import SingerEmbedError, TrackError
@@ -24,6 +26,7 @@ from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
 from singerembed.model.mel import Pcm
 from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
+from singerembed.storage import Facts
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +103,19 @@ def _pause(seconds: float, stop: Callable[[], int]) -> float:
     return seconds
 
 
+def facts_of(location: str, *, raising: bool = False) -> Facts:
+    """Size and time of the file at `location`; empty where it is not there, or its storage does not say.
+
+    `raising`: OSError of a kind that may pass is raised.
+    """
+    try:
+        return storage.facts_of(location)
+    except Exception as exc:  # each fsspec file system has exceptions of its own
+        if raising and isinstance(exc, OSError) and storage.may_pass(exc):
+            raise
+        return Facts()
+
+
 def overdue_rows(options: RunOptions, embedding_dim: int) -> TrackRows:
     """The rows of a track whose storage did not answer within the time limit."""
     limit = TimeLimit(options.track_timeout_seconds)
@@ -122,7 +138,9 @@ def _attempt(
     try:
         if track.problem:
             raise track.problem
-        for block in _timed_blocks(track, engine, options, limit, embedded.notes, isolated=isolated):
+        with limit.counting():  # before it is opened: what is written to it meanwhile then counts as a change
+            embedded.facts = facts_of(track.location, raising=True)
+        for block in _timed_blocks(track, engine, options, limit, embedded, isolated=isolated):
             if stop():
                 raise Stopped
             embedded.add(block)
@@ -138,17 +156,20 @@ def _attempt(
 
 
 def _timed_blocks(
-    track: Track, engine: Engine, options: RunOptions, limit: TimeLimit, notes: list[str], *, isolated: bool
+    track: Track, engine: Engine, options: RunOptions, limit: TimeLimit, found: _EmbeddedTrack, *, isolated: bool
 ) -> Iterator[CropBlock]:
     """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block.
 
-    What the reader notes of the recording is added to `notes`.
+    What the reader notes of the recording, and the hash of its packets, are added to `found`.
     """
     with ExitStack() as stack:
         with limit.counting():
-            recording = open_recording(track.location, engine.spec.sample_rate, limit, isolated=isolated)
-            reader = stack.enter_context(recording)
-        stack.callback(lambda: notes.extend(reader.notes))
+            path = stack.enter_context(local_recording(track.location))
+            reader = stack.enter_context(open_recording(path, engine.spec.sample_rate, limit, isolated=isolated))
+            if options.identity == "audio":
+                with contextlib.suppress(TrackError):  # FFmpeg does not know what libsndfile reads
+                    found.packet_hash = packet_hash(path, limit)
+        stack.callback(lambda: found.notes.extend(reader.notes))
         blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)
         while True:
             with limit.counting():
@@ -172,6 +193,8 @@ class _EmbeddedTrack:
 
     def __init__(self, engine: Engine, options: RunOptions) -> None:
         self.notes: list[str] = []
+        self.facts = Facts()
+        self.packet_hash = ""
         self._engine, self._options = engine, options
         self._index: list[int] = []
         self._start: list[NDArray[np.int64]] = []
@@ -212,6 +235,8 @@ class _EmbeddedTrack:
             note="; ".join(self.notes),
             seconds=seconds,
             audio_hash=self._hash.hexdigest()[:_HASH_DIGITS] if self._hash and self._index else "",
+            packet_hash=self.packet_hash,
+            facts=self.facts,
         )
         return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
 
@@ -241,4 +266,6 @@ def _pooled(rows: TrackRows) -> TrackRows:
         note=rows.note,
         seconds=rows.seconds,
         audio_hash=rows.audio_hash,
+        packet_hash=rows.packet_hash,
+        facts=rows.facts,
     )

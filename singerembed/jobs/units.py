@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
+from singerembed.jobs.todays_tracks import TodaysTracks
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
@@ -66,6 +68,17 @@ class Listener:
 
     def published(self, unit: int, counts: Counts) -> None:
         """The part file of a unit is on the disk."""
+
+
+@dataclass(frozen=True)
+class RevisedUnit(Unit):
+    """A unit of a finished output that is written again."""
+
+    bounds: Sequence[tuple[int, int]] = ()  # of each track: its rows there; it keeps them unless it is embedded
+    columns: pa.Table | None = None  # a row a track: what takes the place of stored values; None: nothing
+
+
+Work = Iterator[tuple[Unit, Sequence[int]]]  # units, and which of their tracks to embed
 
 
 class Task(NamedTuple):
@@ -157,13 +170,13 @@ def publish_units(
 ) -> Counts:
     """Write `results`, in order, to the part files of their units; return the counts of what was embedded.
 
-    Tracks of a unit that are not among `results` keep the rows that they have in `previous`.
+    Tracks of a `RevisedUnit` that are not among `results` keep the rows that they have in `previous`.
     """
     embedded = Counts()
     for _, of_unit in groupby(results, key=lambda result: result[0].unit.index):
         first = next(of_unit)
         unit = first[0].unit
-        kept = previous.rows_by_track(unit.index, len(unit.tracks)) if previous else []
+        kept = _kept_rows(unit, schema, previous)
         with parts.writing(unit.index, schema) as part:
             position = 0
             for task, rows in chain([first], of_unit):
@@ -181,6 +194,32 @@ def publish_units(
     return embedded
 
 
+def publish_kept(
+    units: Iterable[RevisedUnit],
+    parts: PartStore,
+    schema: pa.Schema,
+    listeners: Sequence[Listener],
+    previous: FinishedOutput,
+    stop: Callable[[], int],
+) -> None:
+    """Write units none of whose tracks is embedded. Raises Stopped."""
+    for unit in units:
+        if stop():
+            raise Stopped
+        with parts.writing(unit.index, schema) as part:
+            for rows in _kept_rows(unit, schema, previous):
+                part.keep(rows)
+        for listener in listeners:
+            listener.published(unit.index, part.counts)
+
+
+def _kept_rows(unit: Unit, schema: pa.Schema, previous: FinishedOutput | None) -> list[pa.Table]:
+    """The rows that each track of `unit` has in `previous`; of a unit that is not there, or tells none apart, none."""
+    if previous is None or not isinstance(unit, RevisedUnit):
+        return []
+    return previous.kept_rows(unit.index, unit.bounds, unit.columns, schema)
+
+
 class UnitRunner:
     """Embeds the units of one run, or one shard of them, in this process."""
 
@@ -191,11 +230,15 @@ class UnitRunner:
         spec = self._engine_file.spec
         options = job.options
         self.schema = output_schema(
-            self._catalog.extra_schema(), spec.embedding_dim, options.embedding_dtype, audio_hash=options.audio_hash
+            self._catalog.extra_schema(),
+            spec.embedding_dim,
+            options.embedding_dtype,
+            audio_hash=options.audio_hash,
+            packet_hash=options.identity == "audio",
         )
 
-    def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:
-        """Embed and publish the units of `open_units`. Returns the counts of what was embedded."""
+    def embed_all(self, total_tracks: int, work: Work, previous: FinishedOutput | None = None) -> Counts:
+        """Embed and publish `work`. Returns the counts of what was embedded."""
         options, shards = self._job.options, self._job.shards
         journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
         cores = max(1, available_cores() // shards)
@@ -203,30 +246,55 @@ class UnitRunner:
         with closing(threads):
             for listener in self._listeners:
                 listener.started(threads.spec, threads.description, total_tracks)
-            tasks = (Task(unit, i) for unit, positions in self.open_units(previous) for i in positions)
+            tasks = (Task(unit, i) for unit, positions in self.until_deadline(work) for i in positions)
             try:
                 results = threads.embed(tasks)
                 return publish_units(results, self._parts, self.schema, self._listeners, previous)
             except Stopped as exc:
                 raise self._parts.interrupted(self._stop()) from exc
 
-    def open_units(self, previous: FinishedOutput | None = None) -> Iterator[tuple[Unit, Sequence[int]]]:
-        """Yield the units that are not done yet, and which of their tracks to embed: all, or those in error before.
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has passed."""
+        deadline = self._job.options.deadline
+        return deadline is not None and time.time() >= deadline
 
-        Raises Stopped.
-        """
+    def until_deadline(self, work: Work) -> Work:
+        """Yield `work` as long as a unit may begin."""
+        for item in work:
+            if self.is_late:
+                return
+            yield item
+
+    def is_complete(self) -> bool:
+        """Whether every unit of the catalogue is done."""
+        return all(unit.index in self._parts.done for unit in self._catalog.units(self._job.options.unit_minutes))
+
+    def todays_tracks(self, folder: str | None) -> TodaysTracks:
+        """All tracks of the catalogue, with their files' sizes and times. Raises CatalogError and Stopped."""
+        return TodaysTracks(self._catalog, folder, self._job.options, self._stop)
+
+    def open_units(self) -> Work:
+        """Yield the units of this shard that are not done yet, with all their tracks. Raises Stopped."""
+        for unit in self._units():
+            yield unit, range(len(unit.tracks))
+
+    def failed_units(self, previous: FinishedOutput) -> Work:
+        """Yield the units of `previous` that are not done yet, and their tracks that are in error. Raises Stopped."""
+        for unit in self._units():
+            positions, bounds = previous.failed_tracks(unit.index, len(unit.tracks))
+            if positions:
+                yield RevisedUnit(unit.index, unit.tracks, unit.extra, bounds), positions
+
+    def _units(self) -> Iterator[Unit]:
         job = self._job
         for unit in self._catalog.units(job.options.unit_minutes, job.unchanged_since):
             if self._stop():
                 raise Stopped
-            if unit.index % self._job.shards != self._job.shard:
+            if unit.index % job.shards != job.shard:
                 continue
-            if unit.index in self._parts.done:
-                for listener in self._listeners:
-                    listener.skipped(len(unit.tracks))
+            if unit.index not in self._parts.done:
+                yield unit
                 continue
-            positions: Sequence[int] = range(len(unit.tracks))
-            if previous:
-                positions = previous.tracks_with_errors(unit.index, len(unit.tracks))
-            if positions:
-                yield unit, positions
+            for listener in self._listeners:
+                listener.skipped(len(unit.tracks))

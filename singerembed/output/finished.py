@@ -14,12 +14,15 @@ import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from singerembed import storage
@@ -168,6 +171,7 @@ class FinishedOutput:
         self.metadata: dict[str, Any] = {}
         self.counts = Counts()
         self._files = ExitStack()
+        self._last: tuple[int, list[str] | None, pa.Table] | None = None
         _check_form(output, partitioned=partitioned)
         if not self.exists:
             return
@@ -200,6 +204,11 @@ class FinishedOutput:
             )
 
     @property
+    def schema(self) -> pa.Schema:
+        """Names and types of the columns."""
+        return read_schema(self._output) if self._partitioned else self._parquet.schema_arrow
+
+    @property
     def n_units(self) -> int:
         return len(self._unit_ends)
 
@@ -216,27 +225,46 @@ class FinishedOutput:
         first, last = bisect_right(self._group_ends, start), bisect_left(self._group_ends, end)
         if start == end:
             return self._parquet.schema_arrow.empty_table()
-        table = self._parquet.read_row_groups(list(range(first, last + 1)), columns=columns)
+        table = pa.concat_tables([self._row_group(group, columns) for group in range(first, last + 1)])
         return table.slice(start - (self._group_ends[first - 1] if first else 0), end - start)
 
-    def tracks_with_errors(self, unit: int, n_tracks: int) -> list[int]:
-        """Which of the unit's `n_tracks` tracks have a row whose status is error."""
+    def _row_group(self, group: int, columns: list[str] | None) -> pa.Table:
+        """A row group; the last one is kept, because the next unit often begins in it."""
+        if self._last is None or self._last[:2] != (group, columns):
+            self._last = (group, columns, self._parquet.read_row_group(group, columns=columns))
+        return self._last[2]
+
+    def failed_tracks(self, unit: int, n_tracks: int) -> tuple[list[int], list[tuple[int, int]]]:
+        """Which of the unit's `n_tracks` tracks have a row whose status is error, and which rows each track has.
+
+        Where the rows do not tell that many tracks apart, all of them are named, and none has rows.
+        """
         if not self.unit_counts(unit).errors:
-            return []
+            return [], []
         rows = self.rows(unit, ["track_id", "path", "crop", "status"])
         bounds = track_bounds(rows)
         if len(bounds) - 1 != n_tracks:
-            return list(range(n_tracks))
+            return list(range(n_tracks)), [(0, 0)] * n_tracks
         failed = rows["status"].to_numpy() == ERROR
-        return [i for i in range(n_tracks) if failed[bounds[i] : bounds[i + 1]].any()]
+        return [i for i in range(n_tracks) if failed[bounds[i] : bounds[i + 1]].any()], list(pairwise(bounds))
 
-    def rows_by_track(self, unit: int, n_tracks: int) -> list[pa.Table]:
-        """The unit's rows, a table a track; empty where `tracks_with_errors` names them all."""
+    def kept_rows(
+        self, unit: int, bounds: Sequence[tuple[int, int]], columns: pa.Table | None, schema: pa.Schema
+    ) -> list[pa.Table]:
+        """Rows `bounds`, a pair a track, of unit `unit`: a table of `schema` a track.
+
+        `columns`, where given, has a row a track, whose values take the place of those that were stored.
+        """
         rows = self.rows(unit)
-        bounds = track_bounds(rows)
-        if len(bounds) - 1 != n_tracks:
-            return []
-        return [rows.slice(a, b - a) for a, b in pairwise(bounds)]
+        if columns is None:
+            return [rows.slice(start, stop - start) for start, stop in bounds]
+        lengths = np.array([stop - start for start, stop in bounds], np.int64)
+        wanted = np.concatenate([np.empty(0, np.int64), *(np.arange(start, stop) for start, stop in bounds)])
+        new = columns.take(pa.array(np.repeat(np.arange(len(bounds)), lengths)))
+        old = rows.take(pa.array(wanted))
+        table = pa.table([(new if name in new.column_names else old)[name] for name in schema.names], schema=schema)
+        ends = np.cumsum(lengths)
+        return [table.slice(end - length, length) for end, length in zip(ends.tolist(), lengths.tolist(), strict=True)]
 
     def close(self) -> None:
         """Close the file."""
@@ -276,11 +304,11 @@ def track_bounds(rows: pa.Table) -> list[int]:
     Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same recording
     twice in a row, and only the second failed, the two look like one: then there are fewer bounds than tracks.
     """
-    names = list(zip(rows["track_id"].to_pylist(), rows["path"].to_pylist(), strict=True))
-    crops = rows["crop"].to_pylist()
-    bounds = [0]
-    for i in range(1, len(names)):
-        ended = crops[i - 1] is None or (crops[i] is not None and crops[i] <= crops[i - 1])
-        if ended or names[i] != names[i - 1]:
-            bounds.append(i)
-    return [*bounds, len(names)]
+    if not rows.num_rows:
+        return [0]
+    crop = pc.fill_null(rows["crop"], -1).to_numpy()
+    begins = (crop[:-1] == -1) | ((crop[1:] != -1) & (crop[1:] <= crop[:-1]))
+    for name in ("track_id", "path"):
+        column = rows[name].combine_chunks()
+        begins |= pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
+    return [0, *(np.flatnonzero(begins) + 1).tolist(), rows.num_rows]

@@ -29,6 +29,7 @@ from singerembed.output.schema import (
     UNITS_KEY,
     Counts,
     PartWriter,
+    conformed,
     writer_options,
 )
 
@@ -93,14 +94,16 @@ class PartStore:
         self._give_back = lambda: None
         storage.remove_empty_folder(self.folder)
 
-    def open(self, identity: dict[str, Any], *, retrying: bool = False) -> None:
+    def stage(self) -> None:
+        """Keep parts of a partitioned output in the parts folder until all are there: the output is finished."""
+        self._units_folder = self.folder
+        self.refresh()
+
+    def open(self, identity: dict[str, Any]) -> None:
         """Take over the parts of an earlier run, or begin a new set.
 
         `identity`: JSON of everything that decides the rows. Raises OutputError when the parts have another.
-        `retrying`: the output is finished, and the parts are to replace some of its own.
         """
-        if retrying:
-            self._units_folder = self.folder
         before = self.identity()
         if before is not None:
             found = differences(before, identity)
@@ -128,6 +131,11 @@ class PartStore:
             return None
         with storage.open_input(run_file) as file:
             return dict(json.loads(file.read()))
+
+    def is_of_another(self, identity: dict[str, Any]) -> bool:
+        """Say whether there are parts, and of another run than that of `identity`."""
+        before = self.identity()
+        return before is not None and bool(differences(before, identity))
 
     @classmethod
     def of_parent(cls, output: str, *, partitioned: bool) -> PartStore:
@@ -167,31 +175,48 @@ class PartStore:
     def finish(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
         """Turn the parts into the finished output, and remove the parts folder.
 
-        Units without a part are those of `previous`, the finished output whose errors were retried.
+        Units without a part are those of `previous`, the finished output that is brought up to date; parts of units
+        that it has not are put behind its own.
         """
+        total = self._join(schema, metadata, previous)
+        self.discard()
+        return total
+
+    def take_in(self, metadata: dict[str, Any], previous: FinishedOutput | None) -> None:
+        """Finish the output with the units that are done, of a run that was interrupted, and remove their parts.
+
+        Nothing is done twice, even where this was interrupted too: `metadata["update"]` tells whether they are in.
+        """
+        if self.done and not (previous and previous.metadata.get("update") == metadata["update"]):
+            with storage.open_input(self._part(min(self.done))) as file:
+                schema = pq.read_schema(file).remove_metadata()
+            self._join(schema, metadata, previous)
+        for unit in self.done if self._units_folder == self.folder else ():
+            storage.remove(self._part(unit))
+        storage.remove(f"{self.folder}/{_RUN_FILE}")
+        self.done = set()
+
+    def _join(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
+        made = self._complete if self._partitioned else self._merge
         try:
-            made = self._complete if self._partitioned else self._merge
-            total = made(schema, metadata, previous)
+            return made(schema, metadata, previous)
         except OSError as exc:
             raise OutputError(
                 f"{exc.strerror or exc} while writing {self.output}; "
                 f"all {len(self.done):,} units are safe in {self._units_folder}. "
                 "Mend that and run the same command again"
             ) from exc
-        self.discard()
-        return total
 
     def _merge(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
         """Join all parts, in order, to one file. Memory holds one row group, and the index of units."""
         index, total = UnitIndex(), Counts()
-        n_units = previous.n_units if previous else len(self.done)
         schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         with (
             storage.publishing(self.output) as temporary,
             pq.ParquetWriter(temporary, schema, **writer_options(schema)) as writer,
         ):
             groups = _RowGroups(writer, schema)
-            for unit in range(n_units):
+            for unit in sorted(self.done | set(range(previous.n_units if previous else 0))):
                 if unit in self.done:
                     with storage.open_input(self._part(unit)) as file:
                         part = pq.ParquetFile(file)
@@ -210,15 +235,24 @@ class PartStore:
         return total
 
     def _complete(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
-        """Move the parts of retried units to their places, and write the index of all parts."""
-        if previous:
-            for unit in sorted(self.done):
-                storage.rename(self._part(unit), finished.part_path(self.output, unit))
-        elif not self.done:  # a folder without a file would have no schema
+        """Move the parts to their places, numbered without a gap, and write the index of all parts.
+
+        A part that takes the place of another does so by one rename: a reader finds a recording's old rows or its new
+        ones, and never none or both.
+        """
+        n_before = previous.n_units if previous else 0
+        free = max((unit + 1 for unit in finished.units_in(self.output)), default=0) if previous else 0
+        for unit in sorted(self.done):
+            number = unit
+            if unit >= n_before:
+                number, free = free, free + 1
+            if (self._units_folder, unit) != (self.output, number):
+                storage.rename(self._part(unit), finished.part_path(self.output, number))
+        if not previous and not self.done:  # a folder without a file would have no schema
             with self.writing(0, schema):
                 pass
         index, total = UnitIndex(), Counts()
-        n_units = previous.n_units if previous else len(self.done)
+        n_units = len(finished.units_in(self.output))
         with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
             for start in range(0, n_units, _FOOTERS_A_TURN):
                 units = range(start, min(n_units, start + _FOOTERS_A_TURN))
@@ -269,7 +303,7 @@ class _RowGroups:
     def add(self, table: pa.Table) -> None:
         if self._rows + table.num_rows > ROW_GROUP_ROWS:
             self.flush()
-        self._tables.append(table.cast(self._schema))
+        self._tables.append(conformed(table, self._schema))
         self._rows += table.num_rows
 
     def flush(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from singerembed.catalog.read import Track
 from singerembed.errors import TrackError
-from singerembed.storage import portable, printable
+from singerembed.storage import Facts, portable, printable
 
 METADATA_KEY = b"singerembed"
 COUNTS_KEY = b"singerembed.counts"
@@ -38,8 +39,16 @@ _LEADING = [
     pa.field("peak_dbfs", pa.float32()),
     pa.field("rms_dbfs", pa.float32()),
 ]
-_AUDIO_HASH = pa.field("audio_hash", pa.string())
-RESERVED_COLUMNS = [field.name for field in _LEADING] + [_AUDIO_HASH.name, "embedding"]
+# What a recording was when it was read, by which an update knows it again. The start and end are the catalogue's.
+IDENTITY = [
+    pa.field("track_start", pa.float64()),
+    pa.field("track_end", pa.float64()),
+    pa.field("file_size", pa.int64()),
+    pa.field("file_mtime", pa.timestamp("us", "UTC")),
+]
+AUDIO_HASH = pa.field("audio_hash", pa.string())
+PACKET_HASH = pa.field("packet_hash", pa.string())
+RESERVED_COLUMNS = [field.name for field in (*_LEADING, *IDENTITY, AUDIO_HASH, PACKET_HASH)] + ["embedding"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,8 @@ class TrackRows:
     note: str = ""  # what a person should know of the recording, although it was decoded; empty: nothing
     seconds: float = 0.0  # spent on decoding and embedding it
     audio_hash: str = ""  # of the samples of its crops; empty: not wanted
+    packet_hash: str = ""  # of the file's encoded audio; empty: not wanted, or it cannot be read
+    facts: Facts = field(default_factory=Facts)  # of the file, before it was opened
 
     @property
     def n_rows(self) -> int:
@@ -96,12 +107,15 @@ class Counts:
             self.errors[INVALID_SAMPLES] += bad_crops
 
     def add_kept(self, rows: pa.Table) -> None:
-        """Count one track by the rows that an earlier run wrote for it; none of them an error."""
-        is_silent = rows["status"].to_numpy() == SILENT
+        """Count one track by the rows that an earlier run wrote for it."""
+        status = rows["status"].to_numpy()
+        errors = [code for code in rows["error_code"].to_pylist() if code is not None]
         self.tracks += 1
-        self.crops += rows.num_rows
-        self.silent += int(is_silent.sum())
-        self.audio_seconds += float((rows["end"].to_numpy() - rows["start"].to_numpy()).sum())
+        self.crops += rows.num_rows - rows["crop"].null_count
+        self.silent += int((status == SILENT).sum())
+        self.error_tracks += bool(errors)
+        self.errors.update(errors)
+        self.audio_seconds += float(np.nansum(rows["end"].to_numpy() - rows["start"].to_numpy()))
 
     def merge(self, other: Counts) -> None:
         """Add the counts of other rows."""
@@ -126,9 +140,11 @@ INVALID_SAMPLES = "invalid_samples"
 _INVALID_MESSAGE = "NaN or infinity in the samples"
 
 
-def output_schema(extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False) -> pa.Schema:
+def output_schema(
+    extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False, packet_hash: bool = False
+) -> pa.Schema:
     """Columns of the output; `extra` are the catalogue's. `embedding_dtype` is float32 or float16."""
-    leading = [*_LEADING, _AUDIO_HASH] if audio_hash else _LEADING
+    leading = [*_LEADING, *IDENTITY, *([AUDIO_HASH] if audio_hash else []), *([PACKET_HASH] if packet_hash else [])]
     value = pa.float16() if embedding_dtype == "float16" else pa.float32()
     return pa.schema([*leading, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
 
@@ -143,6 +159,21 @@ def writer_options(schema: pa.Schema) -> dict[str, Any]:
     }
 
 
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """`table` with the columns of `schema`: null where it lacks one, or has one that cannot be converted."""
+    if table.schema.names == schema.names:
+        with suppress(pa.ArrowException):
+            return table.cast(schema)
+    columns = []
+    for name, kind in zip(schema.names, schema.types, strict=True):
+        column = pa.nulls(table.num_rows, kind)
+        if name in table.column_names:
+            with suppress(pa.ArrowException):
+                column = table[name].cast(kind)
+        columns.append(column)
+    return pa.table(columns, schema=schema)
+
+
 class PartWriter:
     """Writes tracks in order to one Parquet file, a row group at a time."""
 
@@ -151,6 +182,7 @@ class PartWriter:
         self._writer = pq.ParquetWriter(path, schema, **writer_options(schema))
         self._tracks: list[tuple[Track, TrackRows]] = []
         self._extra: list[pa.Table] = []
+        self._tables: list[pa.Table] = []  # of the tracks before those
         self._rows = 0
         self.counts = Counts()
 
@@ -159,15 +191,14 @@ class PartWriter:
         self.counts.add(rows)
         self._tracks.append((track, rows))
         self._extra.append(extra)
-        self._rows += rows.n_rows
-        if self._rows >= ROW_GROUP_ROWS:
-            self._flush()
+        self._added(rows.n_rows)
 
     def keep(self, rows: pa.Table) -> None:
         """Append the rows that an earlier run wrote for one track."""
-        self._flush()
         self.counts.add_kept(rows)
-        self._writer.write_table(rows, row_group_size=ROW_GROUP_ROWS)
+        self._gather()
+        self._tables.append(rows)
+        self._added(rows.num_rows)
 
     def close(self) -> None:
         """Finish the file; the counts go into its metadata."""
@@ -179,11 +210,21 @@ class PartWriter:
         """Close the file without finishing it."""
         self._writer.close()
 
-    def _flush(self) -> None:
+    def _added(self, rows: int) -> None:
+        self._rows += rows
+        if self._rows >= ROW_GROUP_ROWS:
+            self._flush()
+
+    def _gather(self) -> None:
         if self._tracks:
-            table = rows_table(self._tracks, pa.concat_tables(self._extra), self._schema)
-            self._writer.write_table(table, row_group_size=ROW_GROUP_ROWS)
-        self._tracks, self._extra, self._rows = [], [], 0
+            self._tables.append(rows_table(self._tracks, pa.concat_tables(self._extra), self._schema))
+        self._tracks, self._extra = [], []
+
+    def _flush(self) -> None:
+        self._gather()
+        if self._tables:
+            self._writer.write_table(pa.concat_tables(self._tables), row_group_size=ROW_GROUP_ROWS)
+        self._tables, self._rows = [], 0
 
 
 def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -201,6 +242,11 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "error": pa.array(_flat(_error_cells(rows, code=False) for _, rows in tracks), pa.string()),
         "audio_note": pa.array([printable(rows.note) or None for _, rows in tracks], pa.string()).take(of_track),
         "audio_hash": pa.array([rows.audio_hash or None for _, rows in tracks], pa.string()).take(of_track),
+        "packet_hash": pa.array([rows.packet_hash or None for _, rows in tracks], pa.string()).take(of_track),
+        **{
+            name: column.take(of_track)
+            for name, column in identity_columns([(track, rows.facts) for track, rows in tracks]).items()
+        },
         "peak_dbfs": _dbfs(tracks, "peak"),
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),
@@ -208,6 +254,17 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
     repeated = extra.take(pa.array(of_track))
     columns.update({name: repeated.column(name) for name in extra.column_names})
     return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def identity_columns(tracks: Sequence[tuple[Track, Facts]]) -> dict[str, pa.Array]:
+    """The columns IDENTITY, a value a track."""
+    values: list[list[Any]] = [
+        [track.start or None for track, _ in tracks],
+        [track.end for track, _ in tracks],
+        [facts.size for _, facts in tracks],
+        [None if facts.mtime_ns is None else facts.mtime_ns // 1000 for _, facts in tracks],
+    ]
+    return {field.name: pa.array(column, field.type) for field, column in zip(IDENTITY, values, strict=True)}
 
 
 def _flat(lists: Iterable[list[Any]]) -> list[Any]:
