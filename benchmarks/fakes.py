@@ -67,11 +67,11 @@ def _open_recording(_location: str, *_rest: Any, **_options: Any) -> Iterator[_R
     yield _Recording()
 
 
-def install_engine() -> None:
+def install_engine(engine: type[InstantEngine] = InstantEngine) -> None:
     """Replace the engine of runs in this process."""
     from singerembed.jobs import units
 
-    units.open_engine = InstantEngine  # type: ignore[attr-defined, assignment]
+    units.open_engine = engine  # type: ignore[attr-defined, assignment]
 
 
 def install() -> None:

@@ -120,11 +120,11 @@ class _Run:
             if options.restart:
                 self._parts.remove()
             elif options.update and (previous.exists or self._parts.is_of_another(self._identity)):
-                take_in_interrupted(self._parts, previous, self._identity, self._facts)
-                try:
-                    return self._update(say, all_was_seen=all_was_seen)
-                except Stopped as exc:
-                    raise self._parts.interrupted(self._stop()) from exc
+                if take_in_interrupted(self._parts, previous, self._identity, self._facts):
+                    try:
+                        return self._update(say, all_was_seen=all_was_seen)
+                    except Stopped as exc:
+                        raise self._parts.interrupted(self._stop()) from exc
             elif previous.exists:
                 _check_same(output, previous, self._identity)
                 if options.retry_errors and previous.counts.errors:

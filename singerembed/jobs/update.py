@@ -72,8 +72,8 @@ def embedding_identity(identity: dict[str, Any]) -> dict[str, Any]:
 
 def take_in_interrupted(
     parts: PartStore, previous: FinishedOutput, identity: dict[str, Any], facts: dict[str, Any]
-) -> None:
-    """Put into the output what an interrupted run has embedded, so that an update goes on from there.
+) -> bool:
+    """Put into the output what an interrupted run has embedded, and say whether there is an output then.
 
     `identity`: of today's run; `facts`: what else the output's metadata holds. Raises OutputError where the output or
     the parts have other embeddings than today's run.
@@ -92,7 +92,10 @@ def take_in_interrupted(
             parts.stage()
         else:
             parts.refresh()
+        taken = bool(parts.done)
         take_in(parts, begun, facts, previous if previous.exists else None)
+        return previous.exists or taken
+    return previous.exists
 
 
 def take_in(parts: PartStore, identity: dict[str, Any], facts: dict[str, Any], previous: FinishedOutput | None) -> None:

@@ -14,9 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from singerembed.audio.limits import TimeLimit
+from singerembed.audio.process import packet_hash
 from singerembed.errors import InterruptedRun, OutputError
+from singerembed.jobs import todays_tracks
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
+from singerembed.jobs.track import Stopped
 from singerembed.jobs.units import Listener
 from singerembed.output.schema import Counts
 
@@ -348,3 +352,50 @@ def test_without_update_a_run_goes_on_after_the_deadline(library: Library) -> No
     assert last.units_before >= 2
     assert last.counts.tracks == 17
     assert library.rows().equals(library.full_run())
+
+
+def test_moved_and_retagged_files_keep_their_rows(library: Library) -> None:
+    shutil.rmtree(library.output) if library.options.partitioned else library.output.unlink()
+    library.options = replace(library.options, identity="audio")
+    library.update()
+    embeddings = dict(zip(library.rows()["packet_hash"].to_pylist(), library.rows()["embedding"], strict=True))
+    (library.folder / "0.wav").rename(library.folder / "moved.wav")
+    for name in ("1.wav", "2.wav"):
+        path = library.folder / name
+        content = path.read_bytes() + b"LIST" + (12).to_bytes(4, "little") + b"INFOINAM\0\0\0\0"
+        path.write_bytes(content[:4] + (len(content) - 8).to_bytes(4, "little") + content[8:])
+    (library.folder / "2.wav").rename(library.folder / "both.wav")
+    library.add("3.wav", 6)
+    summary = library.update()
+    assert counted(summary) == {"kept": 4, "changed": 1, "moved": 2, "retagged": 1}
+    assert summary.embedded.tracks == 1
+    rows = library.rows()
+    assert rows.equals(library.full_run())
+    for hashed, embedding in zip(rows["packet_hash"].to_pylist(), rows["embedding"], strict=True):
+        assert embedding == embeddings.get(hashed, embedding)
+    assert counted(library.update()) == {"kept": 5}
+
+
+def test_the_hashes_of_an_interrupted_night_are_kept(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(library.output) if library.options.partitioned else library.output.unlink()
+    library.options = replace(library.options, identity="audio")
+    library.update()
+    (library.folder / "0.wav").rename(library.folder / "moved.wav")
+    read: list[str] = []
+
+    def noted(path: str, limit: TimeLimit) -> str:
+        read.append(path)
+        return packet_hash(path, limit)
+
+    monkeypatch.setattr(todays_tracks, "packet_hash", noted)
+    monkeypatch.setattr("singerembed.jobs.run.publish_kept", interrupted)
+    with pytest.raises(InterruptedRun):
+        library.update()
+    monkeypatch.undo()
+    monkeypatch.setattr(todays_tracks, "packet_hash", noted)
+    assert counted(library.update()) == {"kept": 5, "moved": 1}
+    assert len(read) == 1
+
+
+def interrupted(*_arguments: object) -> None:
+    raise Stopped
