@@ -216,11 +216,23 @@ def compare(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> To
     return Tolerance(float(cosine.min()), float((np.abs(a - b).max(axis=1) / norm_b).max()))
 
 
+def _batches_to_verify(engine: Engine) -> list[NDArray[np.int64]]:
+    """Which crops to embed together: all; on a device also as many as fill batches, and more than that.
+
+    There a batch runs as it is the first time, and from a captured graph from then on.
+    """
+    full = 4 * engine.batch
+    sizes = [_VERIFY_CROPS, *([full, full, full, full + 3, full + 3] if engine.waits else [])]
+    return [np.arange(size) % _VERIFY_CROPS for size in sizes]
+
+
 def _verify(checkpoint: Checkpoint, engine: Engine, what: str, say: Callable[[str, str], None]) -> dict[str, object]:
     from singerembed.engine.torch import TorchEngine
 
     crops = verification_crops(checkpoint.spec)
-    reached = compare(engine.embed(crops).embedding, TorchEngine(checkpoint).embed(crops).embedding)
+    expected = TorchEngine(checkpoint).embed(crops).embedding
+    embedded = [engine.embed(crops[which]).embedding for which in _batches_to_verify(engine)]
+    reached = compare(np.concatenate(embedded), expected[np.concatenate(_batches_to_verify(engine))])
     engine.close()
     allowed = TOLERANCES[engine.spec.precision]
     say(

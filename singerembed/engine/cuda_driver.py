@@ -2,11 +2,14 @@
 
 The context is the device's primary context, which the CUDA runtime in the mel extension, TensorRT and ONNX Runtime
 use. Handles of another context would be invalid in those libraries (NVIDIA/TensorRT issues 930, 1133 and 4335,
-inducer/pycuda issue 242). It is current only in the thread that opened the device.
+inducer/pycuda issue 242). It is current only in the thread that opened the device, and retained until the process ends:
+those libraries keep state in it, which would be gone with the last reference, and pycuda's `detach` leaves a context
+current that it has popped.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -17,6 +20,9 @@ from singerembed.engine.device import Capture, DeviceBuffer, DeviceMel, OutOfDev
 from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.model.mel import cuda_mel
 from singerembed.model.spec import ModelSpec
+
+_retained: dict[int, Any] = {}  # pycuda's context of each device, never detached
+_retaining = threading.Lock()
 
 _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the legacy default stream
 
@@ -55,7 +61,8 @@ class CudaDevice:
         self.compute_capability: tuple[int, int] = device.compute_capability()
         self.name = f"{device.name()} ({index})"
         try:
-            self._context = device.retain_primary_context()
+            with _retaining:
+                self._context = _retained.get(index) or _retained.setdefault(index, device.retain_primary_context())
         except self._driver.Error as exc:
             raise EngineError(
                 f"cannot create a context on {self.name}: {exc}. Is it in use, or in another compute mode?"
@@ -64,10 +71,9 @@ class CudaDevice:
         self._streams: dict[int, Any] = {}
 
     def close(self) -> None:
-        """Release the context. Buffers must have been freed before."""
-        self._streams.clear()  # before the context that they belong to
+        """Leave the context. Buffers must have been freed before."""
+        self._streams.clear()  # while the context that they belong to is current
         self._context.pop()
-        self._context.detach()
 
     def allocate(self, n_bytes: int) -> DeviceBuffer:
         """See `Device.allocate`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -99,11 +100,14 @@ class Network(Protocol):
     half_input: bool  # log-mel input is FP16, else FP32
     capturable: bool  # `enqueue` may be captured in a CUDA graph
 
-    def prepare(self, batch: int) -> None:
-        """Allocate for batches up to `batch`. Raises OutOfDeviceMemory."""
+    def prepare(self, lanes: int, batches: Sequence[int]) -> None:
+        """Make ready for batches of these sizes in `lanes` lanes, and for no others. Raises OutOfDeviceMemory.
+
+        Nothing that was enqueued may be running, and graphs that were captured before are void.
+        """
         ...
 
-    def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
         """Enqueue inference from [batch, n_mels, n_frames] at `log_mel` to float32 [batch, embedding_dim]."""
         ...
 

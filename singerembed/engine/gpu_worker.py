@@ -33,6 +33,7 @@ _LANES = 2  # batches in flight, so that the device never waits for the host
 class Lane:
     """Buffers of one batch in flight. Their addresses are fixed, so that a CUDA graph can be replayed."""
 
+    index: int
     crops: NDArray[Any]  # DEVICE_CROP [batch], page-locked
     device_crops: DeviceBuffer
     scratch: DeviceBuffer
@@ -41,7 +42,12 @@ class Lane:
     embedding: NDArray[np.float32]  # [batch, embedding_dim], page-locked
     batch: list[tuple[Slot, int]] = field(default_factory=list)  # slot and index of each crop
     downloaded: object = None  # event
-    graph: Capture | None = None  # of a full batch
+    graphs: dict[int, Capture] = field(default_factory=dict)  # by the size of the batch
+
+
+def batch_sizes(largest: int) -> list[int]:
+    """The sizes that batches are filled up to, ascending: few, so that each has a graph of its own."""
+    return sorted({max(1, largest // 4), max(1, largest // 2), largest})
 
 
 class Worker:
@@ -76,7 +82,7 @@ class Worker:
             self._device.synchronize()
         # Graphs, events and kernels are released here, because their last reference might go in another thread.
         for lane in self._lanes:
-            lane.graph = lane.downloaded = None
+            lane.graphs, lane.downloaded = {}, None
         for slot in self._uploads:
             slot.uploaded = None
         self._mel = None
@@ -93,9 +99,9 @@ class Worker:
         """Allocate slots and lanes, halving the batch until they fit."""
         while True:
             try:
-                self._network.prepare(self.batch)
+                self._network.prepare(_LANES, batch_sizes(self.batch))
                 slots = [self._new_slot() for _ in range(SLOTS)]
-                lanes = [self._new_lane() for _ in range(_LANES)]
+                lanes = [self._new_lane(index) for index in range(_LANES)]
             except OutOfDeviceMemory as exc:
                 self._owned.close()
                 self._halve(exc)
@@ -131,12 +137,13 @@ class Worker:
             self._device_buffer(levels_bytes),
         )
 
-    def _new_lane(self) -> Lane:
+    def _new_lane(self, index: int) -> Lane:
         spec, mel = self._spec, self._kernels()
         value_bytes = 2 if self._network.half_input else 4
         embedding_bytes = self.batch * spec.embedding_dim * 4
         crops_bytes = self.batch * DEVICE_CROP.itemsize
         return Lane(
+            index,
             self._pinned_buffer(crops_bytes).array.view(DEVICE_CROP),
             self._device_buffer(crops_bytes),
             self._device_buffer(mel.scratch_bytes(self.batch)),
@@ -224,27 +231,29 @@ class Worker:
                 time.sleep(POLL_SECONDS)
         self._halve(exc)
         for lane in self._lanes:
-            lane.graph = None
+            lane.graphs = {}
         try:
-            self._network.prepare(self.batch)
+            self._network.prepare(_LANES, batch_sizes(self.batch))
         except OutOfDeviceMemory as again:
             self._shrink(again)
 
     def _launch(self, lane: Lane) -> None:
         n = len(lane.batch)
-        self._fill_crop_records(lane)
-        if n == self.batch and lane.graph is not None:
-            lane.graph.launch(self._compute)
+        size = next(size for size in batch_sizes(self.batch) if size >= n)
+        self._fill_crop_records(lane, size)
+        if size in lane.graphs:
+            lane.graphs[size].launch(self._compute)
         else:
-            self._enqueue(lane, n)
-            if n == self.batch and self._capture_graphs:  # after a first run, in which libraries initialise
-                lane.graph = self._capture(lane)
+            self._enqueue(lane, size)
+            if self._capture_graphs:  # after a first run, in which libraries initialise
+                self._capture(lane, size)
         self._device.wait(self._down, self._device.record(self._compute))
         self._device.download(lane.embedding[:n], lane.device_embedding.address, self._down)
         lane.downloaded = self._device.record(self._down)
         self._computing.append(lane)
 
-    def _fill_crop_records(self, lane: Lane) -> None:
+    def _fill_crop_records(self, lane: Lane, size: int) -> None:
+        """List the batch's crops; the last one is listed again until there are `size`."""
         n = self._spec.crop_samples
         lane.crops[: len(lane.batch)] = [
             (
@@ -254,6 +263,7 @@ class Worker:
             )
             for slot, place in lane.batch
         ]
+        lane.crops[len(lane.batch) : size] = lane.crops[len(lane.batch) - 1]
 
     def _enqueue(self, lane: Lane, n: int) -> None:
         self._device.upload(lane.device_crops.address, lane.crops[:n], self._compute)
@@ -265,19 +275,21 @@ class Worker:
             stream=self._compute,
             half=self._network.half_input,
         )
-        self._network.enqueue(n, lane.log_mel.address, lane.device_embedding.address, self._compute)
+        self._network.enqueue(lane.index, n, lane.log_mel.address, lane.device_embedding.address, self._compute)
 
-    def _capture(self, lane: Lane) -> Capture | None:
-        graph = self._device.capture(self._compute)
+    def _capture(self, lane: Lane, size: int) -> None:
+        graph: Capture | None = None
         try:
-            self._enqueue(lane, self.batch)
+            graph = self._device.capture(self._compute)
+            self._enqueue(lane, size)
             graph.finish()
         except Exception as exc:  # graphs only save launch overhead; a lost device fails the next call too
-            graph.abandon()
+            if graph is not None:
+                graph.abandon()
             self._capture_graphs = False
             logger.warning("%s: going on without CUDA graphs: %s", self._device.name, exc)
-            return None
-        return graph
+        else:
+            lane.graphs[size] = graph
 
     def _finish_batches(self) -> bool:
         finished = False

@@ -39,7 +39,8 @@ class OnnxRuntimeEngine:
             self._session = onnxruntime.InferenceSession(file.payload, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
-        self._input_type = np.float16 if file.spec.precision == "fp16" else np.float32
+        # Engines of version 0.1 take FP16 where they compute in it.
+        self._input_type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else np.float32
 
     def embed(self, crops: Pcm) -> EmbeddedCrops:
         """See `Engine.embed`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -63,10 +64,10 @@ class OnnxRuntimeNetwork:
         # An event orders the streams instead.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
-    def prepare(self, batch: int) -> None:
+    def prepare(self, lanes: int, batches: Sequence[int]) -> None:
         """See `Network.prepare`. Does nothing: the session allocates when it first runs a batch."""
 
-    def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
         """See `Network.enqueue`."""
         self._device.wait(self._stream, self._device.record(stream))
         binding = self._session.io_binding()

@@ -8,41 +8,52 @@ import numpy as np
 
 from singerembed.errors import EngineError, MissingDependencyError
 
-_POOLING = "GlobalAveragePool"
+_CONVOLUTION, _POOLING = "Conv", "GlobalAveragePool"
 _MIN_ELEMENTS = 1024  # smaller tensors are not worth a Cast node
 
 
 def to_fp16(model: bytes) -> bytes:
-    """Return the model with FP16 input, weights and activations; FP32 from the last pooling on and in the output.
+    """Return the model in FP16 from the first convolution to the last pooling, weights and activations, else in FP32.
 
     TensorRT 11 and TensorRT for RTX are strongly typed: precision comes from the tensor types, not from builder flags.
-    The part after the pooling handles a few thousand numbers per crop, so FP32 costs nothing there and the embedding is
-    rounded once less. Raises EngineError for a weight beyond the range of FP16, and for another network.
+    The normalisation before the first convolution is FP32, because it can leave the range of FP16; what is cast is
+    clamped to that range. The part after the pooling handles a few thousand numbers per crop, so FP32 costs nothing
+    there and the embedding is rounded once less. Raises EngineError for a weight beyond the range of FP16, and for
+    another network.
     """
     onnx = _require_onnx()
-    from onnx import TensorProto, helper
+    from onnx import TensorProto, helper, numpy_helper
 
     proto = onnx.load_from_string(model)
     graph = proto.graph
     pools = [i for i, node in enumerate(graph.node) if node.op_type == _POOLING]
-    if len(graph.input) != 1 or len(graph.output) != 1 or not pools:
+    convolutions = [i for i, node in enumerate(graph.node) if node.op_type == _CONVOLUTION]
+    if len(graph.input) != 1 or len(graph.output) != 1 or not pools or not convolutions:
         raise EngineError(f"this is not the encoder's network: it needs one input, one output and a {_POOLING}")
-    head, tail = graph.node[: pools[-1]], graph.node[pools[-1] :]
-    kept = {name for node in tail for name in node.input}
+    first, last = convolutions[0], pools[-1]
+    before, halved, after = graph.node[:first], graph.node[first:last], graph.node[last:]
+    kept = {name for node in (*before, *after) for name in node.input}
 
     for tensor in graph.initializer:
         if tensor.name not in kept:
             _halve(tensor)
-    for node in head:
+    for node in halved:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 _halve(attribute.t)
-    graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT16
     del graph.value_info[:]  # they name FP32 types
-    pooled = tail[0].input[0]
-    tail[0].input[0] = f"{pooled}_fp32"
-    cast = helper.make_node("Cast", [pooled], [f"{pooled}_fp32"], to=TensorProto.FLOAT)
-    graph.node.insert(pools[-1], cast)
+    pooled = after[0].input[0]
+    after[0].input[0] = f"{pooled}_fp32"
+    graph.node.insert(last, helper.make_node("Cast", [pooled], [f"{pooled}_fp32"], to=TensorProto.FLOAT))
+    normalised = halved[0].input[0]
+    halved[0].input[0] = f"{normalised}_fp16"
+    largest = float(np.finfo(np.float16).max)
+    for name, value in (("fp16_lowest", -largest), ("fp16_largest", largest)):
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
+    clamped = f"{normalised}_clamped"
+    clip = helper.make_node("Clip", [normalised, "fp16_lowest", "fp16_largest"], [clamped])
+    graph.node.insert(first, helper.make_node("Cast", [clamped], [f"{normalised}_fp16"], to=TensorProto.FLOAT16))
+    graph.node.insert(first, clip)
     onnx.checker.check_model(proto, full_check=True)  # infers all types, and so finds operators of mixed types
     return bytes(proto.SerializeToString())
 

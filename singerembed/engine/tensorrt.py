@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,47 +156,72 @@ class TensorRtNetwork:
             raise EngineError(f"{library.title} cannot load the engine: {self._log.taken()}")
         self.half_input = self._engine.get_tensor_dtype(INPUT_NAME) == self._trt.float16
         self._check_tensors()
-        self._context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if self._context is None:
-            raise EngineError(f"{library.title} cannot prepare the engine: {self._log.taken()}")
-        # TensorRT for RTX compiles kernels when it first sees a shape, and may replace them later from another thread.
+        self._contexts: dict[tuple[int, int], Any] = {}  # by lane and batch: a captured graph owns its context
+        # TensorRT for RTX compiles kernels when it first sees a shape, and may replace them later from another thread;
+        # since 1.2 it captures by itself.
         self.capturable = library is TENSORRT
 
-    def prepare(self, batch: int) -> None:
+    def prepare(self, lanes: int, batches: Sequence[int]) -> None:
         """See `Network.prepare`."""
+        self._contexts = {}
         if self._memory is not None:
             self._memory.free()
             self._memory = None
-        self._set_batch(batch)
-        if batch == self.max_batch:
-            n_bytes = self._engine.device_memory_size_v2
-        else:  # less than the profile's largest batch needs
-            n_bytes = self._context.update_device_memory_size_for_shapes()
-            if n_bytes <= 0:  # which is how it reports a failure
-                raise EngineError(f"{self._title} cannot prepare a batch of {batch}: {self._log.taken()}")
-        self._memory = self._device.allocate(max(n_bytes, 1))
-        self._context.set_device_memory(self._memory.address, n_bytes)
+        needed = [1]
+        for lane in range(lanes):
+            for batch in batches:
+                context = self._contexts[lane, batch] = self._new_context()
+                needed.append(self._set_batch(context, batch))
+        # All contexts work in the same memory, because one stream runs them, one after the other.
+        self._memory = self._device.allocate(max(needed))
+        for context in self._contexts.values():
+            context.set_device_memory(self._memory.address, max(needed))
 
-    def enqueue(self, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
         """See `Network.enqueue`."""
-        self._set_batch(batch)
-        self._context.set_tensor_address(INPUT_NAME, log_mel)
-        self._context.set_tensor_address(OUTPUT_NAME, embedding)
-        if not self._context.execute_async_v3(stream):
-            reason = self._log.taken()
-            if "out of memory" in reason.lower() or "outofmemory" in reason.lower():
-                raise OutOfDeviceMemory(reason)
-            raise EngineError(f"{self._title} failed: {reason}")
+        context = self._contexts[lane, batch]
+        context.set_tensor_address(INPUT_NAME, log_mel)
+        context.set_tensor_address(OUTPUT_NAME, embedding)
+        if not context.execute_async_v3(stream):
+            raise self._failure("failed")
 
     def close(self) -> None:
         """See `Network.close`."""
-        del self._context, self._engine, self._runtime  # in this order, while the CUDA context exists
+        self._contexts = {}
+        del self._engine, self._runtime  # in this order, while the CUDA context exists
         if self._memory is not None:
             self._memory.free()
 
-    def _set_batch(self, batch: int) -> None:
-        if not self._context.set_input_shape(INPUT_NAME, (batch, self._spec.n_mels, self._spec.n_frames)):
-            raise EngineError(f"{self._title} refuses a batch of {batch}: {self._log.taken()}")
+    def _new_context(self) -> Any:
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if hasattr(self._trt, "CudaGraphStrategy"):
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            context = self._engine.create_execution_context(config)
+        else:
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise self._failure("cannot prepare the engine")
+        return context
+
+    def _set_batch(self, context: Any, batch: int) -> int:
+        """Set the shape of a context for good, and return the bytes of device memory that it needs."""
+        if not context.set_input_shape(INPUT_NAME, (batch, self._spec.n_mels, self._spec.n_frames)):
+            raise self._failure(f"refuses a batch of {batch}")
+        if batch == self.max_batch:
+            return int(self._engine.device_memory_size_v2)
+        n_bytes = int(context.update_device_memory_size_for_shapes())  # less than the profile's largest batch needs
+        if n_bytes <= 0:  # which is how it reports a failure
+            raise self._failure(f"cannot prepare a batch of {batch}")
+        return n_bytes
+
+    def _failure(self, what: str) -> Exception:
+        """The error to raise, with the library's own reason."""
+        reason = self._log.taken()
+        if "out of memory" in reason.lower() or "outofmemory" in reason.lower():
+            return OutOfDeviceMemory(reason)
+        return EngineError(f"{self._title} {what}: {reason}")
 
     def _check_tensors(self) -> None:
         spec = self._spec

@@ -87,7 +87,7 @@ def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
     }
     types = {"fp16": trt.float16, "fp32": trt.float32}
     expected = {
-        INPUT_NAME: (types[spec.precision], (-1, spec.n_mels, spec.n_frames)),
+        INPUT_NAME: (trt.float32, (-1, spec.n_mels, spec.n_frames)),
         OUTPUT_NAME: (trt.float32, (-1, spec.embedding_dim)),
     }
     if found != expected:

@@ -88,6 +88,7 @@ def use(monkeypatch: pytest.MonkeyPatch, driver: Driver | None) -> None:
     if package is not None:
         package.driver = driver  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "pycuda", package)
+    monkeypatch.setattr(cuda_driver, "_retained", {})
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
 
 
@@ -98,7 +99,15 @@ def test_the_primary_context_is_made_current_and_given_back(monkeypatch: pytest.
     assert (device.name, device.compute_capability) == ("Fake (0)", (8, 9))
     device.allocate(10).free()
     device.close()
-    assert driver.told == ["retain", "push", "free", "pop", "detach"]
+    assert driver.told == ["retain", "push", "free", "pop"]
+
+
+def test_a_second_engine_uses_the_context_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver()
+    use(monkeypatch, driver)
+    for _ in range(2):
+        CudaDevice().close()
+    assert driver.told == ["retain", "push", "pop", "push", "pop"]
 
 
 def test_no_room_is_told_from_other_failures(monkeypatch: pytest.MonkeyPatch) -> None:

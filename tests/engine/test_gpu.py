@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ def running(device: FakeDevice, spec: ModelSpec = SMALL, **network: Any) -> Iter
 
 def check_released(device: FakeDevice, network: FakeNetwork | None = None) -> None:
     assert device.closed
+    assert device.undefined == []
     assert all(buffer.freed for buffer in device.buffers)
     assert network is None or network.closed
 
@@ -126,7 +128,6 @@ def test_batches_are_gathered_across_callers() -> None:
         results = within(PATIENCE, lambda: list(pool.map(engine.embed, pcm)))
     for one, result in zip(pcm, results, strict=True):
         np.testing.assert_array_equal(result.embedding, alone(one))
-    assert sum(network.batches) == 64
     assert len(network.batches) < 48
 
 
@@ -168,7 +169,7 @@ def test_no_memory_at_the_start_halves_the_batch(caplog: pytest.LogCaptureFixtur
 
 def test_no_memory_later_halves_the_batch_and_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     pcm = noise(SMALL, 21)
-    with running(FakeDevice(), max_batch=8) as (engine, network):
+    with running(FakeDevice(), max_batch=8, capturable=False) as (engine, network):
         np.testing.assert_array_equal(within(PATIENCE, lambda: engine.embed(pcm)).embedding, alone(pcm))
         network.largest = 3
         np.testing.assert_array_equal(within(PATIENCE, lambda: engine.embed(pcm)).embedding, alone(pcm))
@@ -191,13 +192,13 @@ def test_a_lost_device_fails_all_callers_with_the_cause(operations: int) -> None
         for future in futures:
             with pytest.raises(EngineError, match="CUDA_ERROR_ILLEGAL_ADDRESS") as caught:
                 future.result(PATIENCE)
-            assert "RuntimeError" in str(caught.value)
+            assert "Lost" in str(caught.value)
         with pytest.raises(EngineError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):  # and so it stays
             within(PATIENCE, lambda: engine.embed(noise(SMALL, 1)))
 
 
 def test_a_network_that_fails_says_so() -> None:
-    def fails(batch: int, log_mel: int, embedding: int, stream: int) -> None:
+    def fails(lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
         raise EngineError("TensorRT failed: reason")
 
     with running(FakeDevice()) as (engine, network):
@@ -237,7 +238,9 @@ def test_closing_fails_who_still_waits_and_frees_all() -> None:
         engine.embed(noise(SMALL, 1))
 
 
-def test_a_graph_that_cannot_be_captured_is_done_without(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("begins", [False, True])
+def test_a_graph_that_cannot_be_captured_is_done_without(begins: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Whether the capture cannot begin, or cannot end."""
     device = FakeDevice()
     capture = device.capture
 
@@ -245,6 +248,8 @@ def test_a_graph_that_cannot_be_captured_is_done_without(caplog: pytest.LogCaptu
         raise RuntimeError("operation not permitted")
 
     def fails(stream: int) -> Any:
+        if not begins:
+            not_permitted()
         graph = capture(stream)
         graph.finish = not_permitted  # type: ignore[method-assign]
         return graph
@@ -255,6 +260,17 @@ def test_a_graph_that_cannot_be_captured_is_done_without(caplog: pytest.LogCaptu
         np.testing.assert_array_equal(within(PATIENCE, lambda: engine.embed(pcm)).embedding, alone(pcm))
     assert device.replays == 0
     assert "going on without CUDA graphs: operation not permitted" in caplog.text
+
+
+def test_ragged_batches_are_filled_up_to_a_few_sizes() -> None:
+    """So that each size has a graph, and no shape is set while the engine runs."""
+    device = FakeDevice()
+    with running(device, max_batch=16) as (engine, network):
+        for n in (1, 3, 5, 7, 11, 16, 2, 6, 13):
+            pcm = noise(SMALL, n, seed=n)
+            np.testing.assert_array_equal(within(PATIENCE, partial(engine.embed, pcm)).embedding, alone(pcm))
+    assert set(network.batches) == {4, 8, 16}
+    assert device.replays > 0
 
 
 def test_what_is_not_a_crop_is_refused() -> None:

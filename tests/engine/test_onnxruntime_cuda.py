@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from conftest import Golden
@@ -62,18 +63,30 @@ def network(spec: ModelSpec, session: Any) -> tuple[OnnxRuntimeNetwork, Streams]
     return OnnxRuntimeNetwork(spec, session, device, OWN, device_type="cpu"), streams
 
 
+def half_input(model: bytes) -> bytes:
+    """`model` as version 0.1 built it: its input is FP16."""
+    proto = onnx.load_from_string(model)
+    (name,) = (value.name for value in proto.graph.input)
+    proto.graph.input[0].type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+    for node in proto.graph.node:
+        node.input[:] = [f"{one}_fp32" if one == name else one for one in node.input]
+    cast = onnx.helper.make_node("Cast", [name], [f"{name}_fp32"], to=onnx.TensorProto.FLOAT)
+    proto.graph.node.insert(0, cast)
+    return bytes(proto.SerializeToString())
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_reads_and_writes_the_addresses_it_is_given(
     golden: Golden, spec: ModelSpec, reference_engine: str, half: bool
 ) -> None:
     model = read_engine_file(reference_engine).payload
-    session = cpu_session(to_fp16(model) if half else model)
+    session = cpu_session(half_input(to_fp16(model)) if half else model)
     log_mel = mel.MelExtractor(spec).log_mel(golden.pcm[:2]).mel.astype(np.float16 if half else np.float32)
     embedding = np.zeros((2, spec.embedding_dim), np.float32)
     running, streams = network(spec, session)
     assert running.half_input == half
-    running.prepare(2)
-    running.enqueue(2, log_mel.ctypes.data, embedding.ctypes.data, CALLER)
+    running.prepare(1, [2])
+    running.enqueue(0, 2, log_mel.ctypes.data, embedding.ctypes.data, CALLER)
     np.testing.assert_array_equal(embedding, session.run(None, {"log_mel": log_mel})[0])
     assert streams.told == [("record", CALLER), ("wait", OWN, CALLER), ("record", OWN), ("wait", CALLER, OWN)]
     running.close()
@@ -92,7 +105,7 @@ def test_failures_are_told_apart(spec: ModelSpec, message: str, error: type[Exce
     running, _ = network(spec, FailingSession(session, message))
     memory = np.zeros(spec.n_mels * spec.n_frames, np.float32)
     with pytest.raises(error, match=message.split(";", maxsplit=1)[0]):
-        running.enqueue(1, memory.ctypes.data, memory.ctypes.data, CALLER)
+        running.enqueue(0, 1, memory.ctypes.data, memory.ctypes.data, CALLER)
 
 
 def test_the_provider_searches_no_algorithms_and_finds_pips_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
