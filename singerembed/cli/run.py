@@ -16,6 +16,7 @@ import click
 
 from singerembed import storage
 from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+from singerembed.errors import UsageError
 
 if TYPE_CHECKING:
     from singerembed.jobs.log import RunLog
@@ -96,6 +97,17 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     default=-60.0,
     show_default=True,
     help="Crops whose peak is not above this are not embedded.",
+)
+@click.option(
+    "--separate",
+    metavar="FILE",
+    help="Embed the voice alone, as the separator FILE takes it out of the mix: singerembed build-engine spleeter.",
+)
+@click.option(
+    "--min-vocals",
+    type=float,
+    metavar="DB",
+    help="With --separate: crops whose voice is weaker than this against the mix are not embedded.  [default: -15]",
 )
 @click.option(
     "--audio-hash",
@@ -209,6 +221,8 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         pool=values["pool"],
         embedding_dtype=values["embedding_dtype"],
         silence_dbfs=values["silence_dbfs"],
+        separate=values["separate"],
+        min_vocals_db=_min_vocals(values["separate"], values["min_vocals"]),
         audio_hash=values["audio_hash"],
         columns=Columns(
             values["path_column"],
@@ -255,6 +269,14 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         click.get_current_context().exit(EXIT_WITH_ERROR_ROWS)
 
 
+def _min_vocals(separate: str | None, value: float | None) -> float:
+    from singerembed.jobs.options import DEFAULT_MIN_VOCALS_DB
+
+    if value is not None and separate is None:
+        raise UsageError("--min-vocals is for the voices that --separate finds: give both, or leave it out")
+    return DEFAULT_MIN_VOCALS_DB if value is None else value
+
+
 def _delimiter(text: str | None) -> str | None:
     return "\t" if text in {"\\t", "tab"} else text
 
@@ -298,7 +320,8 @@ def _summary_fields(summary: RunSummary) -> dict[str, Any]:
 def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
     counts = summary.counts
     n_errors = counts.errors.total()
-    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
+    unheard = f"{counts.silent:,} silent" + (f", {counts.no_voice:,} without voice" if counts.no_voice else "")
+    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({unheard}), {n_errors:,} errors"
     if summary.already_done:
         note(
             "done",

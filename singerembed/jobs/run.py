@@ -13,7 +13,7 @@ from singerembed import storage
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog
 from singerembed.catalog.scan import ScanCounts, is_source
-from singerembed.engine.file import read_engine_file
+from singerembed.engine.file import read_engine_file, read_separator_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
@@ -73,12 +73,19 @@ def run(
     fingerprint = _examine(catalog, options, say)
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)
+    separator_file = read_separator_file(options.separate) if options.separate else None
     if options.ray is not None and options.devices is not None:
         raise UsageError("--devices is for this machine's GPUs; with --ray, Ray gives them out. Leave one of them out")
     devices = (0,) if options.ray is not None else choose_devices(engine_file.backend, options.devices)
     identity = {
         "catalog": {"name": storage.redacted(catalog).rpartition("/")[2], "sha256": fingerprint.sha256},
         "engine": {"name": engine_file.spec.name, "sha256": engine_file.sha256},
+        "separator": separator_file
+        and {
+            "name": separator_file.spec.name,
+            "sha256": separator_file.sha256,
+            "min_vocals_db": options.min_vocals_db,
+        },
         "options": options.decisive(),
         "version": version("singerembed"),
     }
@@ -111,7 +118,8 @@ def run(
         runner = UnitRunner(job, parts, listeners, stop)
         to_embed = retrying.counts.error_tracks if retrying else fingerprint.rows
         if options.ray is not None:
-            cluster_job = ClusterJob(output, retrying is not None, parts_identity, options, engine_file, runner.schema)
+            files = engine_file, separator_file
+            cluster_job = ClusterJob(output, retrying is not None, parts_identity, options, *files, runner.schema)
             work = runner.open_units(retrying)
             embedded = embed_on_ray(options.ray, cluster_job, work, parts, to_embed, listeners, stop)
         elif len(devices) > 1 and not retrying:

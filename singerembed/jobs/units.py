@@ -14,12 +14,14 @@ import pyarrow as pa
 from singerembed.audio.limits import TimeLimit
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog, Track, Unit
-from singerembed.engine.file import EngineFile, read_engine_file
+from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.machine import available_cores
+from singerembed.engine.separator import Separator
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
+from singerembed.jobs.separation import Separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
 from singerembed.model.spec import ModelSpec
@@ -94,6 +96,7 @@ class EngineThreads:
         *,
         device: int,
         cores: int,
+        separator_file: SeparatorFile | None = None,
     ) -> None:
         """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
         self._options, self._stop = options, stop
@@ -101,6 +104,11 @@ class EngineThreads:
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
+            self._separation = (
+                Separation(Separator(separator_file), opened.spec, options.min_vocals_db, options.silence_dbfs)
+                if separator_file
+                else None
+            )
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
             # A thread that is left behind keeps its slot in the journal.
             self._journal = stack.enter_context(closing(journal(self._threads + MAX_ABANDONED)))
@@ -117,7 +125,8 @@ class EngineThreads:
             )
             self._stack = stack.pop_all()
         self.spec = self._engine.spec
-        self.description = f"{self._engine.description}, {self._threads} workers"
+        separated = f", of voices by {self._separation.description}" if self._separation else ""
+        self.description = f"{self._engine.description}{separated}, {self._threads} workers"
 
     def embed(
         self, tasks: Iterable[Task], *, isolated: bool = False, one_by_one: bool = False
@@ -132,7 +141,14 @@ class EngineThreads:
             with self._journal.decoding(row):
                 apart = isolated or row in self._journal.suspects
                 return embed_track(
-                    task.track, self._engine, self._options, limit, self._patience, isolated=apart, stop=self._stop
+                    task.track,
+                    self._engine,
+                    self._options,
+                    limit,
+                    self._patience,
+                    isolated=apart,
+                    stop=self._stop,
+                    separation=self._separation,
                 )
 
         return ordered_map(
@@ -188,10 +204,14 @@ class UnitRunner:
         self._job, self._parts, self._listeners, self._stop = job, parts, listeners, stop
         self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
         self._engine_file = read_engine_file(job.engine)
-        spec = self._engine_file.spec
         options = job.options
+        self._separator_file = read_separator_file(options.separate) if options.separate else None
         self.schema = output_schema(
-            self._catalog.extra_schema(), spec.embedding_dim, options.embedding_dtype, audio_hash=options.audio_hash
+            self._catalog.extra_schema(),
+            self._engine_file.spec.embedding_dim,
+            options.embedding_dtype,
+            audio_hash=options.audio_hash,
+            separated=options.separate is not None,
         )
 
     def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:
@@ -199,7 +219,15 @@ class UnitRunner:
         options, shards = self._job.options, self._job.shards
         journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
         cores = max(1, available_cores() // shards)
-        threads = EngineThreads(self._engine_file, options, journal, self._stop, device=self._job.device, cores=cores)
+        threads = EngineThreads(
+            self._engine_file,
+            options,
+            journal,
+            self._stop,
+            device=self._job.device,
+            cores=cores,
+            separator_file=self._separator_file,
+        )
         with closing(threads):
             for listener in self._listeners:
                 listener.started(threads.spec, threads.description, total_tracks)

@@ -23,7 +23,7 @@ UNITS_KEY = b"singerembed.units"
 # Some 16 MB of embeddings: large enough to read fast, small enough to hold while a row group fills.
 ROW_GROUP_ROWS = 4096
 
-OK, SILENT, ERROR = "ok", "silent", "error"
+OK, SILENT, NO_VOICE, ERROR = "ok", "silent", "no_voice", "error"
 
 _LEADING = [
     pa.field("track_id", pa.string(), nullable=False),
@@ -39,7 +39,8 @@ _LEADING = [
     pa.field("rms_dbfs", pa.float32()),
 ]
 _AUDIO_HASH = pa.field("audio_hash", pa.string())
-RESERVED_COLUMNS = [field.name for field in _LEADING] + [_AUDIO_HASH.name, "embedding"]
+_VOCAL_RATIO = pa.field("vocal_ratio", pa.float32())  # dB
+RESERVED_COLUMNS = [field.name for field in _LEADING] + [_AUDIO_HASH.name, _VOCAL_RATIO.name, "embedding"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class TrackRows:
     crop: NDArray[np.int32]  # [n]
     start: NDArray[np.float64]  # [n], seconds from the beginning of the recording
     end: NDArray[np.float64]  # [n]
-    status: list[str]  # [n] of OK, SILENT, ERROR; an ERROR here is a crop with NaN or infinity in it
+    status: list[str]  # [n] of OK, SILENT, NO_VOICE, ERROR; an ERROR here is a crop with NaN or infinity in it
     peak: NDArray[np.float32]  # [n], full scale is 1; NaN where status is ERROR
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
@@ -57,6 +58,8 @@ class TrackRows:
     note: str = ""  # what a person should know of the recording, although it was decoded; empty: nothing
     seconds: float = 0.0  # spent on decoding and embedding it
     audio_hash: str = ""  # of the samples of its crops; empty: not wanted
+    # [n], energy of the separated voice over the mixture's in dB, NaN where unknown; None: not separated
+    vocal_ratio: NDArray[np.float32] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -81,6 +84,7 @@ class Counts:
     error_tracks: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # rows, by error_code
     audio_seconds: float = 0.0  # of the crops
+    no_voice: int = 0
 
     def add(self, rows: TrackRows) -> None:
         """Count one track."""
@@ -88,6 +92,7 @@ class Counts:
         self.tracks += 1
         self.crops += len(rows.crop)
         self.silent += rows.status.count(SILENT)
+        self.no_voice += rows.status.count(NO_VOICE)
         self.error_tracks += rows.error is not None or bad_crops > 0
         self.audio_seconds += float((rows.end - rows.start).sum())
         if rows.error is not None:
@@ -97,10 +102,11 @@ class Counts:
 
     def add_kept(self, rows: pa.Table) -> None:
         """Count one track by the rows that an earlier run wrote for it; none of them an error."""
-        is_silent = rows["status"].to_numpy() == SILENT
+        status = rows["status"].to_numpy()
         self.tracks += 1
         self.crops += rows.num_rows
-        self.silent += int(is_silent.sum())
+        self.silent += int((status == SILENT).sum())
+        self.no_voice += int((status == NO_VOICE).sum())
         self.audio_seconds += float((rows["end"].to_numpy() - rows["start"].to_numpy()).sum())
 
     def merge(self, other: Counts) -> None:
@@ -108,6 +114,7 @@ class Counts:
         self.tracks += other.tracks
         self.crops += other.crops
         self.silent += other.silent
+        self.no_voice += other.no_voice
         self.error_tracks += other.error_tracks
         self.errors.update(other.errors)
         self.audio_seconds += other.audio_seconds
@@ -126,9 +133,11 @@ INVALID_SAMPLES = "invalid_samples"
 _INVALID_MESSAGE = "NaN or infinity in the samples"
 
 
-def output_schema(extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False) -> pa.Schema:
+def output_schema(
+    extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False, separated: bool = False
+) -> pa.Schema:
     """Columns of the output; `extra` are the catalogue's. `embedding_dtype` is float32 or float16."""
-    leading = [*_LEADING, _AUDIO_HASH] if audio_hash else _LEADING
+    leading = [*_LEADING, *([_AUDIO_HASH] if audio_hash else []), *([_VOCAL_RATIO] if separated else [])]
     value = pa.float16() if embedding_dtype == "float16" else pa.float32()
     return pa.schema([*leading, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
 
@@ -205,6 +214,8 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),
     }
+    if _VOCAL_RATIO.name in schema.names:
+        columns[_VOCAL_RATIO.name] = _vocal_ratio(tracks)
     repeated = extra.take(pa.array(of_track))
     columns.update({name: repeated.column(name) for name in extra.column_names})
     return pa.table([columns[name] for name in schema.names], schema=schema)
@@ -241,6 +252,17 @@ def _dbfs(tracks: list[tuple[Track, TrackRows]], name: str) -> pa.Array:
     with np.errstate(divide="ignore"):  # digital silence is -inf dBFS
         dbfs = (20 * np.log10(level)).astype(np.float32)
     return pa.array(dbfs, pa.float32(), mask=np.isnan(level))
+
+
+def _vocal_ratio(tracks: list[tuple[Track, TrackRows]]) -> pa.Array:
+    """Column of the ratios; null where there is none: in a crop that was not separated, and in a row of an error."""
+    ratio = np.full(sum(rows.n_rows for _, rows in tracks), np.nan, np.float32)
+    at = 0
+    for _, rows in tracks:
+        if rows.vocal_ratio is not None:
+            ratio[at : at + len(rows.crop)] = rows.vocal_ratio
+        at += rows.n_rows
+    return pa.array(ratio, pa.float32(), mask=np.isnan(ratio))
 
 
 def _embedding_column(rows: list[TrackRows], kind: pa.FixedSizeListType) -> pa.Array:

@@ -28,13 +28,6 @@ PREFIX = str(CHECKPOINT / "model")
 
 
 @pytest.fixture(scope="module")
-def separator_path(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = str(tmp_path_factory.mktemp("separator") / "tiny.engine")
-    build_separator(PREFIX, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def separator(separator_path: str) -> Separator:
     return Separator(read_separator_file(separator_path))
 
