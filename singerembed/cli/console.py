@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -75,3 +77,33 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def percent(chance: float | None) -> str:
     """A chance for a table."""
     return "-" if chance is None else f"{100 * chance:.1f} %"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Within the block, what C libraries print to descriptors 1 and 2 is dropped; Python's stderr stays.
+
+    With --verbose only stdout is kept clean, as --json is printed there: what comes for it goes to stderr.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    own, before = [os.dup(1), os.dup(2)], sys.stderr
+    if verbosity(click.get_current_context()) > 0:
+        os.dup2(2, 1)
+    else:
+        if before is sys.__stderr__:
+            sys.stderr = os.fdopen(os.dup(own[1]), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.close(null)
+    try:
+        yield
+    finally:
+        for number, copy in enumerate(own, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+        if sys.stderr is not before:
+            with suppress(OSError):
+                sys.stderr.close()
+            sys.stderr = before

@@ -6,16 +6,15 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from singerembed import storage
-from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+from singerembed.cli.console import count_or_all, note, quiet_libraries, verbosity, verbosity_options
 from singerembed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -108,6 +107,11 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     type=float,
     metavar="DB",
     help="With --separate: crops whose voice is weaker than this against the mix are not embedded.  [default: -15]",
+)
+@click.option(
+    "--vocals-column",
+    metavar="COLUMN",
+    help="The catalogue's column of paths of isolated voices: embedded in the place of the mix where a row has one.",
 )
 @click.option(
     "--audio-hash",
@@ -229,6 +233,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
             values["id_column"],
             values["rename"],
             TextOptions(_delimiter(values["delimiter"]), values["encoding"], values["quoting"]),
+            values["vocals_column"],
         ),
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
@@ -245,7 +250,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         _say_what_restarting_costs(output.rstrip("/"), partitioned=options.partitioned)
     quiet = verbosity(click.get_current_context()) < 0
     with (
-        _quiet_libraries(),
+        quiet_libraries(),
         _stop_signals() as stop,
         ProgressBar(note, quiet=quiet) as progress,
         ScanBar(quiet=quiet) as scan_bar,
@@ -341,36 +346,6 @@ def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
             "",
             f"see them:  duckdb -c \"select path, error_code, error from '{files}' where status = 'error'\"",
         )
-
-
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Within the block, what C libraries print to descriptors 1 and 2 is dropped; Python's stderr stays.
-
-    With --verbose only stdout is kept clean, as --json is printed there: what comes for it goes to stderr.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    own, before = [os.dup(1), os.dup(2)], sys.stderr
-    if verbosity(click.get_current_context()) > 0:
-        os.dup2(2, 1)
-    else:
-        if before is sys.__stderr__:
-            sys.stderr = os.fdopen(os.dup(own[1]), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.close(null)
-    try:
-        yield
-    finally:
-        for number, copy in enumerate(own, start=1):
-            os.dup2(copy, number)
-            os.close(copy)
-        if sys.stderr is not before:
-            with suppress(OSError):
-                sys.stderr.close()
-            sys.stderr = before
 
 
 @contextmanager

@@ -84,7 +84,7 @@ def embed_track(
     patience = patience or Patience()
     waited = 0.0
     for attempt in range(options.retries + 1):
-        embedded = _EmbeddedTrack(engine, options, separation)
+        embedded = _EmbeddedTrack(engine, options, None if track.vocals else separation)
         rows = _attempt(track, embedded, limit, isolated=isolated, stop=stop, started=started)
         if rows.error is None or not rows.error.passing:
             return rows
@@ -130,7 +130,8 @@ def _attempt(
                 raise Stopped
             embedded.add(block)
     except TrackError as exc:
-        error = exc
+        of_stem = f"its stem {storage.printable(storage.redacted(track.vocals))}: " if track.vocals else ""
+        error = TrackError(exc.code, f"{of_stem}{exc}", passing=exc.passing)
     except (SingerEmbedError, Stopped):
         raise
     except OSError as exc:  # the storage went away
@@ -150,7 +151,9 @@ def _timed_blocks(track: Track, embedded: _EmbeddedTrack, limit: TimeLimit, *, i
     with ExitStack() as stack:
         rate = engine.spec.sample_rate
         with limit.counting():
-            recording = open_recording(track.location, rate, limit, isolated=isolated, channels=channels)
+            recording = open_recording(
+                track.vocals or track.location, rate, limit, isolated=isolated, channels=channels
+            )
             reader = stack.enter_context(recording)
         stack.callback(lambda: embedded.notes.extend(reader.notes))
         plan = _crop_plan(track, engine, options)

@@ -212,6 +212,7 @@ class UnitRunner:
             options.embedding_dtype,
             audio_hash=options.audio_hash,
             separated=options.separate is not None,
+            stems=options.columns.vocals is not None,
         )
 
     def embed_all(self, total_tracks: int, previous: FinishedOutput | None = None) -> Counts:

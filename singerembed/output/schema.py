@@ -40,7 +40,8 @@ _LEADING = [
 ]
 _AUDIO_HASH = pa.field("audio_hash", pa.string())
 _VOCAL_RATIO = pa.field("vocal_ratio", pa.float32())  # dB
-RESERVED_COLUMNS = [field.name for field in _LEADING] + [_AUDIO_HASH.name, _VOCAL_RATIO.name, "embedding"]
+_VOICE_FROM = pa.field("voice_from", pa.string())  # "stem", "separator", or "recording" as it is
+RESERVED_COLUMNS = [field.name for field in [*_LEADING, _AUDIO_HASH, _VOCAL_RATIO, _VOICE_FROM]] + ["embedding"]
 
 
 @dataclass(frozen=True)
@@ -134,10 +135,17 @@ _INVALID_MESSAGE = "NaN or infinity in the samples"
 
 
 def output_schema(
-    extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False, separated: bool = False
+    extra: pa.Schema,
+    embedding_dim: int,
+    embedding_dtype: str,
+    *,
+    audio_hash: bool = False,
+    separated: bool = False,
+    stems: bool = False,
 ) -> pa.Schema:
     """Columns of the output; `extra` are the catalogue's. `embedding_dtype` is float32 or float16."""
-    leading = [*_LEADING, *([_AUDIO_HASH] if audio_hash else []), *([_VOCAL_RATIO] if separated else [])]
+    wanted = {_AUDIO_HASH: audio_hash, _VOCAL_RATIO: separated, _VOICE_FROM: stems}
+    leading = [*_LEADING, *(field for field in wanted if wanted[field])]
     value = pa.float16() if embedding_dtype == "float16" else pa.float32()
     return pa.schema([*leading, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
 
@@ -216,6 +224,9 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
     }
     if _VOCAL_RATIO.name in schema.names:
         columns[_VOCAL_RATIO.name] = _vocal_ratio(tracks)
+    if _VOICE_FROM.name in schema.names:
+        other = "separator" if _VOCAL_RATIO.name in schema.names else "recording"
+        columns[_VOICE_FROM.name] = pa.array(["stem" if t.vocals else other for t, _ in tracks]).take(of_track)
     repeated = extra.take(pa.array(of_track))
     columns.update({name: repeated.column(name) for name in extra.column_names})
     return pa.table([columns[name] for name in schema.names], schema=schema)

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 from conftest import embed_lines
 from numpy.typing import NDArray
 
+from singerembed.catalog.read import Columns
 from singerembed.cli.main import cli
 from singerembed.engine import load, onnxruntime
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
-from singerembed.errors import EngineError, InterruptedRun, OutputError
+from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
 from singerembed.jobs.separation import Separation, crops_with_voice
@@ -178,7 +179,7 @@ def test_the_separator_belongs_to_the_identity_of_a_run(
     mix: tuple[Path, NDArray[np.float32]], reference_engine: str, separator_path: str
 ) -> None:
     folder, _ = mix
-    (folder / "c.csv").write_text("path\n" + "mix.wav\n" * 3, encoding="utf-8")
+    (folder / "c.csv").write_text("path\n" + "mix.wav\n" * 12, encoding="utf-8")
     catalog, output = str(folder / "c.csv"), str(folder / "o.parquet")
     separating = RunOptions(separate=separator_path, min_vocals_db=ALL, unit_minutes=0.5, crops=2)
     done: list[int] = []
@@ -230,3 +231,38 @@ def test_the_command(mix: tuple[Path, NDArray[np.float32]], reference_engine: st
     wrong = CliRunner().invoke(cli, [*start, "--separate", reference_engine])
     assert wrong.exit_code == 1
     assert "is an encoder, not a separator" in wrong.stderr
+
+
+def test_stems_where_they_exist(
+    mix: tuple[Path, NDArray[np.float32]], reference_engine: str, separator_path: str, voice: Voice
+) -> None:
+    folder, _ = mix
+    soundfile.write(folder / "stem.wav", voice(30, f0=180), RATE)
+    catalog = folder / "c.csv"
+    catalog.write_text(
+        "path,start,end,vocals\nmix.wav,,,stem.wav\nmix.wav,,,\nmix.wav,4,12,stem.wav\nmix.wav,,,none.wav\n",
+        encoding="utf-8",
+    )
+    stems = Columns(vocals="vocals")
+
+    def rows(name: str, **options: Any) -> pa.Table:
+        run(str(catalog), str(folder / name), engine=reference_engine, options=RunOptions(columns=stems, **options))
+        return pq.read_table(folder / name)
+
+    found = rows("a.parquet", separate=separator_path, min_vocals_db=ALL)
+    source = found["voice_from"].to_pylist()
+    assert source == ["stem"] * 7 + ["separator"] * 7 + ["stem"] * 3
+    assert [ratio is None for ratio in found["vocal_ratio"].to_pylist()] == [s == "stem" for s in source]
+    assert found["vocals"].to_pylist()[:8] == ["stem.wav"] * 7 + [""]
+    alone = rows_of(folder, reference_engine, "b.parquet", ["a,@stem.wav,,", "b,@stem.wav,4,12"])
+    assert found["embedding"].to_pylist()[:7] == alone["embedding"].to_pylist()[:7]
+    assert found["embedding"].to_pylist()[14:16] == alone["embedding"].to_pylist()[7:]
+    last = found.slice(16).to_pylist()[0]
+    assert (last["status"], last["error_code"]) == ("error", "not_found")
+    assert last["error"].startswith("its stem ") and last["error"].endswith("none.wav: file not found")
+    assert set(rows("c.parquet")["voice_from"].to_pylist()) == {"stem", "recording"}
+    with pytest.raises(CatalogError, match=r'no column "other" \(--vocals-column\)'):
+        run(
+            str(catalog), str(folder / "d.parquet"), engine=reference_engine,
+            options=RunOptions(columns=Columns(vocals="other")),
+        )  # fmt: skip
