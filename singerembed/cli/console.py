@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
+
+_COPIES_SECONDS = 1.0
 
 
 def verbosity(ctx: click.Context) -> int:
@@ -107,3 +111,31 @@ def quiet_libraries() -> Iterator[None]:
             with suppress(OSError):
                 sys.stderr.close()
             sys.stderr = before
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP is noted for the run to stop on; a later one ends at once.
+
+    Signals within a second of the first are copies of it: one that is sent to the whole process group comes directly
+    and by way of the supervisor.
+    """
+    received: list[int] = []
+    first = 0.0
+
+    def receive(number: int, _frame: object) -> None:
+        nonlocal first
+        if received:
+            if time.monotonic() - first > _COPIES_SECONDS:
+                os._exit(128 + number)
+            return
+        first = time.monotonic()
+        received.append(number)
+        note("stopping", "after the tracks that are being embedded; press again to stop now")
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield lambda: received[0] if received else 0
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

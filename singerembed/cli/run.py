@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from singerembed import storage
-from singerembed.cli.console import count_or_all, note, quiet_libraries, verbosity, verbosity_options
+from singerembed.cli.console import count_or_all, note, quiet_libraries, stop_signals, verbosity, verbosity_options
 from singerembed.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
     from singerembed.jobs.run import RunSummary
 
 EXIT_WITH_ERROR_ROWS = 3
-_COPIES_SECONDS = 1.0
 
 
 def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...] | None:
@@ -251,7 +247,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     quiet = verbosity(click.get_current_context()) < 0
     with (
         quiet_libraries(),
-        _stop_signals() as stop,
+        stop_signals() as stop,
         ProgressBar(note, quiet=quiet) as progress,
         ScanBar(quiet=quiet) as scan_bar,
         _log(values["log_json"]) as logs,
@@ -346,31 +342,3 @@ def _say_summary(summary: RunSummary, first_error: str, files: str) -> None:
             "",
             f"see them:  duckdb -c \"select path, error_code, error from '{files}' where status = 'error'\"",
         )
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Within the block, the first SIGINT, SIGTERM or SIGHUP is noted for the run to stop on; a later one ends at once.
-
-    Signals within a second of the first are copies of it: one that is sent to the whole process group comes directly
-    and by way of the supervisor.
-    """
-    received: list[int] = []
-    first = 0.0
-
-    def receive(number: int, _frame: object) -> None:
-        nonlocal first
-        if received:
-            if time.monotonic() - first > _COPIES_SECONDS:
-                os._exit(128 + number)
-            return
-        first = time.monotonic()
-        received.append(number)
-        note("stopping", "after the tracks that are being embedded; press again to stop now")
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield lambda: received[0] if received else 0
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,14 @@ from singerembed.audio.mono import segment_samples
 from singerembed.audio.padding import PaddedReader
 from singerembed.audio.reader import PcmReader
 from singerembed.engine.base import EmbeddedCrops, Engine
-from singerembed.engine.separator import Separator
+from singerembed.engine.file import SeparatorFile
 from singerembed.errors import EngineError, TrackError
+from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
 from singerembed.model.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from singerembed.engine.separator import Separator
 
 VOICELESS = 3  # a state of a crop beside those of mel
 _NEVER_DB = -200.0  # the ratio of a crop whose separated voice is digital silence
@@ -93,6 +98,13 @@ class Separation:
 
     def _mono(self, pcm: NDArray[np.float32]) -> NDArray[np.float32]:
         return mel.mix_down(np.ascontiguousarray(pcm), self._mixing_segment)[0]
+
+
+def open_separation(file: SeparatorFile, spec: ModelSpec, options: RunOptions) -> Separation:
+    """Start the separator of `file` for crops of an encoder with `spec`. Raises EngineError."""
+    from singerembed.engine.separator import Separator  # loads ONNX Runtime, which not every process needs
+
+    return Separation(Separator(file), spec, options.min_vocals_db, options.silence_dbfs)
 
 
 def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) -> float:

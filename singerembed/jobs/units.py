@@ -17,11 +17,10 @@ from singerembed.catalog.read import Catalog, Track, Unit
 from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.machine import available_cores
-from singerembed.engine.separator import Separator
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
-from singerembed.jobs.separation import Separation
+from singerembed.jobs.separation import open_separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
 from singerembed.model.spec import ModelSpec
@@ -104,11 +103,7 @@ class EngineThreads:
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
-            self._separation = (
-                Separation(Separator(separator_file), opened.spec, options.min_vocals_db, options.silence_dbfs)
-                if separator_file
-                else None
-            )
+            self._separation = open_separation(separator_file, opened.spec, options) if separator_file else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
             # A thread that is left behind keeps its slot in the journal.
             self._journal = stack.enter_context(closing(journal(self._threads + MAX_ABANDONED)))
