@@ -27,6 +27,7 @@ from singerembed.model.spec import ModelSpec
 if TYPE_CHECKING:
     from singerembed.engine.separator import Separator
 
+MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB
 VOICELESS = 3  # a state of a crop beside those of mel
 _NEVER_DB = -200.0  # the ratio of a crop whose separated voice is digital silence
 

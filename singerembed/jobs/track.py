@@ -22,7 +22,7 @@ from singerembed.catalog.read import Track
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
-from singerembed.jobs.separation import VOICELESS, Separation, crops_with_voice
+from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
 from singerembed.model import mel
 from singerembed.model.mel import Pcm
 from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows
@@ -160,7 +160,7 @@ def _timed_blocks(track: Track, embedded: _EmbeddedTrack, limit: TimeLimit, *, i
         if stage is None:
             blocks = read_crops(reader, plan, engine.batch)
         else:
-            blocks = read_crops(*stage.surrounded(reader, plan), engine.batch, embedded.choose)
+            blocks = read_crops(*stage.surrounded(reader, plan), min(engine.batch, MAX_BLOCK), embedded.choose)
         while True:
             with limit.counting():
                 block = next(blocks, None)
