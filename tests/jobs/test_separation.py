@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -266,3 +273,33 @@ def test_stems_where_they_exist(
             str(catalog), str(folder / "d.parquet"), engine=reference_engine,
             options=RunOptions(columns=Columns(vocals="other")),
         )  # fmt: skip
+
+
+def test_kills_and_a_full_disk_lose_nothing(
+    library: Path, reference_engine: str, separator_path: str, tmp_path: Path
+) -> None:
+    """SIGKILL at random moments, then too little room, then the same command again: tests/soak takes --separate too."""
+    undisturbed, output = tmp_path / "undisturbed.parquet", tmp_path / "o.parquet"
+    options = RunOptions(separate=separator_path, min_vocals_db=ALL, unit_minutes=8, crops=2)
+    run(str(library / "catalog.csv"), str(undisturbed), engine=reference_engine, options=options)
+    command = [
+        sys.executable, "-m", "singerembed", "run", str(library / "catalog.csv"), str(output), "--engine",
+        reference_engine, "--separate", separator_path, "--min-vocals", str(ALL), "--crops", "2", "--unit-minutes", "8",
+    ]  # fmt: skip
+    rng = random.Random(1)
+    for _ in range(3):
+        process = subprocess.Popen([*command, "-q"], start_new_session=True)
+        time.sleep(rng.uniform(0.5, 2.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+    def little_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    full = subprocess.run(command, preexec_fn=little_room, capture_output=True, text=True, check=False)
+    assert full.returncode in {1, 3}  # 3: the kills came late
+    assert full.returncode == 3 or "are safe" in full.stderr
+    if not output.exists():
+        assert subprocess.run([*command, "-q"], check=False).returncode == 3
+    assert pq.read_table(output).equals(pq.read_table(undisturbed))
