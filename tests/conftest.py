@@ -86,6 +86,16 @@ def reference_engine(tmp_path_factory: pytest.TempPathFactory, release_folder: P
 
 
 @pytest.fixture(scope="session")
+def separator_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of the separator built from a small checkpoint with made weights: its voices are no voices."""
+    from singerembed.engine.build_separator import build_separator
+
+    path = str(tmp_path_factory.mktemp("separator") / "tiny.engine")
+    build_separator(str(Path(__file__).parent / "engine" / "data" / "spleeter-tiny" / "model"), path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def voice() -> Callable[..., NDArray[np.float32]]:
     """A function that makes a voice-like mono signal, float32, peak 0.5."""
 

@@ -74,3 +74,10 @@ DECODERS_AGREE = 0.98
 
 # Scores from vectors of length 1 that are stored as float16, against float64: 1000 roundings of 2^-11 each, at random.
 SCORE_FLOAT16 = 2e-4
+
+# --- separation -----------------------------------------------------------------------------------------------------
+
+# The separated voice against TensorFlow's, energy of the difference in dB: float32 sums in another order, -123 here.
+SEPARATED_DB = -105.0
+# A spectrogram and back, full scale 1: two FFTs of 4096 points in float32.
+STFT_ROUND_TRIP = 1e-5

@@ -85,7 +85,7 @@ class _FileSlice(io.RawIOBase):
 class ChainedReader:
     """The streams of a chained Ogg file one after another, at the rate of the first."""
 
-    def __init__(self, path: str, offsets: list[int], limit: TimeLimit) -> None:
+    def __init__(self, path: str, offsets: list[int], limit: TimeLimit, channels: int = 1) -> None:
         """`offsets`: where the streams begin. Raises TrackError where one cannot be opened."""
         self._stack = contextlib.ExitStack()
         self._streams: list[PcmReader] = []
@@ -94,13 +94,13 @@ class ChainedReader:
             for start, stop in pairwise([*offsets, None]):
                 try:
                     part = stack.enter_context(_FileSlice(path, start or 0, stop))
-                    source = SoundFileReader(path, 0, limit, part)
+                    source = SoundFileReader(path, 0, limit, part, channels=channels)
                 except soundfile.LibsndfileError as exc:
                     raise TrackError("decode_failed", f"stream {len(self._streams) + 1}: {exc.error_string}") from exc
                 stack.callback(source.close)
                 self.sample_rate = self.sample_rate or source.sample_rate
                 same = source.sample_rate == self.sample_rate
-                self._streams.append(source if same else ResamplingReader(source, self.sample_rate))
+                self._streams.append(source if same else ResamplingReader(source, self.sample_rate, channels))
             self._stack = stack.pop_all()
         self._lengths = [stream.length() for stream in self._streams]
         self._current = 0

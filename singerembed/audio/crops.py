@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,14 +33,19 @@ class CropPlan:
 class CropBlock:
     """Crops that are embedded together."""
 
-    pcm: Pcm  # [n, crop_samples], C-contiguous
+    pcm: Pcm  # [n, crop_samples], or [n, crop_samples, 2] of a stereo recording; C-contiguous
     index: list[int]  # of each crop, counting all consecutive crops from the plan's start
     start: NDArray[np.int64]  # [n], samples from the beginning of the recording
     stop: NDArray[np.int64]  # [n]; before start + crop_samples where the crop was padded
 
 
-def read_crops(reader: PcmReader, plan: CropPlan, block: int) -> Iterator[CropBlock]:
+def read_crops(
+    reader: PcmReader, plan: CropPlan, block: int, choose: Callable[[int], Iterable[int]] | None = None
+) -> Iterator[CropBlock]:
     """Read the crops of `plan`, up to `block` at a time.
+
+    `choose`: gives the indices of the wanted crops, of the number that there are, and may look at the crops yielded so
+    far between two of them; by default those of `spaced_indices`. For a plan with a count.
 
     A stretch shorter than a crop gives one crop, padded with zeros at the end as the official code does; a remainder
     after the last whole crop is dropped. Raises TrackError, no_audio where there is nothing to cut.
@@ -50,7 +55,8 @@ def read_crops(reader: PcmReader, plan: CropPlan, block: int) -> Iterator[CropBl
     if plan.count is None:
         yield from _consecutive(reader, plan, block)
     else:
-        yield from _spaced(reader, plan, plan.count)
+        count = plan.count
+        yield from _spaced(reader, plan, choose or (lambda n_crops: spaced_indices(n_crops, count)))
 
 
 def spaced_indices(n_crops: int, count: int) -> list[int]:
@@ -84,9 +90,9 @@ def _consecutive(reader: PcmReader, plan: CropPlan, block: int) -> Iterator[Crop
             return
 
 
-def _spaced(reader: PcmReader, plan: CropPlan, count: int) -> Iterator[CropBlock]:
+def _spaced(reader: PcmReader, plan: CropPlan, choose: Callable[[int], Iterable[int]]) -> Iterator[CropBlock]:
     stop = reader.length() if plan.stop is None else min(plan.stop, reader.length())
-    for index in spaced_indices(plan.n_crops(stop - plan.start), count):
+    for index in choose(plan.n_crops(stop - plan.start)):
         position = index * plan.hop_samples
         reader.seek(plan.start + position)
         pcm = reader.read(min(plan.crop_samples, max(0, stop - plan.start - position)))
@@ -94,8 +100,7 @@ def _spaced(reader: PcmReader, plan: CropPlan, count: int) -> Iterator[CropBlock
             yield _block(pcm, [index], plan)
         elif index == 0:
             yield _padded(pcm, plan)
-        else:
-            return  # time stamps were rounded, and the last crop lies beyond the end
+        # else time stamps were rounded, and the last crop lies beyond the end
 
 
 def _nothing(reader: PcmReader) -> Pcm:
@@ -110,10 +115,10 @@ def _joined(held: Pcm, more: Pcm) -> Pcm:
 
 def _block(pcm: Pcm, index: list[int], plan: CropPlan) -> CropBlock:
     if plan.hop_samples == plan.crop_samples:
-        crops: Any = pcm[: len(index) * plan.crop_samples].reshape(len(index), plan.crop_samples)
+        crops: Any = pcm[: len(index) * plan.crop_samples].reshape(len(index), plan.crop_samples, *pcm.shape[1:])
     else:
-        windows: Any = np.lib.stride_tricks.sliding_window_view(pcm, plan.crop_samples)
-        crops = np.ascontiguousarray(windows[:: plan.hop_samples][: len(index)])
+        windows: Any = np.lib.stride_tricks.sliding_window_view(pcm, plan.crop_samples, axis=0)
+        crops = np.moveaxis(windows[:: plan.hop_samples][: len(index)], -1, 1)
     start = plan.start + np.asarray(index, np.int64) * plan.hop_samples
     return CropBlock(np.ascontiguousarray(crops), index, start, start + plan.crop_samples)
 
@@ -123,7 +128,7 @@ def _padded(pcm: Pcm, plan: CropPlan) -> CropBlock:
         raise TrackError(
             "no_audio", "there is no audio after its start" if plan.start else "the recording has no samples"
         )
-    crop = np.zeros((1, plan.crop_samples), pcm.dtype)
+    crop = np.zeros((1, plan.crop_samples, *pcm.shape[1:]), pcm.dtype)
     crop[0, : len(pcm)] = pcm
     start = np.array([plan.start], np.int64)
     return CropBlock(crop, [0], start, start + len(pcm))

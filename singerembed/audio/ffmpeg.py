@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from singerembed import storage
 from singerembed.audio.limits import check_format, check_length
-from singerembed.audio.mono import MonoMixer
+from singerembed.audio.mono import MonoMixer, StereoMixer, new_mixer
 from singerembed.errors import TrackError
 
 _SKIP_SAMPLES = 1 << 20
@@ -41,13 +41,15 @@ class AvReader:
     another rate or channel layout are resampled to the rate of the first piece.
     """
 
-    def __init__(self, path: str, header_seconds: float | None = None, promised_seconds: float = 0.0) -> None:
-        """Open `path`. Raises TrackError, FFmpegError and OSError.
+    def __init__(
+        self, path: str, header_seconds: float | None = None, promised_seconds: float = 0.0, *, channels: int = 1
+    ) -> None:
+        """Open `path` as mono or stereo. Raises TrackError, FFmpegError and OSError.
 
         `header_seconds`: the length in the header as another decoder reads it, 0 if the header leaves it open.
         `promised_seconds`: a length below which the file counts as cut.
         """
-        self._path = path
+        self._path, self._channels = path, channels
         self._header_seconds, self._promised_seconds = header_seconds, promised_seconds
         self._length: int | None = None
         self._rising: bool | None = None  # time stamps rise through the whole file; None: not known yet
@@ -68,8 +70,9 @@ class AvReader:
 
     def _restart(self, position: int) -> None:
         """Begin to read at sample `position`, which the decoder stands at."""
-        self._chunks = self._mono(self._frames(), MonoMixer(self.sample_rate, position))
-        self._rest: NDArray[np.float32] = np.empty(0, np.float32)
+        mixer = new_mixer(self._channels, self.sample_rate, position)
+        self._chunks = self._mixed(self._frames(), mixer)
+        self._rest: NDArray[np.float32] = mixer.nothing
         self._position = position
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ class AvReader:
                     seconds = min(_MAX_SILENCE_SECONDS, float(packet.duration * packet.time_base))
                     yield _silence(last, round(seconds * last.sample_rate))
 
-    def _mono(self, frames: Iterator[Any], mixer: MonoMixer) -> Iterator[NDArray[np.float32]]:
+    def _mixed(self, frames: Iterator[Any], mixer: MonoMixer | StereoMixer) -> Iterator[NDArray[np.float32]]:
         resampler, layout = None, None
         for frame in frames:
             if layout != (frame.format.name, frame.layout.name, frame.sample_rate):
@@ -108,7 +111,7 @@ class AvReader:
             self._note(mixer.note)
 
     @staticmethod
-    def _converted(resampler: Any, frame: Any, mixer: MonoMixer) -> Iterator[NDArray[np.float32]]:
+    def _converted(resampler: Any, frame: Any, mixer: MonoMixer | StereoMixer) -> Iterator[NDArray[np.float32]]:
         for packed in resampler.resample(frame):
             interleaved = packed.to_ndarray().reshape(-1, packed.layout.nb_channels)
             yield mixer.mix(np.ascontiguousarray(interleaved, np.float32))
@@ -183,7 +186,7 @@ class AvReader:
             self._open()
             return False
         self._restart(position)
-        self._chunks = self._mono(_chain(first, frames), MonoMixer(self.sample_rate, position))
+        self._chunks = self._mixed(_chain(first, frames), new_mixer(self._channels, self.sample_rate, position))
         while self._position < sample and len(self.read(sample - self._position)):
             pass
         return True

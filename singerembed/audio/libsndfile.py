@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from singerembed import storage
 from singerembed.audio.headers import SAMPLE_BYTES, HeaderCheck, check_header
 from singerembed.audio.limits import TimeLimit, check_format, check_length
-from singerembed.audio.mono import MonoMixer
+from singerembed.audio.mono import new_mixer
 from singerembed.errors import TrackError
 from singerembed.model.mel import Pcm
 
@@ -29,8 +29,10 @@ _SEEK_WARMUP_SAMPLES = {"VORBIS": 8192}
 class SoundFileReader:
     """libsndfile, in this process. Seeks are exact to the sample."""
 
-    def __init__(self, path: str, wanted_rate: int, limit: TimeLimit, within: io.RawIOBase | None = None) -> None:
-        """Open `path`, or a part of it. Raises LibsndfileError and TrackError."""
+    def __init__(
+        self, path: str, wanted_rate: int, limit: TimeLimit, within: io.RawIOBase | None = None, *, channels: int = 1
+    ) -> None:
+        """Open `path`, or a part of it, as mono or stereo. Raises LibsndfileError and TrackError."""
         self._path = path
         self._file = soundfile.SoundFile(within or os.fsencode(path))  # bytes, as names need not be UTF-8
         self._limit = limit
@@ -43,7 +45,9 @@ class SoundFileReader:
             self._file.close()
             raise
         mono_16_bit = self._file.channels == 1 and self._file.subtype in _INT16_SUBTYPES
-        self._dtype = "int16" if mono_16_bit and self.sample_rate == wanted_rate else "float32"
+        self._channels = channels
+        as_is = mono_16_bit and self.sample_rate == wanted_rate and channels == 1
+        self._dtype = "int16" if as_is else "float32"
         self._restart(0)
 
     def check_header(self) -> HeaderCheck:
@@ -63,12 +67,12 @@ class SoundFileReader:
 
     def _restart(self, position: int) -> None:
         self._position = position  # of the file
-        self._mixer = MonoMixer(self.sample_rate, position)
-        self._rest = np.empty(0, np.float32)
+        self._mixer = new_mixer(self._channels, self.sample_rate, position)
+        self._rest = self._mixer.nothing
 
     def read(self, n: int) -> Pcm:
         self._limit.remaining()
-        if self._file.channels == 1:
+        if self._file.channels == self._channels == 1:
             mono: Pcm = self._read_frames(n)[:, 0]
             return mono
         parts, have = [self._rest], len(self._rest)

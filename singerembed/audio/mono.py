@@ -1,4 +1,4 @@
-"""Mix channels down to mono, in stretches that do not depend on how a recording is read."""
+"""Mix channels down to mono or stereo, in stretches that do not depend on how a recording is read."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from singerembed.model.mel import mix_down
 _SEGMENTS_A_SECOND = 10
 
 
+def new_mixer(channels: int, sample_rate: int, position: int = 0) -> MonoMixer | StereoMixer:
+    """Return the mixer to `channels` channels, 1 or 2; `position`: the first sample that will come."""
+    return MonoMixer(sample_rate, position) if channels == 1 else StereoMixer(sample_rate, position)
+
+
+def segment_samples(sample_rate: int) -> int:
+    """Samples of a stretch in which one decision is made on how to mix."""
+    return max(1, sample_rate // _SEGMENTS_A_SECOND)
+
+
 class MonoMixer:
     """Mixes a recording down as it is read, from front to back.
 
@@ -20,9 +30,11 @@ class MonoMixer:
     where reading started: samples wait until their tenth is complete.
     """
 
+    nothing = np.empty(0, np.float32)
+
     def __init__(self, sample_rate: int, position: int = 0) -> None:
         """`position`: the first sample that will come; after a seek it may lie within a segment."""
-        self.segment = max(1, sample_rate // _SEGMENTS_A_SECOND)
+        self.segment = segment_samples(sample_rate)
         self._to_boundary = -position % self.segment
         self._waiting: list[NDArray[np.float32]] = []
         self._n_waiting = 0
@@ -72,3 +84,34 @@ class MonoMixer:
         self._cancelled += cancelled
         self._segments += -(-len(pcm) // self.segment)
         return mono
+
+
+class StereoMixer:
+    """Leaves two channels as they are; doubles one, and what `MonoMixer` makes of more than two."""
+
+    nothing = np.empty((0, 2), np.float32)
+
+    def __init__(self, sample_rate: int, position: int = 0) -> None:
+        """See `MonoMixer`."""
+        self._mono = MonoMixer(sample_rate, position)
+        self.segment = self._mono.segment
+
+    @property
+    def note(self) -> str:
+        """See `MonoMixer`."""
+        return self._mono.note
+
+    def mix(self, pcm: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Take more samples, float32 [n, channels]; return stereo samples that are ready, float32 [m, 2]."""
+        if pcm.shape[1] != 2:
+            return _doubled(self._mono.mix(pcm))
+        waiting = self.flush()  # of a stream before, with other channels
+        return np.concatenate([waiting, pcm]) if len(waiting) else pcm
+
+    def flush(self) -> NDArray[np.float32]:
+        """Return the stereo samples of the incomplete segment at the end."""
+        return _doubled(self._mono.flush())
+
+
+def _doubled(mono: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.repeat(mono[:, np.newaxis], 2, axis=1)

@@ -104,13 +104,15 @@ class ProcessReader:
         limit: TimeLimit,
         header_seconds: float | None = None,
         promised_seconds: float = 0.0,
+        *,
+        channels: int = 1,
     ) -> None:
         """Open `path`; the seconds are those of `AvReader`. Raises TrackError."""
         self._process = _decode_process()
-        self._limit = limit
+        self._limit, self._channels = limit, channels
         self.notes: list[str] = []
         seconds = {"header_seconds": header_seconds, "promised_seconds": promised_seconds}
-        head, _ = self._call({"op": "open", "path": path, "decoder": decoder, **seconds})
+        head, _ = self._call({"op": "open", "path": path, "decoder": decoder, "channels": channels, **seconds})
         self.sample_rate = int(head["sample_rate"])
 
     def _call(self, request: dict[str, Any]) -> tuple[dict[str, Any], bytes]:
@@ -119,7 +121,8 @@ class ProcessReader:
         return head, body
 
     def read(self, n: int) -> Pcm:
-        return np.frombuffer(self._call({"op": "read", "n": n})[1], np.float32)
+        pcm = np.frombuffer(self._call({"op": "read", "n": n})[1], np.float32)
+        return pcm if self._channels == 1 else pcm.reshape(-1, self._channels)
 
     def seek(self, sample: int) -> None:
         self._call({"op": "seek", "sample": sample})

@@ -1,4 +1,4 @@
-"""What a decoder offers: mono PCM, read from front to back, with seeking."""
+"""What a decoder offers: PCM, read from front to back, with seeking."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from singerembed.model.mel import Pcm
 
 
 class PcmReader(Protocol):
-    """A mono recording that is read from front to back, with seeking."""
+    """A recording that is read from front to back, with seeking."""
 
     sample_rate: int  # Hz
 
@@ -18,7 +18,7 @@ class PcmReader(Protocol):
         ...
 
     def read(self, n: int) -> Pcm:
-        """Return the next `n` samples, fewer only at the end. Raises TrackError."""
+        """Return the next `n` samples, [n], or [n, 2] if opened as stereo; fewer only at the end. Raises TrackError."""
         ...
 
     def seek(self, sample: int) -> None:

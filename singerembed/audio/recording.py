@@ -1,4 +1,4 @@
-"""Open a recording as mono PCM: the one place that decides what decodes it, and how long it is.
+"""Open a recording as mono or stereo PCM: the one place that decides what decodes it, and how long it is.
 
 libsndfile decodes what it can, in this process. Everything else goes to FFmpeg in a decoder process (process.py),
 because FFmpeg's many demuxers meet many strange files, and a crash or a hang there must cost one track only. A
@@ -27,28 +27,36 @@ from singerembed.errors import MissingDependencyError, TrackError
 
 
 @contextlib.contextmanager
-def open_recording(location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False) -> Iterator[PcmReader]:
-    """Open the recording at `location`, a local path or a URI, as mono at `sample_rate` Hz.
+def open_recording(
+    location: str, sample_rate: int, limit: TimeLimit, *, isolated: bool = False, channels: int = 1
+) -> Iterator[PcmReader]:
+    """Open the recording at `location`, a local path or a URI, at `sample_rate` Hz.
 
-    `isolated`: decode in another process whatever the format is. Raises TrackError with code not_found, unreadable,
-    no_audio, unsupported, decode_failed, decoder_crashed or decode_timeout.
+    `isolated`: decode in another process whatever the format is. `channels`: 1 for mono, or 2 for stereo, in which a
+    recording with one channel, or more than two, has the same signal twice. Raises TrackError with code not_found,
+    unreadable, no_audio, unsupported, decode_failed, decoder_crashed or decode_timeout.
     """
     with local_recording(location) as path, _blaming_storage(path, limit):
         source: PcmReader
         try:
             _check_file(path)
             if isolated:
-                source = ProcessReader(path, "any", limit)
+                source = ProcessReader(path, "any", limit, channels=channels)
             else:
-                source = open_source(path, sample_rate, limit, partial(ProcessReader, path, "av", limit))
+                open_av = partial(ProcessReader, path, "av", limit, channels=channels)
+                source = open_source(path, sample_rate, limit, open_av, channels)
         except OSError as exc:
             raise _unreadable(exc) from exc
         with contextlib.closing(source):
-            yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate)
+            yield source if source.sample_rate == sample_rate else ResamplingReader(source, sample_rate, channels)
 
 
 def open_source(
-    path: str, wanted_rate: int, limit: TimeLimit, open_av: Callable[[float | None, float], PcmReader]
+    path: str,
+    wanted_rate: int,
+    limit: TimeLimit,
+    open_av: Callable[[float | None, float], PcmReader],
+    channels: int = 1,
 ) -> PcmReader:
     """Open the local file `path` with the decoder that reads it to its end.
 
@@ -58,7 +66,7 @@ def open_source(
     promised. Raises TrackError and OSError.
     """
     try:
-        source = SoundFileReader(path, wanted_rate, limit)
+        source = SoundFileReader(path, wanted_rate, limit, channels=channels)
     except soundfile.LibsndfileError:
         return open_av(None, 0.0)
     with contextlib.ExitStack() as stack:
@@ -68,7 +76,7 @@ def open_source(
             stack.pop_all()
             return source
         if header.is_chained and len(offsets := stream_offsets(path)) > 1:
-            return ChainedReader(path, offsets, limit)
+            return ChainedReader(path, offsets, limit, channels)
         with contextlib.ExitStack() as opened:
             try:
                 other = open_av(source.header_seconds, header.promised_seconds)

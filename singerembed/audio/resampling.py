@@ -19,8 +19,9 @@ _READ_SECONDS = 4.0
 class ResamplingReader:
     """soxr over the continuous signal, so that a sample does not depend on which crops were asked for."""
 
-    def __init__(self, source: PcmReader, sample_rate: int) -> None:
-        self._source = source
+    def __init__(self, source: PcmReader, sample_rate: int, channels: int = 1) -> None:
+        self._source, self._channels = source, channels
+        self._nothing = np.empty(0 if channels == 1 else (0, channels), np.float32)
         self.sample_rate = sample_rate
         self._restart()
 
@@ -32,7 +33,7 @@ class ResamplingReader:
         return round(self._source.length() * self.sample_rate / self._source.sample_rate)
 
     def _restart(self) -> None:
-        self._soxr = soxr.ResampleStream(self._source.sample_rate, self.sample_rate, 1, dtype="float32")
+        self._soxr = soxr.ResampleStream(self._source.sample_rate, self.sample_rate, self._channels, dtype="float32")
         self._pending: list[np.ndarray[Any, np.dtype[np.float32]]] = []
         self._ended = False
 
@@ -45,7 +46,7 @@ class ResamplingReader:
             chunk = self._soxr.resample_chunk(np.ascontiguousarray(pcm, np.float32), last=self._ended)
             self._pending.append(chunk)
             have += len(chunk)
-        joined = np.concatenate(self._pending) if self._pending else np.empty(0, np.float32)
+        joined = np.concatenate(self._pending) if self._pending else self._nothing
         self._pending = [joined[n:]]
         return joined[:n]
 

@@ -1,7 +1,7 @@
 """Decode in a separate process: the server, `python -m singerembed.audio.worker`, driven by process.py.
 
 Requests are JSON, one a line, on standard input. A reply on standard output is two little-endian uint32 sizes, a JSON
-head and a binary body (float32 mono samples). The process may crash or be killed at any time.
+head and a binary body (float32 samples, interleaved). The process may crash or be killed at any time.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from singerembed.audio.recording import open_source
 from singerembed.errors import TrackError
 
 
-def _open(path: str, decoder: str, header_seconds: float | None, promised_seconds: float) -> PcmReader:
+def _open(path: str, decoder: str, channels: int, header_seconds: float | None, promised_seconds: float) -> PcmReader:
     if decoder == "any":
         # The client limits the time and resamples. Rate 0 never matches, so samples come as float32.
-        return open_source(path, 0, TimeLimit(math.inf), partial(_open_av, path))
-    return _open_av(path, header_seconds, promised_seconds)
+        return open_source(path, 0, TimeLimit(math.inf), partial(_open_av, path, channels), channels)
+    return _open_av(path, channels, header_seconds, promised_seconds)
 
 
-def _open_av(path: str, header_seconds: float | None, promised_seconds: float) -> PcmReader:
+def _open_av(path: str, channels: int, header_seconds: float | None, promised_seconds: float) -> PcmReader:
     try:
-        return AvReader(path, header_seconds, promised_seconds)
+        return AvReader(path, header_seconds, promised_seconds, channels=channels)
     except av.error.FFmpegError as exc:
         head = _error_head(exc)
         raise TrackError(head["code"], head["error"], passing=head["passing"]) from exc

@@ -45,6 +45,12 @@ class Track:
     start: float = 0.0  # seconds from the beginning of the recording
     end: float | None = None  # seconds; None: the recording's end
     problem: TrackError | None = None  # what is wrong with the row itself
+    vocals: str = ""  # where its voice alone is recorded; empty: it is not known to be
+
+    @property
+    def source(self) -> str:
+        """What is decoded: the voice alone, where it is known to be recorded, else the recording."""
+        return self.vocals or self.location
 
     @property
     def minutes(self) -> float:
@@ -69,6 +75,7 @@ class Columns:
     track_id: str = "track_id"
     rename: dict[str, str] = field(default_factory=dict)  # other columns: name in the catalogue -> name in the output
     text: TextOptions = field(default_factory=TextOptions)  # of the formats that are text
+    vocals: str | None = None  # the column of the paths of stems, which is passed through too
 
 
 _FINISHED_ARE_SAFE = (
@@ -134,7 +141,8 @@ class Catalog:
         self.path = path
         self._columns = columns or Columns()
         used = [self._columns.path, self._columns.track_id, "start", "end"]
-        self._rows = open_rows(path, used, self._columns.text)
+        stems = [] if self._columns.vocals is None else [self._columns.vocals]
+        self._rows = open_rows(path, used + stems, self._columns.text)
         names = list(self._rows.names)
         doubled = sorted({name for name in names if names.count(name) > 1})
         if doubled:
@@ -145,6 +153,8 @@ class Catalog:
             raise CatalogError(
                 f'{path} has no column "{self._columns.path}"; it has: {", ".join(names)}. Name it with --path-column'
             )
+        if stems and stems[0] not in names:
+            raise CatalogError(f'{path} has no column "{stems[0]}" (--vocals-column); it has: {", ".join(names)}')
         if self._columns.track_id != Columns.track_id and self._columns.track_id not in names:
             raise CatalogError(
                 f'{path} has no column "{self._columns.track_id}" (--id-column); it has: {", ".join(names)}'
@@ -199,7 +209,7 @@ class Catalog:
             for name, value in raw.values.items():
                 if not isinstance(value, str) or storage.is_utf8(value):
                     continue
-                if name not in {self._columns.path, self._columns.track_id}:
+                if name not in {self._columns.path, self._columns.track_id, self._columns.vocals}:
                     raise CatalogError(
                         f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). Name the encoding '
                         "of the file, as in --encoding cp1252"
@@ -278,7 +288,8 @@ class Catalog:
             return Track(
                 row, track_id, path, location, problem=TrackError("bad_row", f"row {row} of the catalogue: {exc}")
             )
-        return Track(row, track_id, path, location, start, end)
+        stem = _text(raw.values.get(self._columns.vocals)) if self._columns.vocals else ""
+        return Track(row, track_id, path, location, start, end, vocals=stem and storage.resolve(self.path, stem))
 
 
 def cut_units(batches: Iterable[tuple[list[Track], pa.Table]], minutes: float, first_index: int = 0) -> Iterator[Unit]:

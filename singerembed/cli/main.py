@@ -22,6 +22,7 @@ from singerembed.cli.report import report
 from singerembed.cli.run import run
 from singerembed.cli.scan import scan
 from singerembed.cli.search import search
+from singerembed.cli.separate import separate
 from singerembed.cli.verify import verify
 from singerembed.errors import SingerEmbedError, UsageError
 
@@ -68,7 +69,7 @@ def cli() -> None:
     """
 
 
-for _command in (scan, run, build_engine, index, search, verify, cluster, inspect, evaluate, report, doctor):
+for _command in (scan, run, separate, build_engine, index, search, verify, cluster, inspect, evaluate, report, doctor):
     cli.add_command(_command)
 
 

@@ -16,6 +16,7 @@ from singerembed import storage
 from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
 from singerembed.cli.process import quiet_libraries, stop_signals
 from singerembed.cli.run_summary import say_summary, say_what_restarting_costs, summary_fields
+from singerembed.errors import UsageError
 
 if TYPE_CHECKING:
     from singerembed.jobs.log import RunLog
@@ -109,6 +110,22 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     default=-60.0,
     show_default=True,
     help="Crops whose peak is not above this are not embedded.",
+)
+@click.option(
+    "--separate",
+    metavar="FILE",
+    help="Embed the voice alone, as the separator FILE takes it out of the mix: singerembed build-engine spleeter.",
+)
+@click.option(
+    "--min-vocals",
+    type=float,
+    metavar="DB",
+    help="With --separate: crops whose voice is weaker than this against the mix are not embedded.  [default: -15]",
+)
+@click.option(
+    "--vocals-column",
+    metavar="COLUMN",
+    help="The catalogue's column of paths of isolated voices: embedded in the place of the mix where a row has one.",
 )
 @click.option(
     "--audio-hash",
@@ -243,12 +260,15 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         pool=values["pool"],
         embedding_dtype=values["embedding_dtype"],
         silence_dbfs=values["silence_dbfs"],
+        separate=values["separate"],
+        min_vocals_db=_min_vocals(values["separate"], values["min_vocals"]),
         audio_hash=values["audio_hash"],
         columns=Columns(
             values["path_column"],
             values["id_column"],
             values["rename"],
             TextOptions(_delimiter(values["delimiter"]), values["encoding"], values["quoting"]),
+            values["vocals_column"],
         ),
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
@@ -304,9 +324,17 @@ def _check_together(options: RunOptions) -> None:
     """Raise UsageError for options that exclude each other."""
     if options.update and (options.restart or options.retry_errors):
         other = "--restart" if options.restart else "--retry-errors"
-        raise click.UsageError(f"--update and {other} exclude each other")
+        raise UsageError(f"--update and {other} exclude each other")
     if (options.keep_missing or options.allow_gone) and not options.update:
-        raise click.UsageError("--keep-missing and --allow-gone belong to --update")
+        raise UsageError("--keep-missing and --allow-gone belong to --update")
+
+
+def _min_vocals(separate: str | None, value: float | None) -> float:
+    from singerembed.jobs.options import DEFAULT_MIN_VOCALS_DB
+
+    if value is not None and separate is None:
+        raise UsageError("--min-vocals is for the voices that --separate finds: give both, or leave it out")
+    return DEFAULT_MIN_VOCALS_DB if value is None else value
 
 
 def _delimiter(text: str | None) -> str | None:

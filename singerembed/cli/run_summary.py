@@ -35,7 +35,8 @@ def summary_fields(summary: RunSummary) -> dict[str, Any]:
 def say_summary(summary: RunSummary, first_error: str, files: str) -> None:
     counts = summary.counts
     n_errors = counts.errors.total()
-    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({counts.silent:,} silent), {n_errors:,} errors"
+    unheard = f"{counts.silent:,} silent" + (f", {counts.no_voice:,} without voice" if counts.no_voice else "")
+    what = f"{counts.tracks:,} tracks, {counts.crops:,} crops ({unheard}), {n_errors:,} errors"
     if summary.at_deadline:
         note("stopped", "at the deadline, and not everything is embedded. The same command goes on from here")
     if summary.already_done:

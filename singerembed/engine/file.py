@@ -1,7 +1,8 @@
-"""The engine file: one file with the model spec and the network.
+"""The engine file: one file with a spec and a network, of an encoder or of a separator.
 
 Layout, little-endian: 8 bytes magic, uint32 format version, uint32 header size, header (JSON), payload. The header
-holds the payload's size and SHA-256, so that a truncated or altered file is refused before a back end reads it.
+holds the payload's size and SHA-256, so that a truncated or altered file is refused before a back end reads it. Its
+`kind` is "separator"; a header without one is an encoder's.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from singerembed import storage
 from singerembed.errors import EngineError, OutputError
+from singerembed.model.separator_spec import SeparatorSpec
 from singerembed.model.spec import ModelSpec
 
 # As in PNG: a byte that is not ASCII, and line endings that a transfer in text mode would change.
@@ -23,18 +25,22 @@ FORMAT_VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PAYLOAD_BYTES = 1 << 30
+SEPARATOR = "separator"
 _REBUILD = "Build it again, or copy it again"
 
 
+SpecT = TypeVar("SpecT", ModelSpec, SeparatorSpec)
+
+
 @dataclass(frozen=True)
-class EngineFile:
+class StoredNetwork(Generic[SpecT]):
     """The contents of an engine file."""
 
-    spec: ModelSpec
+    spec: SpecT
     backend: str  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
     payload: bytes  # an ONNX model, or a TensorRT plan
     build: dict[str, Any]  # versions, target device, batch profile, metadata of the checkpoint
-    verification: dict[str, Any]  # differences from the FP32 torch encoder, and the input they were measured on
+    verification: dict[str, Any]  # differences from the reference in torch, and the input they were measured on
 
     @property
     def sha256(self) -> str:
@@ -43,7 +49,9 @@ class EngineFile:
 
     def write(self, path: str) -> None:
         """Write the engine to `path`, atomically. Raises OutputError."""
+        kind: dict[str, str] = {"kind": SEPARATOR} if isinstance(self.spec, SeparatorSpec) else {}
         header = {
+            **kind,
             "spec": self.spec.to_dict(),
             "backend": self.backend,
             "build": self.build,
@@ -61,8 +69,28 @@ class EngineFile:
             raise OutputError(f"cannot write the engine {path}: {exc.strerror or exc}") from exc
 
 
+EngineFile = StoredNetwork[ModelSpec]
+SeparatorFile = StoredNetwork[SeparatorSpec]
+
+
 def read_engine_file(path: str) -> EngineFile:
-    """Read and check an engine file. Raises EngineError with the reason if it is damaged or of another format."""
+    """Read and check an encoder's engine file. Raises EngineError with the reason if it is not one, or damaged."""
+    file = read_any_engine_file(path)
+    if isinstance(file.spec, SeparatorSpec):
+        raise EngineError(f"{path} is a separator, not an encoder. Give it to run as --separate {path}")
+    return file
+
+
+def read_separator_file(path: str) -> SeparatorFile:
+    """Read and check a separator's engine file. Raises EngineError with the reason if it is not one, or damaged."""
+    file = read_any_engine_file(path)
+    if isinstance(file.spec, ModelSpec):
+        raise EngineError(f"{path} is an encoder, not a separator. Make one with: singerembed build-engine spleeter")
+    return file
+
+
+def read_any_engine_file(path: str) -> EngineFile | SeparatorFile:
+    """Read and check an engine file of either kind. Raises EngineError with the reason if it is damaged or foreign."""
     try:
         with storage.open_input(path) as file:
             content = file.read(_PREFIX.size + _MAX_HEADER_BYTES + _MAX_PAYLOAD_BYTES + 1)
@@ -89,16 +117,15 @@ def is_engine(content: bytes) -> bool:
     return content.startswith(MAGIC)
 
 
-def _parse(path: str, encoded: bytes, payload: bytes) -> EngineFile:
+def _parse(path: str, encoded: bytes, payload: bytes) -> EngineFile | SeparatorFile:
     try:
         header = json.loads(encoded)
-        engine = EngineFile(
-            ModelSpec.from_dict(header["spec"]),
-            str(header["backend"]),
-            payload,
-            dict(header["build"]),
-            dict(header["verification"]),
-        )
+        rest = str(header["backend"]), payload, dict(header["build"]), dict(header["verification"])
+        engine: EngineFile | SeparatorFile
+        if header.get("kind") == SEPARATOR:
+            engine = SeparatorFile(SeparatorSpec.from_dict(header["spec"]), *rest)
+        else:
+            engine = EngineFile(ModelSpec.from_dict(header["spec"]), *rest)
         size, sha256 = int(header["payload_bytes"]), str(header["payload_sha256"])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise EngineError(f"{path} is damaged: its header cannot be read ({exc}). {_REBUILD}") from exc
@@ -109,6 +136,6 @@ def _parse(path: str, encoded: bytes, payload: bytes) -> EngineFile:
     return engine
 
 
-def _identity(spec: ModelSpec, backend: str, payload_sha256: str) -> str:
+def _identity(spec: ModelSpec | SeparatorSpec, backend: str, payload_sha256: str) -> str:
     canonical = json.dumps([spec.to_dict(), backend, payload_sha256], sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()

@@ -7,6 +7,8 @@ embedding has the same bits whatever else is embedded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnxruntime
 
@@ -31,14 +33,7 @@ class OnnxRuntimeEngine:
         self.spec = file.spec
         self.description = f"{file.spec.name}, {file.spec.precision}, ONNX Runtime {onnxruntime.__version__}"
         self._mel = MelExtractor(file.spec, silence_dbfs)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = _LOG_ERRORS_ONLY
-        try:
-            self._session = onnxruntime.InferenceSession(file.payload, options, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # ONNX Runtime's exceptions have no common base class
-            raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc
+        self._session = new_session(file.payload)
         # Engines of version 0.1 take FP16 where they compute in it.
         self._input_type = np.float16 if self._session.get_inputs()[0].type == "tensor(float16)" else np.float32
 
@@ -56,3 +51,15 @@ class OnnxRuntimeEngine:
 
     def close(self) -> None:
         """Do nothing: the session is freed with its last reference."""
+
+
+def new_session(model: bytes) -> Any:
+    """Return a session of `model` that runs on the calling thread alone. Raises EngineError."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as exc:  # ONNX Runtime's exceptions have no common base class
+        raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load this engine: {exc}") from exc

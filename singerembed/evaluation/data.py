@@ -19,7 +19,7 @@ from singerembed import storage
 from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
 from singerembed.errors import UsageError
 from singerembed.output.finished import is_partitioned, read_schema
-from singerembed.output.schema import METADATA_KEY, OK, RESERVED_COLUMNS, SILENT
+from singerembed.output.schema import METADATA_KEY, NO_VOICE, OK, RESERVED_COLUMNS, SILENT
 from singerembed.storage import portable
 
 DEFAULT_SINGER_COLUMN = "singer"
@@ -45,7 +45,7 @@ class StoredEmbeddings:
     crop: NDArray[np.int64]  # [n], number of the crop in the recording
     start: NDArray[np.float64]  # [n], seconds
     embedding: NDArray[np.float32]  # [n, dim]
-    n_silent: int
+    n_silent: int  # or without voice
     n_errors: int
     metadata: dict[str, Any]  # of the run: engine, spec, options
 
@@ -174,6 +174,7 @@ def _stored(
 ) -> LabelledData:
     status = rows["status"].to_numpy()
     ok = np.flatnonzero(status == OK)
+    unheard = np.isin(status.astype(str), [SILENT, NO_VOICE])
     found = rows.take(pa.array(ok))
     singers = [_as_text(value) for value in found[column].to_pylist()]
     labelled = np.array([singer != "" for singer in singers], bool)
@@ -195,8 +196,8 @@ def _stored(
         crop=np.asarray(found["crop"].to_numpy(), np.int64)[labelled],
         start=found["start"].to_numpy()[labelled],
         embedding=embedding[labelled],
-        n_silent=int((status == SILENT).sum()),
-        n_errors=int(len(status) - len(ok) - (status == SILENT).sum()),
+        n_silent=int(unheard.sum()),
+        n_errors=int(len(status) - len(ok) - unheard.sum()),
         metadata=metadata,
     )
     unlabelled = int((~labelled).sum())

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from singerembed import storage
-from singerembed.engine.file import MAGIC, is_engine, read_engine_file
+from singerembed.engine.file import MAGIC, SEPARATOR, is_engine, read_any_engine_file
 from singerembed.errors import UsageError
+from singerembed.model.separator_spec import SeparatorSpec
 from singerembed.output import finished
 from singerembed.output.finished import FinishedOutput
 from singerembed.output.parts import count_parts
@@ -41,9 +42,9 @@ def describe(path: str) -> dict[str, Any]:
 
 
 def _engine(path: str) -> dict[str, Any]:
-    engine = read_engine_file(path)
+    engine = read_any_engine_file(path)
     return {
-        "kind": "engine",
+        "kind": SEPARATOR if isinstance(engine.spec, SeparatorSpec) else "engine",
         "backend": engine.backend,
         "sha256": engine.sha256,
         "payload_bytes": len(engine.payload),

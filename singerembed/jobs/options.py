@@ -9,6 +9,10 @@ from singerembed.audio.limits import DEFAULT_TRACK_TIMEOUT_SECONDS
 from singerembed.catalog.read import DEFAULT_UNIT_MINUTES, Columns
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
+# Of crops of made mixtures: docs/mixes.md.
+DEFAULT_MIN_VOCALS_DB = -15.0
+
+# The last two decide, but only together: `run` adds them to the run's identity where there is a separator.
 _INDECISIVE = {
     "track_timeout_seconds",
     "retries",
@@ -23,6 +27,8 @@ _INDECISIVE = {
     "update",
     "keep_missing",
     "allow_gone",
+    "separate",
+    "min_vocals_db",
 }
 
 
@@ -35,6 +41,8 @@ class RunOptions:
     pool: str = "none"  # "mean": one row a track, the mean of its crops' embeddings
     embedding_dtype: str = "float32"
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
+    separate: str | None = None  # a separator engine; the embeddings are those of the voice
+    min_vocals_db: float = DEFAULT_MIN_VOCALS_DB  # energy of the voice over the mixture's, below which nobody sings
     audio_hash: bool = False  # note which tracks have the same samples
     identity: str = "file"  # by which an update knows a track again; "audio": by the hash of its packets too
     columns: Columns = field(default_factory=Columns)

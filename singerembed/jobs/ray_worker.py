@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from singerembed.catalog.read import Track, Unit
-from singerembed.engine.file import EngineFile
+from singerembed.engine.file import EngineFile, SeparatorFile
 from singerembed.errors import ClusterError
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
@@ -33,6 +33,7 @@ class ClusterJob:
     identity: dict[str, Any]  # of the run, as its folder of parts has it
     options: RunOptions
     engine_file: EngineFile
+    separator_file: SeparatorFile | None
     schema: pa.Schema  # of the parts
 
 
@@ -52,7 +53,13 @@ class ClusterWorker:
         self._previous = FinishedOutput(job.output, partitioned=partitioned) if job.revising else None
         options = replace(job.options, workers=None)  # they decided how many cores this process has
         self._threads = EngineThreads(
-            job.engine_file, options, lambda threads: CrashJournal(None, threads), _never, device=0, cores=cores
+            job.engine_file,
+            options,
+            lambda threads: CrashJournal(None, threads),
+            _never,
+            device=0,
+            cores=cores,
+            separator_file=job.separator_file,
         )
         self._feeding = threading.Lock()
 

@@ -13,7 +13,7 @@ from singerembed import storage
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog
 from singerembed.catalog.scan import ScanCounts, is_source
-from singerembed.engine.file import EngineFile, read_engine_file
+from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import OutputError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
@@ -78,18 +78,26 @@ def run(
     fingerprint = _examine(catalog, options, say)
     engine = engine or bundled_engine_path()
     engine_file = read_engine_file(engine)
+    separator_file = read_separator_file(options.separate) if options.separate else None
     if options.ray is not None and options.devices is not None:
         raise UsageError("--devices is for this machine's GPUs; with --ray, Ray gives them out. Leave one of them out")
     devices = (0,) if options.ray is not None else choose_devices(engine_file.backend, options.devices)
     identity = {
         "catalog": {"name": storage.redacted(catalog).rpartition("/")[2], "sha256": fingerprint.sha256},
         "engine": {"name": engine_file.spec.name, "sha256": engine_file.sha256},
+        "separator": separator_file
+        and {
+            "name": separator_file.spec.name,
+            "sha256": separator_file.sha256,
+            "min_vocals_db": options.min_vocals_db,
+        },
         "options": options.decisive(),
         "version": version("singerembed"),
     }
     job = Job(catalog, output, engine, options, options.partitioned, devices[0], unchanged_since=fingerprint)
     with PartStore(output, partitioned=options.partitioned) as parts:
-        one = _Run(job, devices, engine_file, identity, parts, [*listeners, ErrorWatch(options.max_errors, say)], stop)
+        files = engine_file, separator_file
+        one = _Run(job, devices, files, identity, parts, [*listeners, ErrorWatch(options.max_errors, say)], stop)
         summary = one.run(fingerprint.rows, say, all_was_seen=not unreadable)
     return replace(summary, seconds=time.monotonic() - started, unreadable_folders=unreadable)
 
@@ -101,13 +109,14 @@ class _Run:
         self,
         job: Job,
         devices: tuple[int, ...],
-        engine_file: EngineFile,
+        files: tuple[EngineFile, SeparatorFile | None],
         identity: dict[str, Any],
         parts: PartStore,
         listeners: Sequence[Listener],
         stop: Callable[[], int],
     ) -> None:
-        self._job, self._devices, self._engine_file, self._identity = job, devices, engine_file, identity
+        self._job, self._devices, self._identity = job, devices, identity
+        engine_file, _ = self._files = files
         self._parts, self._listeners, self._stop = parts, listeners, stop
         self._runner = UnitRunner(job, parts, listeners, stop)
         verification, build = engine_file.verification, engine_file.build
@@ -174,7 +183,12 @@ class _Run:
             listener.resumed(units_before)
         if options.ray is not None:
             job = ClusterJob(
-                self._job.output, revised is not None, self._identity, options, self._engine_file, self._runner.schema
+                self._job.output,
+                revised is not None,
+                self._identity,
+                options,
+                *self._files,
+                self._runner.schema,
             )
             work = self._runner.until_deadline(work)
             embedded = embed_on_ray(options.ray, job, work, parts, to_embed, self._listeners, self._stop)

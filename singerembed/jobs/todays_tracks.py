@@ -30,12 +30,13 @@ from singerembed.storage import Facts, portable, printable, redacted, resolve
 Result = TypeVar("Result")
 
 # No column of a catalogue is called so.
-_ROW, PROBLEM = "\0row", "\0problem"
+_ROW, _VOCALS, PROBLEM = "\0row", "\0vocals", "\0problem"
 _OWN = pa.schema(
     [
         (_ROW, pa.int64()),
         ("track_id", pa.string()),
         ("path", pa.string()),
+        (_VOCALS, pa.string()),
         (PROBLEM, pa.string()),
         *((field.name, field.type) for field in IDENTITY),
     ]
@@ -72,6 +73,7 @@ class TodaysTracks:
                 [track.row for track in tracks],
                 [portable(track.track_id) for track in tracks],
                 [portable(track.path) for track in tracks],
+                [portable(track.vocals) for track in tracks],
                 [track.problem and str(track.problem) for track in tracks],
                 *identity.values(),
                 *extra.cast(self._extra).columns,
@@ -93,6 +95,7 @@ class TodaysTracks:
                 one["track_start"] or 0.0,
                 one["track_end"],
                 one[PROBLEM] and TrackError("bad_row", one[PROBLEM]),
+                one[_VOCALS],
             )
             for one in self.rows.take(rows).select(_OWN.names).to_pylist()
         ]
@@ -104,7 +107,7 @@ class TodaysTracks:
     def packet_hashes(self, rows: NDArray[np.int64]) -> list[str | None]:
         """The hash of the packets of each row's file; None where it cannot be read. Raises Stopped."""
         facts = self.rows.take(rows).select(["file_size", "file_mtime"]).to_pylist()
-        locations = [track.location for track in self.tracks(rows)]
+        locations = [track.source for track in self.tracks(rows)]
         keys = [f"{place} {one['file_size']} {one['file_mtime']}" for place, one in zip(locations, facts, strict=True)]
         kept = Path(self._folder, _HASHES) if self._folder else None
         known: dict[str, str | None] = {}
@@ -131,7 +134,7 @@ class TodaysTracks:
                 for first in range(0, len(batch), _FILES_A_CALL):
                     tracks = batch[first : first + _FILES_A_CALL]
                     pending.append((tracks, extra.slice(first, len(tracks))))
-                    yield _Files([track.location for track in tracks])
+                    yield _Files([track.source for track in tracks])
 
         for _, facts in self._called(calls(), _facts, _ASKED_AT_A_TIME):
             tracks, extra = pending.pop(0)

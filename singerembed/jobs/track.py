@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,16 @@ from singerembed.catalog.read import Track
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
+from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
 from singerembed.model import mel
 from singerembed.model.mel import Pcm
-from singerembed.output.schema import ERROR, OK, SILENT, TrackRows
+from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows
 from singerembed.storage import Facts
 
 _log = logging.getLogger(__name__)
 
 _HASH_DIGITS = 32  # 128 bits: no two of a billion recordings meet by chance
-_STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR}
+_STATUS = {mel.LOUD: OK, mel.SILENT: SILENT, mel.INVALID: ERROR, VOICELESS: NO_VOICE}
 
 _FIRST_PAUSE_SECONDS = 0.5  # before a recording is read again after its storage failed; doubled each time
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -71,19 +73,22 @@ def embed_track(
     *,
     isolated: bool = False,
     stop: Callable[[], int] = lambda: 0,
+    separation: Separation | None = None,
 ) -> TrackRows:
     """Embed one track; any error of the track is returned as `TrackRows.error`.
 
     `limit`: of its decoding; by default that of the options. `patience`: of the run, with storage that fails.
     `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
-    of crops. Raises EngineError, and Stopped once `stop` returns a signal's number.
+    of crops. `separation`: separates the voice, where that is wanted. Raises EngineError, and Stopped once `stop`
+    returns a signal's number.
     """
     started = time.monotonic()
     limit = limit or TimeLimit(options.track_timeout_seconds)
     patience = patience or Patience()
     waited = 0.0
     for attempt in range(options.retries + 1):
-        rows = _attempt(track, engine, options, limit, isolated=isolated, stop=stop, started=started)
+        embedded = _EmbeddedTrack(engine, options, None if track.vocals else separation)
+        rows = _attempt(track, embedded, limit, isolated=isolated, stop=stop, started=started)
         if rows.error is None or not rows.error.passing:
             return rows
         if attempt == options.retries or not patience.is_left:
@@ -125,27 +130,26 @@ def overdue_rows(options: RunOptions, embedding_dim: int) -> TrackRows:
 
 def _attempt(
     track: Track,
-    engine: Engine,
-    options: RunOptions,
+    embedded: _EmbeddedTrack,
     limit: TimeLimit,
     *,
     isolated: bool,
     stop: Callable[[], int],
     started: float,
 ) -> TrackRows:
-    embedded = _EmbeddedTrack(engine, options)
     error: TrackError | None = None
     try:
         if track.problem:
             raise track.problem
         with limit.counting():  # before it is opened: what is written to it meanwhile then counts as a change
-            embedded.facts = facts_of(track.location, raising=True)
-        for block in _timed_blocks(track, engine, options, limit, embedded, isolated=isolated):
+            embedded.facts = facts_of(track.source, raising=True)
+        for block in _timed_blocks(track, embedded, limit, isolated=isolated):
             if stop():
                 raise Stopped
             embedded.add(block)
     except TrackError as exc:
-        error = exc
+        of_stem = f"its stem {storage.printable(storage.redacted(track.vocals))}: " if track.vocals else ""
+        error = TrackError(exc.code, f"{of_stem}{exc}", passing=exc.passing)
     except (SingerEmbedError, Stopped):
         raise
     except OSError as exc:  # the storage went away
@@ -155,22 +159,27 @@ def _attempt(
     return embedded.rows(error, time.monotonic() - started)
 
 
-def _timed_blocks(
-    track: Track, engine: Engine, options: RunOptions, limit: TimeLimit, found: _EmbeddedTrack, *, isolated: bool
-) -> Iterator[CropBlock]:
+def _timed_blocks(track: Track, embedded: _EmbeddedTrack, limit: TimeLimit, *, isolated: bool) -> Iterator[CropBlock]:
     """Yield the track's crops; the time limit counts the decoding, not what the caller does with a block.
 
-    What the reader notes of the recording, and the hash of its packets, are added to `found`.
+    What the reader notes of the recording, and the hash of its packets, are added to `embedded`.
     """
+    engine, options, stage = embedded.engine, embedded.options, embedded.separation
+    channels = stage.channels if stage else 1
     with ExitStack() as stack:
+        rate = engine.spec.sample_rate
         with limit.counting():
-            path = stack.enter_context(local_recording(track.location))
-            reader = stack.enter_context(open_recording(path, engine.spec.sample_rate, limit, isolated=isolated))
+            path = stack.enter_context(local_recording(track.source))
+            reader = stack.enter_context(open_recording(path, rate, limit, isolated=isolated, channels=channels))
             if options.identity == "audio":
                 with contextlib.suppress(TrackError):  # FFmpeg does not know what libsndfile reads
-                    found.packet_hash = packet_hash(path, limit)
-        stack.callback(lambda: found.notes.extend(reader.notes))
-        blocks = read_crops(reader, _crop_plan(track, engine, options), engine.batch)
+                    embedded.packet_hash = packet_hash(path, limit)
+        stack.callback(lambda: embedded.notes.extend(reader.notes))
+        plan = _crop_plan(track, engine, options)
+        if stage is None:
+            blocks = read_crops(reader, plan, engine.batch)
+        else:
+            blocks = read_crops(*stage.surrounded(reader, plan), min(engine.batch, MAX_BLOCK), embedded.choose)
         while True:
             with limit.counting():
                 block = next(blocks, None)
@@ -191,11 +200,13 @@ def _crop_plan(track: Track, engine: Engine, options: RunOptions) -> CropPlan:
 class _EmbeddedTrack:
     """Collects the embedded crops of one track."""
 
-    def __init__(self, engine: Engine, options: RunOptions) -> None:
+    def __init__(self, engine: Engine, options: RunOptions, separation: Separation | None) -> None:
         self.notes: list[str] = []
         self.facts = Facts()
         self.packet_hash = ""
-        self._engine, self._options = engine, options
+        self.engine, self.options, self.separation = engine, options, separation
+        self._n_embedded = 0
+        self._ratio: list[NDArray[np.float32]] = []
         self._index: list[int] = []
         self._start: list[NDArray[np.int64]] = []
         self._stop: list[NDArray[np.int64]] = []
@@ -205,7 +216,12 @@ class _EmbeddedTrack:
     def add(self, block: CropBlock) -> None:
         if self._hash is not None:
             self._hash.update(_as_float(block.pcm).data)
-        embedded = self._engine.embed(block.pcm)
+        if self.separation is None:
+            embedded = self.engine.embed(block.pcm)
+        else:
+            block, embedded, ratio = self.separation.embed(block, self.engine)
+            self._ratio.append(ratio)
+        self._n_embedded += len(embedded.embedding)
         if not np.isfinite(embedded.embedding).all():
             loud = np.array(block.index)[embedded.state == mel.LOUD]
             first = loud[~np.isfinite(embedded.embedding).all(axis=1)][0]
@@ -218,8 +234,12 @@ class _EmbeddedTrack:
         self._start.append(block.start)
         self._stop.append(block.stop)
 
+    def choose(self, n_crops: int) -> Iterator[int]:
+        """Which of `n_crops` crops to read: those wanted, and others where there is no voice in them."""
+        return crops_with_voice(n_crops, self.options.crops or n_crops, lambda: self._n_embedded)
+
     def rows(self, error: TrackError | None, seconds: float) -> TrackRows:
-        spec = self._engine.spec
+        spec = self.engine.spec
         state = _concatenate([e.state for e in self._embedded], np.uint8)
         rows = TrackRows(
             crop=np.array(self._index, np.int32),
@@ -237,8 +257,10 @@ class _EmbeddedTrack:
             audio_hash=self._hash.hexdigest()[:_HASH_DIGITS] if self._hash and self._index else "",
             packet_hash=self.packet_hash,
             facts=self.facts,
+            vocal_ratio=_concatenate(self._ratio, np.float32) if self.separation else None,
         )
-        return _pooled(rows) if self._options.pool == "mean" and len(rows.crop) else rows
+        rows = _in_order(rows)
+        return _pooled(rows) if self.options.pool == "mean" and len(rows.crop) else rows
 
 
 def _as_float(pcm: Pcm) -> Pcm:
@@ -253,7 +275,7 @@ def _concatenate(arrays: list[Any], dtype: Any) -> Any:
 def _pooled(rows: TrackRows) -> TrackRows:
     """Reduce to one row: the mean embedding of the loud crops, over the time from the first crop to the last."""
     valid = ~np.isnan(rows.peak)
-    status = OK if len(rows.embedding) else SILENT if valid.any() else ERROR
+    status = next((s for s in (OK, NO_VOICE, SILENT) if s in rows.status), ERROR)
     return TrackRows(
         crop=np.zeros(1, np.int32),
         start=rows.start[:1],
@@ -268,4 +290,35 @@ def _pooled(rows: TrackRows) -> TrackRows:
         audio_hash=rows.audio_hash,
         packet_hash=rows.packet_hash,
         facts=rows.facts,
+        vocal_ratio=_pooled_ratio(rows),
+    )
+
+
+def _pooled_ratio(rows: TrackRows) -> NDArray[np.float32] | None:
+    """The ratio of voice to mixture over all crops that have one, in dB: their energies are added."""
+    if rows.vocal_ratio is None:
+        return None
+    known = ~np.isnan(rows.vocal_ratio)
+    mixture = rows.rms[known].astype(np.float64) ** 2
+    vocals = mixture * 10 ** (rows.vocal_ratio[known] / 10)
+    return np.array([10 * np.log10(vocals.sum() / mixture.sum()) if known.any() else np.nan], np.float32)
+
+
+def _in_order(rows: TrackRows) -> TrackRows:
+    """Return `rows` by rising crops: of a track with too few voices, some were read later."""
+    order = np.argsort(rows.crop, kind="stable")
+    if (order[1:] > order[:-1]).all():
+        return rows
+    has_embedding = np.array([status == OK for status in rows.status])
+    row_of_embedding = np.cumsum(has_embedding) - 1
+    return replace(
+        rows,
+        crop=rows.crop[order],
+        start=rows.start[order],
+        end=rows.end[order],
+        status=[rows.status[i] for i in order],
+        peak=rows.peak[order],
+        rms=rows.rms[order],
+        embedding=rows.embedding[row_of_embedding[order][has_embedding[order]]],
+        vocal_ratio=None if rows.vocal_ratio is None else rows.vocal_ratio[order],
     )

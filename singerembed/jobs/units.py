@@ -15,12 +15,13 @@ import pyarrow as pa
 from singerembed.audio.limits import TimeLimit
 from singerembed.catalog.formats import Fingerprint
 from singerembed.catalog.read import Catalog, Track, Unit
-from singerembed.engine.file import EngineFile, read_engine_file
+from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.machine import available_cores
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
+from singerembed.jobs.separation import open_separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.todays_tracks import TodaysTracks
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
@@ -107,6 +108,7 @@ class EngineThreads:
         *,
         device: int,
         cores: int,
+        separator_file: SeparatorFile | None = None,
     ) -> None:
         """Start the engine, and `cores` threads unless the options say how many. Raises EngineError."""
         self._options, self._stop = options, stop
@@ -114,6 +116,7 @@ class EngineThreads:
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
+            self._separation = open_separation(separator_file, opened.spec, options) if separator_file else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
             # A thread that is left behind keeps its slot in the journal.
             self._journal = stack.enter_context(closing(journal(self._threads + MAX_ABANDONED)))
@@ -130,7 +133,8 @@ class EngineThreads:
             )
             self._stack = stack.pop_all()
         self.spec = self._engine.spec
-        self.description = f"{self._engine.description}, {self._threads} workers"
+        separated = f", of voices by {self._separation.description}" if self._separation else ""
+        self.description = f"{self._engine.description}{separated}, {self._threads} workers"
 
     def embed(
         self, tasks: Iterable[Task], *, isolated: bool = False, one_by_one: bool = False
@@ -145,7 +149,14 @@ class EngineThreads:
             with self._journal.decoding(row):
                 apart = isolated or row in self._journal.suspects
                 return embed_track(
-                    task.track, self._engine, self._options, limit, self._patience, isolated=apart, stop=self._stop
+                    task.track,
+                    self._engine,
+                    self._options,
+                    limit,
+                    self._patience,
+                    isolated=apart,
+                    stop=self._stop,
+                    separation=self._separation,
                 )
 
         return ordered_map(
@@ -227,14 +238,16 @@ class UnitRunner:
         self._job, self._parts, self._listeners, self._stop = job, parts, listeners, stop
         self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
         self._engine_file = read_engine_file(job.engine)
-        spec = self._engine_file.spec
         options = job.options
+        self._separator_file = read_separator_file(options.separate) if options.separate else None
         self.schema = output_schema(
             self._catalog.extra_schema(),
-            spec.embedding_dim,
+            self._engine_file.spec.embedding_dim,
             options.embedding_dtype,
             audio_hash=options.audio_hash,
             packet_hash=options.identity == "audio",
+            separated=options.separate is not None,
+            stems=options.columns.vocals is not None,
         )
 
     def embed_all(self, total_tracks: int, work: Work, previous: FinishedOutput | None = None) -> Counts:
@@ -242,7 +255,15 @@ class UnitRunner:
         options, shards = self._job.options, self._job.shards
         journal = partial(CrashJournal, self._parts.local_folder, shard=self._job.shard)
         cores = max(1, available_cores() // shards)
-        threads = EngineThreads(self._engine_file, options, journal, self._stop, device=self._job.device, cores=cores)
+        threads = EngineThreads(
+            self._engine_file,
+            options,
+            journal,
+            self._stop,
+            device=self._job.device,
+            cores=cores,
+            separator_file=self._separator_file,
+        )
         with closing(threads):
             for listener in self._listeners:
                 listener.started(threads.spec, threads.description, total_tracks)

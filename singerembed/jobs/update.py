@@ -67,7 +67,8 @@ class UpdateCounts:
 def embedding_identity(identity: dict[str, Any]) -> dict[str, Any]:
     """What of a run's identity decides its embeddings."""
     options = {name: value for name, value in identity["options"].items() if name not in _FREE_OPTIONS}
-    return {"engine": identity["engine"], "options": options}
+    options["vocals_column"] = identity["options"]["columns"].get("vocals")
+    return {"engine": identity["engine"], "separator": identity.get("separator"), "options": options}
 
 
 def take_in_interrupted(

@@ -32,6 +32,7 @@ from singerembed.output.schema import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY
 _UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
 _METADATA, _INDEX = "_common_metadata", "_index"
 _INDEX_BATCH = 8192
+_NO_VOICE = "no_voice"
 _INDEX_SCHEMA = pa.schema(
     [
         ("rows", pa.int64()),
@@ -41,6 +42,7 @@ _INDEX_SCHEMA = pa.schema(
         ("error_tracks", pa.int64()),
         ("errors", pa.string()),  # JSON, error rows by code; null: none
         ("audio_seconds", pa.float64()),
+        (_NO_VOICE, pa.int64()),
     ]
 )
 
@@ -49,7 +51,10 @@ class UnitIndex:
     """The units of one output, in order."""
 
     def __init__(self, table: pa.Table | None = None) -> None:
-        self._table = _INDEX_SCHEMA.empty_table() if table is None else table.select(_INDEX_SCHEMA.names)
+        table = _INDEX_SCHEMA.empty_table() if table is None else table
+        if _NO_VOICE not in table.column_names:  # written before there was separation
+            table = table.append_column(_NO_VOICE, pa.array([0] * len(table), pa.int64()))
+        self._table = table.select(_INDEX_SCHEMA.names)
         self._new: list[dict[str, Any]] = []
         self._batches: list[pa.RecordBatch] = []
 

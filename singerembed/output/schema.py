@@ -24,7 +24,7 @@ UNITS_KEY = b"singerembed.units"
 # Some 16 MB of embeddings: large enough to read fast, small enough to hold while a row group fills.
 ROW_GROUP_ROWS = 4096
 
-OK, SILENT, ERROR = "ok", "silent", "error"
+OK, SILENT, NO_VOICE, ERROR = "ok", "silent", "no_voice", "error"
 
 _LEADING = [
     pa.field("track_id", pa.string(), nullable=False),
@@ -46,9 +46,12 @@ IDENTITY = [
     pa.field("file_size", pa.int64()),
     pa.field("file_mtime", pa.timestamp("us", "UTC")),
 ]
-AUDIO_HASH = pa.field("audio_hash", pa.string())
 PACKET_HASH = pa.field("packet_hash", pa.string())
-RESERVED_COLUMNS = [field.name for field in (*_LEADING, *IDENTITY, AUDIO_HASH, PACKET_HASH)] + ["embedding"]
+_AUDIO_HASH = pa.field("audio_hash", pa.string())
+_VOCAL_RATIO = pa.field("vocal_ratio", pa.float32())  # dB
+_VOICE_FROM = pa.field("voice_from", pa.string())  # "stem", "separator", or "recording" as it is
+_OPTIONAL = [_AUDIO_HASH, PACKET_HASH, _VOCAL_RATIO, _VOICE_FROM]
+RESERVED_COLUMNS = [field.name for field in (*_LEADING, *IDENTITY, *_OPTIONAL)] + ["embedding"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class TrackRows:
     crop: NDArray[np.int32]  # [n]
     start: NDArray[np.float64]  # [n], seconds from the beginning of the recording
     end: NDArray[np.float64]  # [n]
-    status: list[str]  # [n] of OK, SILENT, ERROR; an ERROR here is a crop with NaN or infinity in it
+    status: list[str]  # [n] of OK, SILENT, NO_VOICE, ERROR; an ERROR here is a crop with NaN or infinity in it
     peak: NDArray[np.float32]  # [n], full scale is 1; NaN where status is ERROR
     rms: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [crops that are OK, dim]
@@ -68,6 +71,8 @@ class TrackRows:
     audio_hash: str = ""  # of the samples of its crops; empty: not wanted
     packet_hash: str = ""  # of the file's encoded audio; empty: not wanted, or it cannot be read
     facts: Facts = field(default_factory=Facts)  # of the file, before it was opened
+    # [n], energy of the separated voice over the mixture's in dB, NaN where unknown; None: not separated
+    vocal_ratio: NDArray[np.float32] | None = None
 
     @property
     def n_rows(self) -> int:
@@ -92,6 +97,7 @@ class Counts:
     error_tracks: int = 0
     errors: Counter[str] = field(default_factory=Counter)  # rows, by error_code
     audio_seconds: float = 0.0  # of the crops
+    no_voice: int = 0
 
     def add(self, rows: TrackRows) -> None:
         """Count one track."""
@@ -99,6 +105,7 @@ class Counts:
         self.tracks += 1
         self.crops += len(rows.crop)
         self.silent += rows.status.count(SILENT)
+        self.no_voice += rows.status.count(NO_VOICE)
         self.error_tracks += rows.error is not None or bad_crops > 0
         self.audio_seconds += float((rows.end - rows.start).sum())
         if rows.error is not None:
@@ -113,6 +120,7 @@ class Counts:
         self.tracks += 1
         self.crops += rows.num_rows - rows["crop"].null_count
         self.silent += int((status == SILENT).sum())
+        self.no_voice += int((status == NO_VOICE).sum())
         self.error_tracks += bool(errors)
         self.errors.update(errors)
         self.audio_seconds += float(np.nansum(rows["end"].to_numpy() - rows["start"].to_numpy()))
@@ -122,6 +130,7 @@ class Counts:
         self.tracks += other.tracks
         self.crops += other.crops
         self.silent += other.silent
+        self.no_voice += other.no_voice
         self.error_tracks += other.error_tracks
         self.errors.update(other.errors)
         self.audio_seconds += other.audio_seconds
@@ -141,10 +150,18 @@ _INVALID_MESSAGE = "NaN or infinity in the samples"
 
 
 def output_schema(
-    extra: pa.Schema, embedding_dim: int, embedding_dtype: str, *, audio_hash: bool = False, packet_hash: bool = False
+    extra: pa.Schema,
+    embedding_dim: int,
+    embedding_dtype: str,
+    *,
+    audio_hash: bool = False,
+    packet_hash: bool = False,
+    separated: bool = False,
+    stems: bool = False,
 ) -> pa.Schema:
     """Columns of the output; `extra` are the catalogue's. `embedding_dtype` is float32 or float16."""
-    leading = [*_LEADING, *IDENTITY, *([AUDIO_HASH] if audio_hash else []), *([PACKET_HASH] if packet_hash else [])]
+    wanted = zip(_OPTIONAL, (audio_hash, packet_hash, separated, stems), strict=True)
+    leading = [*_LEADING, *IDENTITY, *(field for field, is_wanted in wanted if is_wanted)]
     value = pa.float16() if embedding_dtype == "float16" else pa.float32()
     return pa.schema([*leading, *extra, pa.field("embedding", pa.list_(pa.field("element", value), embedding_dim))])
 
@@ -251,6 +268,11 @@ def rows_table(tracks: list[tuple[Track, TrackRows]], extra: pa.Table, schema: p
         "rms_dbfs": _dbfs(tracks, "rms"),
         "embedding": _embedding_column([rows for _, rows in tracks], schema.field("embedding").type),
     }
+    if _VOCAL_RATIO.name in schema.names:
+        columns[_VOCAL_RATIO.name] = _vocal_ratio(tracks)
+    if _VOICE_FROM.name in schema.names:
+        other = "separator" if _VOCAL_RATIO.name in schema.names else "recording"
+        columns[_VOICE_FROM.name] = pa.array(["stem" if t.vocals else other for t, _ in tracks]).take(of_track)
     repeated = extra.take(pa.array(of_track))
     columns.update({name: repeated.column(name) for name in extra.column_names})
     return pa.table([columns[name] for name in schema.names], schema=schema)
@@ -298,6 +320,17 @@ def _dbfs(tracks: list[tuple[Track, TrackRows]], name: str) -> pa.Array:
     with np.errstate(divide="ignore"):  # digital silence is -inf dBFS
         dbfs = (20 * np.log10(level)).astype(np.float32)
     return pa.array(dbfs, pa.float32(), mask=np.isnan(level))
+
+
+def _vocal_ratio(tracks: list[tuple[Track, TrackRows]]) -> pa.Array:
+    """Column of the ratios; null where there is none: in a crop that was not separated, and in a row of an error."""
+    ratio = np.full(sum(rows.n_rows for _, rows in tracks), np.nan, np.float32)
+    at = 0
+    for _, rows in tracks:
+        if rows.vocal_ratio is not None:
+            ratio[at : at + len(rows.crop)] = rows.vocal_ratio
+        at += rows.n_rows
+    return pa.array(ratio, pa.float32(), mask=np.isnan(ratio))
 
 
 def _embedding_column(rows: list[TrackRows], kind: pa.FixedSizeListType) -> pa.Array:

@@ -227,7 +227,9 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=60, help="of the storage, and kills")
     parser.add_argument("--rounds", type=int, default=10, help="changes of the catalogue")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--separate", metavar="FILE", help="run with this separator")
     arguments = parser.parse_args()
+    OPTIONS.extend(["--separate", arguments.separate] if arguments.separate else [])
     rng = random.Random(arguments.seed)
     turns = max(1, round(arguments.minutes / EXAMPLE_MINUTES))
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""Ten thousand damaged recordings: python tests/soak/fuzz.py [--files 10000]
+"""Ten thousand damaged recordings: python tests/soak/fuzz.py [--files 10000] [--separate FILE]
 
 Real files of every codec with flipped bits, cuts, spliced middles, shuffled blocks and swapped extensions. The run must
 neither crash nor hang, and must account for every track.
@@ -61,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--files", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--separate", metavar="FILE", help="run with this separator")
     arguments = parser.parse_args()
+    separating = ["--separate", arguments.separate] if arguments.separate else []
     rng = random.Random(arguments.seed)
     originals = sorted((EXAMPLES / "audio").iterdir())
     suffixes = [p.suffix for p in originals]
@@ -76,7 +78,7 @@ def main() -> None:
             rows.append(f"{i},{i}{suffix}")
         (folder / "catalog.csv").write_text("track_id,path\n" + "\n".join(rows) + "\n", encoding="utf-8")
         output = folder / "out.parquet"
-        command = [sys.executable, "-m", "singerembed", "run", str(folder / "catalog.csv"), str(output)]
+        command = [sys.executable, "-m", "singerembed", "run", str(folder / "catalog.csv"), str(output), *separating]
         started = time.monotonic()
         result = subprocess.run(
             [*command, "--json", "--track-timeout", "30"], capture_output=True, text=True, check=False, timeout=3600

@@ -1,4 +1,4 @@
-"""A hundred kills: python tests/soak/kills.py [--kills 100]
+"""A hundred kills: python tests/soak/kills.py [--kills 100] [--separate FILE]
 
 SIGKILL to the whole process group at random moments of a run, children included, and the same command again, until the
 output is there; then the next output. Every output must equal, embeddings bit for bit, that of an undisturbed run.
@@ -33,12 +33,14 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--separate", metavar="FILE", help="run with this separator")
     arguments = parser.parse_args()
+    separating = ["--separate", arguments.separate] if arguments.separate else []
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_catalog(folder / "catalog.csv", arguments.repeats)
-        command = [sys.executable, "-m", "singerembed", "run", str(folder / "catalog.csv")]
+        command = [sys.executable, "-m", "singerembed", "run", str(folder / "catalog.csv"), *separating]
         started = time.monotonic()
         subprocess.run([*command, str(folder / "undisturbed.parquet"), "-q"], check=False)
         undisturbed = time.monotonic() - started

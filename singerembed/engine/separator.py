@@ -1,0 +1,70 @@
+"""Separate the voice from a mixture: an ONNX network that masks a spectrogram, on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from singerembed.engine.file import SeparatorFile
+from singerembed.engine.onnxruntime import new_session
+from singerembed.errors import EngineError
+from singerembed.model.separator_spec import SeparatorSpec
+
+INPUT_NAME = "magnitude"
+OUTPUT_NAME = "mask"
+
+
+class Separator:
+    """A separator engine. Thread-safe; a segment runs on the calling thread, and its result depends on nothing else."""
+
+    def __init__(self, file: SeparatorFile) -> None:
+        """Load `file`. Raises EngineError if ONNX Runtime cannot load the network."""
+        if file.backend != "onnxruntime":
+            raise EngineError(f"a separator has no back end {file.backend!r}. Build it again")
+        self.spec = file.spec
+        self.description = f"{file.spec.name}, ONNX Runtime {onnxruntime.__version__}"
+        self._session = new_session(file.payload)
+
+    def vocals(self, segment: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Separate `segment`, float32 [samples, channels], full scale 1; return the voice, of the same shape.
+
+        `samples` is a result of `SeparatorSpec.segment_samples`. Raises EngineError.
+        """
+        spectrum = stft(segment, self.spec)
+        magnitude = np.abs(spectrum[:, :, : self.spec.n_bins])[np.newaxis]
+        try:
+            mask = self._session.run([OUTPUT_NAME], {INPUT_NAME: magnitude})[0][0]
+        except Exception as exc:  # ONNX Runtime's exceptions have no common base class
+            raise EngineError(f"ONNX Runtime failed: {exc}") from exc
+        spectrum[:, :, : self.spec.n_bins] *= mask
+        spectrum[:, :, self.spec.n_bins :] = 0
+        return inverse_stft(spectrum, self.spec)
+
+
+def stft(segment: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.complex64]:
+    """Transform [samples, channels] to [channels, frames, n_fft / 2 + 1]; the first frame begins with the segment."""
+    channels: Any = np.ascontiguousarray(segment.T)
+    frames = np.lib.stride_tricks.sliding_window_view(channels, spec.n_fft, axis=1)[:, :: spec.hop_samples]
+    spectrum: NDArray[np.complex64] = np.fft.rfft(frames * _window(spec)).astype(np.complex64, copy=False)
+    return spectrum
+
+
+def inverse_stft(spectrum: NDArray[np.complex64], spec: SeparatorSpec) -> NDArray[np.float32]:
+    """Transform back by adding overlapping frames; exact but for the first and the last n_fft - hop samples."""
+    frames = np.fft.irfft(spectrum, spec.n_fft).astype(np.float32, copy=False)
+    # The squares of the window, added at this hop, are a constant.
+    frames *= _window(spec) * np.float32(spec.hop_samples / np.sum(_window(spec).astype(np.float64) ** 2))
+    channels, n = frames.shape[:2]
+    hops = spec.n_fft // spec.hop_samples
+    pieces = frames.reshape(channels, n, hops, spec.hop_samples)
+    signal = np.zeros((channels, n + hops - 1, spec.hop_samples), np.float32)
+    for i in range(hops):
+        signal[:, i : i + n] += pieces[:, :, i]
+    return signal.reshape(channels, -1).T
+
+
+def _window(spec: SeparatorSpec) -> NDArray[np.float32]:
+    return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.n_fft) / spec.n_fft)).astype(np.float32)
