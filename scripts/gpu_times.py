@@ -28,7 +28,7 @@ import soundfile
 
 import singerembed
 from singerembed.engine.build import BuildOptions, verification_crops
-from singerembed.engine.cuda_driver import CudaDevice, load_driver
+from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.load import load_engine
 from singerembed.errors import SingerEmbedError
@@ -38,6 +38,7 @@ from singerembed.model.spec import ModelSpec
 SPEC = ModelSpec(name="timing", method="untrained")
 BATCH = 64
 REPEATS = 20
+LAUNCHES = 100
 # Instructions of one lane per frame, counted in csrc/mel_math.h and mel_kernels.h; docs/gpu.md has the derivation.
 INSTRUCTIONS_A_FRAME = 47_400
 LANES_OF_A_MULTIPROCESSOR = 128  # FP32, compute capability 8.6 and later; 8.0 has 64
@@ -54,22 +55,36 @@ class Row:
 
 
 def main() -> int:
-    """Run all measurements; print and write the table."""
+    """Run all measurements; print each row as it comes, and write the table after each."""
     try:
         with opened() as device:
-            rows = [*kernel_rows(device), *torchaudio_rows()]
-            name, facts = device.name, device_facts(device)
+            table = Table(device, Path(sys.argv[1]))
+            for one in (*kernel_rows(device), *torchaudio_rows()):
+                table.add(one)
     except SingerEmbedError as exc:
         print(f"Error: {exc}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        rows += engine_rows(Path(folder))
-    for row in rows:
-        print(f"{row.what:<46} {row.crops_per_second:>12,.0f} crops/s  ±{row.spread:4.0%}  {row.note}")
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    content = {"command": "scripts/gpu_check.sh", "gpu": name, **facts, "rows": [vars(row) for row in rows]}
-    Path(sys.argv[1], f"gpu-{slug}.json").write_text(json.dumps(content, indent=1) + "\n")
+        for one in engine_rows(Path(folder)):
+            table.add(one)
     return 0
+
+
+class Table:
+    """The rows so far, on stdout and in a file named after the GPU."""
+
+    def __init__(self, device: CudaDevice, folder: Path) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+        self._path = folder / f"gpu-{slug}.json"
+        self._content = {"command": "scripts/gpu_check.sh", "gpu": device.name, **device_facts(device)}
+        self._rows: list[Row] = []
+
+    def add(self, one: Row) -> None:
+        """Print and write one more row."""
+        print(f"{one.what:<46} {one.crops_per_second:>12,.0f} crops/s  ±{one.spread:4.0%}  {one.note}", flush=True)
+        self._rows.append(one)
+        content = {**self._content, "rows": [vars(row) for row in self._rows]}
+        self._path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager
@@ -93,11 +108,8 @@ def row(what: str, seconds: list[float], crops: int, note: str = "") -> Row:
 
 def device_facts(device: CudaDevice) -> dict[str, Any]:
     """Return the properties of the device that its limits are computed from."""
-    driver = load_driver()
-    attribute = driver.device_attribute
-    get = driver.Device(device.index).get_attribute
-    multiprocessors, clock_khz = get(attribute.MULTIPROCESSOR_COUNT), get(attribute.CLOCK_RATE)
-    memory_khz, bus_bits = get(attribute.MEMORY_CLOCK_RATE), get(attribute.GLOBAL_MEMORY_BUS_WIDTH)
+    multiprocessors, clock_khz = (device.attribute(name) for name in ("MULTIPROCESSOR_COUNT", "CLOCK_RATE"))
+    memory_khz, bus_bits = (device.attribute(name) for name in ("MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH"))
     return {
         "compute_capability": ".".join(map(str, device.compute_capability)),
         "multiprocessors": multiprocessors,
@@ -115,16 +127,16 @@ def floor_crops_per_second(device: CudaDevice) -> tuple[float, float]:
     return float(arithmetic), float(facts["memory_bytes_per_second"] / traffic)
 
 
-def timed(device: CudaDevice, stream: int, work: Callable[[], None]) -> list[float]:
-    """Return the seconds that `work` takes on the stream, measured by events, after a warm-up."""
-    driver, seconds = load_driver(), []
+def timed(device: CudaDevice, work: Callable[[], None]) -> list[float]:
+    """Return the seconds that `work` takes on its stream: many of it in a row, so that launches do not count."""
+    seconds = []
     for _ in range(REPEATS + 3):
-        start, stop = driver.Event(), driver.Event()
-        start.record(device.as_stream(stream))
-        work()
-        stop.record(device.as_stream(stream))
-        stop.synchronize()
-        seconds.append(stop.time_since(start) / 1e3)
+        device.synchronize()
+        start = time.perf_counter()
+        for _ in range(LAUNCHES):
+            work()
+        device.synchronize()
+        seconds.append((time.perf_counter() - start) / LAUNCHES)
     return seconds[3:]
 
 
@@ -152,13 +164,13 @@ def kernel_rows(device: CudaDevice) -> list[Row]:
     def mel() -> None:
         kernels.mel(crops_at, crops=BATCH, scratch=scratch_at, out=mel_at, stream=stream, half=True)
 
-    copy_seconds = timed(device, stream, lambda: device.upload(pcm_at, pcm, stream))
-    level_seconds = timed(device, stream, level)
+    copy_seconds = timed(device, lambda: device.upload(pcm_at, pcm, stream))
+    level_seconds = timed(device, level)
     device.download(levels, levels_at, stream)
     device.synchronize()
     crops["pcm"], crops["scale"] = pcm_at + np.arange(BATCH) * size, levels["scale"]
     device.upload(crops_at, crops, stream)
-    mel_seconds = timed(device, stream, mel)
+    mel_seconds = timed(device, mel)
     arithmetic, memory = floor_crops_per_second(device)
     share = BATCH / statistics.median(mel_seconds) / min(arithmetic, memory)
     for buffer in buffers:
@@ -207,9 +219,8 @@ def torchaudio_rows() -> list[Row]:
 # --- engines and the whole job ----------------------------------------------------------------------------------------
 
 
-def engine_rows(folder: Path) -> list[Row]:
+def engine_rows(folder: Path) -> Iterator[Row]:
     """Measure each engine that can be built here, fed by threads, and `singerembed run` with the first one."""
-    rows: list[Row] = []
     engines: list[str] = []
     checkpoint = Path(__file__).parents[1] / "tests" / "golden"
     catalog = write_catalog(folder)
@@ -227,12 +238,11 @@ def engine_rows(folder: Path) -> list[Row]:
             print(f"{backend}: left out: {exc}", file=sys.stderr)
             continue
         if isinstance(engine, GpuEngine):
-            rows.append(fed(engine, backend, precision))
+            yield fed(engine, backend, precision)
             engines.append(path)
         engine.close()
     if engines:
-        rows.append(whole_job(catalog, folder, engines[0]))
-    return rows
+        yield whole_job(catalog, folder, engines[0])
 
 
 def release_of(golden: Path, folder: Path) -> Path:

@@ -1,4 +1,6 @@
-"""A CUDA device through pycuda: context, streams, events, device and page-locked memory.
+"""A CUDA device: context, streams, events, device and page-locked memory, through one of two packages.
+
+`cuda-bindings` is NVIDIA's, and comes as a wheel; pycuda is compiled when it is installed, and is used where it is.
 
 The context is the device's primary context, which the CUDA runtime in the mel extension, TensorRT and ONNX Runtime
 use. Handles of another context would be invalid in those libraries (NVIDIA/TensorRT issues 930, 1133 and 4335,
@@ -9,10 +11,11 @@ current that it has popped.
 
 from __future__ import annotations
 
+import importlib.util
 import threading
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from singerembed import _csrc
@@ -21,109 +24,164 @@ from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.model.mel import cuda_mel
 from singerembed.model.spec import ModelSpec
 
-_retained: dict[int, Any] = {}  # pycuda's context of each device, never detached
-_retaining = threading.Lock()
 
-_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: no implicit synchronisation with the legacy default stream
+class DriverError(Exception):
+    """A call of the CUDA driver failed; the message names the call and the error."""
 
 
-def load_driver() -> Any:
-    """Return pycuda's driver module, initialised. Raises MissingDependencyError, or EngineError without a driver."""
+class Driver(Protocol):
+    """The calls of the CUDA driver that are used. They raise DriverError, and OutOfDeviceMemory for want of memory."""
+
+    name: str  # of the package, with its version
+
+    def device_count(self) -> int: ...
+
+    def device_name(self, index: int) -> str: ...
+
+    def attribute(self, index: int, name: str) -> int:
+        """An attribute of a device by its name in the CUDA driver, without the prefix CU_DEVICE_ATTRIBUTE_."""
+        ...
+
+    def enter(self, index: int) -> None:
+        """Make the primary context of a device current, retaining it if it is not yet."""
+        ...
+
+    def leave(self, index: int) -> None:
+        """Make the context that was current before `enter` current again."""
+        ...
+
+    def free_memory(self) -> tuple[int, int]:
+        """Bytes that are free on the current device, and all of them."""
+        ...
+
+    def allocate(self, n_bytes: int) -> DeviceBuffer: ...
+
+    def pinned(self, n_bytes: int) -> PinnedBuffer: ...
+
+    def stream(self) -> int:
+        """Return the handle of a new stream that is not synchronised with the legacy default stream."""
+        ...
+
+    def destroy(self, stream: int) -> None: ...
+
+    def synchronize(self, stream: int) -> None: ...
+
+    def upload(self, destination: int, source: NDArray[Any], stream: int) -> None: ...
+
+    def download(self, destination: NDArray[Any], source: int, stream: int) -> None: ...
+
+    def record(self, stream: int) -> object:
+        """Return an event, without a time, after all work enqueued on `stream` so far."""
+        ...
+
+    def wait(self, stream: int, event: Any) -> None: ...
+
+    def is_done(self, event: Any) -> bool: ...
+
+
+_loading = threading.Lock()
+
+
+def load_driver() -> Driver:
+    """Return the CUDA driver, initialised, through pycuda if that is installed, else through cuda-bindings.
+
+    Raises MissingDependencyError, or EngineError without a driver.
+    """
+    with _loading:
+        return _load()
+
+
+def driver_package() -> str | None:
+    """The package through which the driver is called; None if neither is installed."""
+    if _is_there("pycuda.driver"):
+        return "pycuda"
+    return "cuda-bindings" if _is_there("cuda.bindings.driver") else None
+
+
+@cache
+def _load() -> Driver:
+    package = driver_package()
+    if package == "pycuda":
+        from singerembed.engine.cuda_pycuda import PycudaDriver
+
+        return PycudaDriver()
+    if package is not None:
+        from singerembed.engine.cuda_bindings import BindingsDriver
+
+        return BindingsDriver()
+    raise MissingDependencyError("the GPU path", "cuda-bindings", "gpu")
+
+
+def _is_there(module: str) -> bool:
     try:
-        from pycuda import driver
-    except ImportError as exc:
-        if exc.name is not None and exc.name.startswith("pycuda"):
-            raise MissingDependencyError("the GPU path", "pycuda", "gpu") from exc
-        raise EngineError(f"pycuda does not load: {exc}. Is the NVIDIA driver (libcuda.so.1) installed?") from exc
-    try:
-        driver.init()
-    except driver.Error as exc:
-        raise EngineError(f"the NVIDIA driver does not start: {exc}. nvidia-smi says more") from exc
-    return driver
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is in
+        return False
 
 
 def device_count() -> int:
     """Return the number of CUDA devices visible to this process. Raises as `load_driver`."""
-    return int(load_driver().Device.count())
+    return load_driver().device_count()
 
 
 class CudaDevice:
     """See `Device`. Open, use and close it in one thread."""
 
     def __init__(self, index: int = 0) -> None:
-        """Retain the primary context of device `index`. Raises EngineError or MissingDependencyError."""
-        self._driver = load_driver()
-        count = self._driver.Device.count()
+        """Make the primary context of device `index` current. Raises EngineError or MissingDependencyError."""
+        driver = self._driver = load_driver()
+        count = driver.device_count()
         if not 0 <= index < count:
             raise EngineError(f"there is no CUDA device {index}; this process sees {count}")
-        device = self._driver.Device(index)
         self.index = index
-        self.compute_capability: tuple[int, int] = device.compute_capability()
-        self.name = f"{device.name()} ({index})"
+        major, minor = (driver.attribute(index, f"COMPUTE_CAPABILITY_{which}") for which in ("MAJOR", "MINOR"))
+        self.compute_capability = (major, minor)
+        self.name = f"{driver.device_name(index)} ({index})"
+        self._streams: list[int] = []
         try:
-            with _retaining:
-                self._context = _retained.get(index) or _retained.setdefault(index, device.retain_primary_context())
-        except self._driver.Error as exc:
+            driver.enter(index)
+        except (DriverError, OutOfDeviceMemory) as exc:
             raise EngineError(
                 f"cannot create a context on {self.name}: {exc}. Is it in use, or in another compute mode?"
             ) from exc
-        self._context.push()
-        self._streams: dict[int, Any] = {}
+        self.upload, self.download = driver.upload, driver.download
+        self.record, self.wait, self.is_done = driver.record, driver.wait, driver.is_done
 
     def close(self) -> None:
         """Leave the context. Buffers must have been freed before."""
-        self._streams.clear()  # while the context that they belong to is current
-        self._context.pop()
+        for stream in self._streams:
+            self._driver.destroy(stream)
+        self._streams.clear()
+        self._driver.leave(self.index)
+
+    def attribute(self, name: str) -> int:
+        """An attribute of the device, see `Driver.attribute`."""
+        return self._driver.attribute(self.index, name)
 
     def allocate(self, n_bytes: int) -> DeviceBuffer:
         """See `Device.allocate`."""
         try:
-            return _DeviceBuffer(self._driver.mem_alloc(n_bytes))
-        except self._driver.MemoryError as exc:
-            free, total = self._driver.mem_get_info()
+            return self._driver.allocate(n_bytes)
+        except OutOfDeviceMemory as exc:
+            free, total = self._driver.free_memory()
             raise OutOfDeviceMemory(f"no {n_bytes:,} bytes on {self.name}: {free:,} of {total:,} are free") from exc
 
     def pinned(self, n_bytes: int) -> PinnedBuffer:
         """See `Device.pinned`."""
         try:
-            return _PinnedBuffer(self._driver.pagelocked_empty(n_bytes, np.uint8))
-        except self._driver.MemoryError as exc:
+            return self._driver.pinned(n_bytes)
+        except OutOfDeviceMemory as exc:
             raise OutOfDeviceMemory(f"no {n_bytes:,} bytes of page-locked host memory") from exc
 
     def stream(self) -> int:
         """See `Device.stream`."""
-        stream = self._driver.Stream(_NON_BLOCKING)
-        self._streams[stream.handle] = stream
-        return int(stream.handle)
-
-    def as_stream(self, stream: int) -> Any:
-        """Return pycuda's object for a stream handle of this device."""
-        return self._streams[stream]
-
-    def upload(self, destination: int, source: NDArray[Any], stream: int) -> None:
-        """See `Device.upload`."""
-        self._driver.memcpy_htod_async(destination, source, self.as_stream(stream))
-
-    def download(self, destination: NDArray[Any], source: int, stream: int) -> None:
-        """See `Device.download`."""
-        self._driver.memcpy_dtoh_async(destination, source, self.as_stream(stream))
-
-    def record(self, stream: int) -> object:
-        """See `Device.record`."""
-        return self._driver.Event(self._driver.event_flags.DISABLE_TIMING).record(self.as_stream(stream))
-
-    def wait(self, stream: int, event: object) -> None:
-        """See `Device.wait`."""
-        self.as_stream(stream).wait_for_event(event)
-
-    def is_done(self, event: Any) -> bool:
-        """See `Device.is_done`."""
-        return bool(event.query())
+        self._streams.append(self._driver.stream())
+        return self._streams[-1]
 
     def synchronize(self) -> None:
         """See `Device.synchronize`."""
-        for stream in self._streams.values():
-            stream.synchronize()
+        for stream in self._streams:
+            self._driver.synchronize(stream)
 
     def capture(self, stream: int) -> Capture:
         """See `Device.capture`."""
@@ -132,21 +190,3 @@ class CudaDevice:
     def mel(self, spec: ModelSpec, silence_dbfs: float) -> DeviceMel:
         """See `Device.mel`."""
         return cuda_mel(spec, silence_dbfs)
-
-
-class _DeviceBuffer:
-    def __init__(self, allocation: Any) -> None:
-        self._allocation = allocation
-        self.address = int(allocation)
-
-    def free(self) -> None:
-        self._allocation.free()
-
-
-class _PinnedBuffer:
-    def __init__(self, array: NDArray[np.uint8]) -> None:
-        self.array = array
-
-    def free(self) -> None:
-        allocation: Any = self.array.base  # pycuda's; the garbage collector might free it in another thread
-        allocation.free()

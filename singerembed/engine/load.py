@@ -18,7 +18,7 @@ def bundled_engine_path() -> str:
 def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> Engine:
     """Start the back end of `file`, on CUDA device `device` if it uses a GPU. Raises EngineError if it cannot run here.
 
-    An ONNX Runtime engine uses a GPU if there is one, with onnxruntime-gpu, pycuda and the CUDA kernels.
+    An ONNX Runtime engine uses a GPU if there is one, with onnxruntime-gpu, the extra gpu and the CUDA kernels.
     """
     if file.backend == "onnxruntime":
         from singerembed.engine import onnxruntime, onnxruntime_cuda

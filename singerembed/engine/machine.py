@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 
+from singerembed.engine.cuda_driver import driver_package
 from singerembed.errors import EngineError
 from singerembed.model.mel import available_isas, require_cuda_kernels
 
@@ -69,7 +70,7 @@ def examine() -> list[Finding]:
         _cuda_kernels(),
         _optional("TensorRT", "tensorrt", "GPU back end", "gpu"),
         _optional("TensorRT for RTX", "tensorrt_rtx", "GPU back end for RTX cards", "rtx"),
-        _optional("pycuda", "pycuda", "GPU memory and streams", "gpu"),
+        _driver_package(),
         _optional("torch", "torch", "build-engine", "build"),
         _optional("torchvision", "torchvision", "build-engine", "build"),
         _optional("onnx", "onnx", "build-engine", "build"),
@@ -89,6 +90,14 @@ def _cuda_kernels() -> Finding:
     except EngineError as exc:
         return Finding("CUDA kernels", False, str(exc))
     return Finding("CUDA kernels", True, "compiled in")
+
+
+def _driver_package() -> Finding:
+    used = driver_package()
+    if used is None:
+        return Finding("driver calls", False, "not installed (GPU memory and streams): pip install 'singerembed[gpu]'")
+    other = " (pycuda would be used if it were installed)" if used == "cuda-bindings" else ""
+    return Finding("driver calls", True, f"through {used} {version(used)}{other}: GPU memory and streams")
 
 
 def _soundfile() -> Finding:

@@ -26,7 +26,7 @@ _OUT_OF_MEMORY = ("failed to allocate memory", "out of memory", "cuda failure 2:
 
 
 def is_usable() -> bool:
-    """Return whether the CUDA provider (package onnxruntime-gpu), the CUDA kernels, pycuda and a device are present.
+    """Say whether the CUDA provider (package onnxruntime-gpu), the extra gpu, the CUDA kernels and a device are here.
 
     If only the provider is, log a warning, because the engine then runs on the CPU.
     """

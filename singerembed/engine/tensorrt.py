@@ -92,7 +92,7 @@ def load_library(library: Library) -> Any:
 
 
 def cuda_devices() -> int:
-    """Return the number of usable CUDA devices: 0 also if the CUDA kernels, pycuda or the driver are missing."""
+    """Return the number of usable CUDA devices: 0 also if the CUDA kernels, the extra gpu or the driver are missing."""
     try:
         require_cuda_kernels()
         return device_count()

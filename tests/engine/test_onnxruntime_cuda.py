@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import onnxruntime
 import pytest
 from conftest import Golden
 
-from singerembed.engine import onnxruntime_cuda
+from singerembed.engine import cuda_driver, onnxruntime_cuda
 from singerembed.engine.device import OutOfDeviceMemory
 from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path, open_engine
@@ -136,9 +135,10 @@ def test_the_cpu_serves_where_the_provider_is_missing() -> None:
 def test_a_provider_without_the_rest_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime_cuda, "require_cuda_kernels", lambda: None)
-    monkeypatch.setitem(sys.modules, "pycuda", None)
+    monkeypatch.setattr(cuda_driver, "_is_there", lambda _module: False)
+    cuda_driver._load.cache_clear()
     assert not is_usable()
     assert (
-        "onnxruntime-gpu is installed, but the engine runs on the CPU: the GPU path needs the package pycuda"
+        "onnxruntime-gpu is installed, but the engine runs on the CPU: the GPU path needs the package cuda-bindings"
         in caplog.text
     )

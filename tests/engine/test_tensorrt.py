@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tolerances import EMBEDDING_COSINE_FP16
 
-from singerembed.engine import tensorrt, tensorrt_build
+from singerembed.engine import cuda_driver, tensorrt, tensorrt_build
 from singerembed.engine.build import BuildOptions, build_engine
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import open_engine
@@ -106,9 +106,10 @@ def test_a_library_that_is_not_installed_is_named(library: Library, monkeypatch:
         open_engine(engine_file(library, asdict(FACTS)))
 
 
-def test_pycuda_that_is_not_installed_is_named(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(MissingDependencyError, match=r"pycuda: pip install 'singerembed\[gpu\]'"):
+def test_a_driver_package_that_is_not_installed_is_named(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_driver, "_is_there", lambda _module: False)
+    cuda_driver._load.cache_clear()
+    with pytest.raises(MissingDependencyError, match=r"cuda-bindings: pip install 'singerembed\[gpu\]'"):
         open_engine(engine_file(TENSORRT_RTX, asdict(FACTS)))
 
 
