@@ -70,7 +70,10 @@ def training_facts(source: Path) -> dict[str, Any]:
         ("data", "validation"),
         ("data", "pitch_variants"),
         ("model", "initialise"),
+        ("teacher", "targets"),
     ):
+        if section not in config:
+            continue  # a checkpoint of before there was that section
         config[section][key] = Path(config[section][key]).name
     return {
         "method": config["method"],
