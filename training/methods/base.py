@@ -99,10 +99,9 @@ class Method(lightning.LightningModule):
             return self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"])), z1
         settings = self.config.teacher
         terms = self._teacher_terms(torch.cat(embeddings), torch.cat(batch["targets"].unbind(1)))
-        if settings.method:
-            own = self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"]))
-            terms |= {name: settings.method * term for name, term in own.items()}
-        return terms, z1
+        # Also with a weight of 0, so that the projection takes part, as training on several devices needs.
+        own = self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"]))
+        return terms | {name: settings.method * term for name, term in own.items()}, z1
 
     def _teacher_terms(self, embeddings: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the weighted terms that pull `embeddings`, [crops, dim], to `targets`, [crops, dim of the teacher]."""
