@@ -48,7 +48,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The recordings, and how pairs are drawn from them."""
 
-    source: str = ""  # a folder or a catalogue; --data
+    source: str = ""  # a folder, a catalogue, or the output of `singerembed run`; --data
+    audio_root: str = ""  # what relative paths in an output count from; empty: its folder
     validation: str = ""  # another folder or catalogue to validate on; empty: a share of the singers of `source`
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     validation_crops: Annotated[int, Field(ge=2)] = 4  # of each validation recording

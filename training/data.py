@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
@@ -28,6 +27,7 @@ from singerembed.audio.recording import open_recording
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
+from training.groups import groups, recording_numbers
 from training.metrics import METRICS, CropLabels, verification_metrics
 from training.recordings import TRAIN, VALIDATION, Recording
 from training.targets import Floats, read_targets, relative_path
@@ -103,9 +103,8 @@ def draw_crop(
 ) -> tuple[Samples, float]:
     """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, the file or a variant of it.
 
-    Return it, float32 [n_samples], and its start in seconds from the beginning of the file. A shorter recording is
-    padded with zeros, even if the file continues after it. Raises TrackError if it cannot be read or all drawn crops
-    are silent.
+    Return it, float32 [n_samples], and its start in the file in seconds. A shorter recording is padded with zeros, even
+    if the file continues after it. Raises TrackError if it cannot be read or all drawn crops are silent.
     """
     latest = max(0.0, recording.seconds - n_samples / sample_rate)
     n_there = min(n_samples, round(recording.seconds * sample_rate))
@@ -141,7 +140,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         self._recordings = recordings
         self._config = config
         self._sample_rate = config.front_end().sample_rate
-        self.groups = _groups(recordings, by_singer=config.data.pairs == "singer")
+        self.groups = groups(recordings, by_singer=config.data.pairs == "singer")
         self._variants = _find_variants(recordings, config.data) if config.data.pitch_variants else {}
         self._targets = read_targets(config.teacher.targets) if config.teacher.targets else None
         self._augment = Augmenter(config.augment, self._sample_rate, shift_pitch=not config.data.pitch_variants)
@@ -181,9 +180,8 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             return self._targets.of_crop(path, start, self._config.data.crop_seconds)  # type: ignore[union-attr]
         except KeyError:
-            problem = f"{path}: no windows of it in {self._config.teacher.targets}; another is used instead"
-            _warn_once(path, problem)
-            raise TrackError("silent", problem) from None
+            _warn_once(path, f"no windows of it in {self._config.teacher.targets}; another is used instead")
+            raise TrackError("silent", f"{path}: no windows of it in teacher.targets") from None
 
     def _view(self, index: int, speed: float, rng: np.random.Generator) -> tuple[Samples, float]:
         """Return an augmented crop and its start in seconds."""
@@ -254,21 +252,6 @@ class PairSampler(Sampler[list[PairKey]]):
         return np.concatenate([rng.permutation(self._n_groups) for _ in range(rounds)])
 
 
-def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[int]]:
-    """Return the groups that pairs are drawn from, as indices: single recordings, or all recordings of a singer."""
-    if not by_singer:
-        return [[index] for index in range(len(recordings))]
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, recording in enumerate(recordings):
-        members[recording.singer].append(index)
-    if len(members) in {1, len(recordings)}:
-        raise UsageError(
-            f"pairs of singers need several singers with several recordings each; there are {len(recordings)} "
-            f"recordings of {len(members)} singers. Put each singer's into a folder, or use --set data.pairs=recording"
-        )
-    return list(members.values())
-
-
 # --- pitch variants -------------------------------------------------------------------------------------------------
 
 
@@ -313,7 +296,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         singers = {singer: number for number, singer in enumerate(dict.fromkeys(each.singer for each in kept))}
         self.labels = CropLabels(
             singers=np.array([singers[each.singer] for each in self._recordings], np.int64),
-            recordings=np.repeat(np.arange(len(kept)), per_recording),
+            recordings=np.repeat(recording_numbers(kept), per_recording),
         )
 
     def __len__(self) -> int:
