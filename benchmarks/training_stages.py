@@ -57,7 +57,7 @@ def main(data: str, seconds: float, batch: int, repetitions: int) -> None:
 
     def read() -> np.ndarray[Any, np.dtype[np.float32]]:
         recording = recordings[rng.integers(len(recordings))]
-        return draw_crop(recording, recording.path, config.crop_samples, sample_rate, config, rng)
+        return draw_crop(recording, recording.path, config.crop_samples, sample_rate, config, rng)[0]
 
     results = {"read, avoiding silence": rate(lambda: [read() for _ in range(10)], 10, repetitions)}
     crops = [read() for _ in range(batch)]

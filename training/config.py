@@ -48,7 +48,8 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """The recordings, and how pairs are drawn from them."""
 
-    source: str = ""  # a folder or a catalogue; --data
+    source: str = ""  # a folder, a catalogue, or the output of `singerembed run`; --data
+    audio_root: str = ""  # what relative paths in an output count from; empty: its folder
     validation: str = ""  # another folder or catalogue to validate on; empty: a share of the singers of `source`
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2
     validation_crops: Annotated[int, Field(ge=2)] = 4  # of each validation recording
@@ -83,6 +84,19 @@ class AugmentConfig(Section):
     pair_speed: Annotated[float, Field(ge=1)] = 1.0
     # Transforms of audiomentations, applied between pitch and noise: {transform: NAME, arguments}.
     channel: tuple[dict[str, Any], ...] = ()
+
+
+class TeacherConfig(Section):
+    """Learning from another encoder's embeddings of the same recordings. Not in the paper.
+
+    The target of a crop is the teacher's centred embedding of it, mapped into the encoder's space by a fixed random
+    matrix that keeps all cosines.
+    """
+
+    targets: str = ""  # a table written by training.teacher; empty: no teacher
+    cosine: Annotated[float, Field(ge=0)] = 1.0  # weight of 1 minus the cosine to the target
+    relations: Annotated[float, Field(ge=0)] = 5.0  # weight of the squared differences of similarities within a batch
+    method: Annotated[float, Field(ge=0)] = 0.1  # weight of the method's own loss beside it; 0: the teacher alone
 
 
 class OptimiserConfig(Section):
@@ -126,6 +140,7 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    teacher: TeacherConfig = TeacherConfig()
     optimiser: OptimiserConfig = OptimiserConfig()
     trainer: TrainerConfig = TrainerConfig()
 
@@ -133,6 +148,14 @@ class TrainConfig(Section):
         """Return the spec of the encoder, as far as it is known before training."""
         normalise = "crop" if self.model.normalise == "batch" else self.model.normalise
         return ModelSpec(name=self.name, method=self.method, normalise=normalise)
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> TrainConfig:
+        if self.teacher.targets and self.augment.pair_speed > 1:
+            raise ValueError(
+                "teacher.targets: the targets are of voices at their own speed, so augment.pair_speed is to be 1"
+            )
+        return self
 
     @property
     def crop_samples(self) -> int:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count, takewhile
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import lightning
 import numpy as np
@@ -28,8 +27,10 @@ from singerembed.audio.recording import open_recording
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
+from training.groups import groups, recording_numbers
 from training.metrics import METRICS, CropLabels, verification_metrics
 from training.recordings import TRAIN, VALIDATION, Recording
+from training.targets import Floats, read_targets, relative_path
 
 # A crop that is mostly silence is drawn again, up to this many times; then the most active one is taken.
 DRAWS_PER_CROP = 8
@@ -51,6 +52,7 @@ class PairBatch(TypedDict):
 
     clips: Tensor  # float32 [batch, 2, samples]: the two views of each pair
     groups: Tensor  # int64 [batch]: the recording, or the singer with `pairs: singer`
+    targets: NotRequired[Tensor]  # float32 [batch, 2, dim]: the teacher's embeddings of the views, of length 1
 
 
 class CropBatch(TypedDict):
@@ -98,25 +100,26 @@ def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
 
 def draw_crop(
     recording: Recording, path: str, n_samples: int, sample_rate: int, config: TrainConfig, rng: np.random.Generator
-) -> Samples:
+) -> tuple[Samples, float]:
     """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, the file or a variant of it.
 
-    A shorter recording is padded with zeros, even if the file continues after it. Raises TrackError if it cannot be
-    read or all drawn crops are silent.
+    Return it, float32 [n_samples], and its start in the file in seconds. A shorter recording is padded with zeros, even
+    if the file continues after it. Raises TrackError if it cannot be read or all drawn crops are silent.
     """
     latest = max(0.0, recording.seconds - n_samples / sample_rate)
     n_there = min(n_samples, round(recording.seconds * sample_rate))
-    best, best_share = None, -1.0
+    best, best_start, best_share = None, 0.0, -1.0
     for _ in range(DRAWS_PER_CROP):
-        pcm = read_crop(path, recording.start + rng.uniform(0.0, latest), n_there, sample_rate)
+        start = recording.start + rng.uniform(0.0, latest)
+        pcm = read_crop(path, start, n_there, sample_rate)
         share = active_share(pcm, sample_rate, config.data.silence_dbfs)
         if share > best_share:
-            best, best_share = pcm, share
+            best, best_start, best_share = pcm, start, share
         if best_share >= config.data.min_active:
             break
     if best is None:
         raise TrackError("silent", f"{DRAWS_PER_CROP} crops drawn at random are all silent")
-    return np.pad(peak_normalised(best), (0, n_samples - n_there))
+    return np.pad(peak_normalised(best), (0, n_samples - n_there)), best_start
 
 
 def _warn_once(path: str, problem: str) -> None:
@@ -137,12 +140,13 @@ class PairDataset(Dataset[dict[str, Any]]):
         self._recordings = recordings
         self._config = config
         self._sample_rate = config.front_end().sample_rate
-        self.groups = _groups(recordings, by_singer=config.data.pairs == "singer")
+        self.groups = groups(recordings, by_singer=config.data.pairs == "singer")
         self._variants = _find_variants(recordings, config.data) if config.data.pitch_variants else {}
+        self._targets = read_targets(config.teacher.targets) if config.teacher.targets else None
         self._augment = Augmenter(config.augment, self._sample_rate, shift_pitch=not config.data.pitch_variants)
 
     def __getitem__(self, key: PairKey) -> dict[str, Any]:
-        """Return `clips`, float32 [2, samples], and their `groups` label.
+        """Return `clips`, float32 [2, samples], their `groups` label and, with a teacher, `targets`, float32 [2, dim].
 
         A group that cannot be read is replaced by a random one. Raises SingerEmbedError after RECORDINGS_PER_PAIR of
         them.
@@ -151,7 +155,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         group = key.group
         for _ in range(RECORDINGS_PER_PAIR):
             try:
-                return {"clips": self._pair(group, rng), "groups": group}
+                return {**self._pair(group, rng), "groups": group}
             except TrackError as exc:
                 problem = exc
                 group = int(rng.integers(len(self.groups)))
@@ -160,14 +164,27 @@ class PairDataset(Dataset[dict[str, Any]]):
             "Is the data still there? If it is quiet, lower data.silence_dbfs"
         )
 
-    def _pair(self, group: int, rng: np.random.Generator) -> Samples:
+    def _pair(self, group: int, rng: np.random.Generator) -> dict[str, NDArray[np.float32]]:
         members = self.groups[group]
         chosen = rng.choice(members, 2, replace=len(members) == 1)
         fastest = self._config.augment.pair_speed
         speed = float(fastest ** rng.uniform(-1, 1)) if fastest > 1 else 1.0
-        return np.stack([self._view(int(index), speed, rng) for index in chosen])
+        views = [self._view(int(index), speed, rng) for index in chosen]
+        pair = {"clips": np.stack([pcm for pcm, _ in views])}
+        if self._targets is not None:
+            pair["targets"] = np.stack([self._target(int(i), at) for i, (_, at) in zip(chosen, views, strict=True)])
+        return pair
 
-    def _view(self, index: int, speed: float, rng: np.random.Generator) -> Samples:
+    def _target(self, index: int, start: float) -> Floats:
+        path = relative_path(self._recordings[index].path, self._config.data.source)
+        try:
+            return self._targets.of_crop(path, start, self._config.data.crop_seconds)  # type: ignore[union-attr]
+        except KeyError:
+            _warn_once(path, f"no windows of it in {self._config.teacher.targets}; another is used instead")
+            raise TrackError("silent", f"{path}: no windows of it in teacher.targets") from None
+
+    def _view(self, index: int, speed: float, rng: np.random.Generator) -> tuple[Samples, float]:
+        """Return an augmented crop and its start in seconds."""
         recording = self._recordings[index]
         path = recording.path
         variants = self._variants.get(index)
@@ -176,14 +193,14 @@ class PairDataset(Dataset[dict[str, Any]]):
         n_samples = self._config.crop_samples
         n_read = round(n_samples * speed)
         try:
-            pcm = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
+            pcm, start = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
             _warn_once(path, f"{exc}; another is used instead")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
             pcm = np.pad(faster, (0, n_samples - len(faster)))
-        return self._augment(pcm, rng)
+        return self._augment(pcm, rng), start
 
 
 class PairSampler(Sampler[list[PairKey]]):
@@ -235,21 +252,6 @@ class PairSampler(Sampler[list[PairKey]]):
         return np.concatenate([rng.permutation(self._n_groups) for _ in range(rounds)])
 
 
-def _groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[int]]:
-    """Return the groups that pairs are drawn from, as indices: single recordings, or all recordings of a singer."""
-    if not by_singer:
-        return [[index] for index in range(len(recordings))]
-    members: dict[str, list[int]] = defaultdict(list)
-    for index, recording in enumerate(recordings):
-        members[recording.singer].append(index)
-    if len(members) in {1, len(recordings)}:
-        raise UsageError(
-            f"pairs of singers need several singers with several recordings each; there are {len(recordings)} "
-            f"recordings of {len(members)} singers. Put each singer's into a folder, or use --set data.pairs=recording"
-        )
-    return list(members.values())
-
-
 # --- pitch variants -------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +296,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         singers = {singer: number for number, singer in enumerate(dict.fromkeys(each.singer for each in kept))}
         self.labels = CropLabels(
             singers=np.array([singers[each.singer] for each in self._recordings], np.int64),
-            recordings=np.repeat(np.arange(len(kept)), per_recording),
+            recordings=np.repeat(recording_numbers(kept), per_recording),
         )
 
     def __len__(self) -> int:
@@ -306,7 +308,7 @@ class CropDataset(Dataset[dict[str, Any]]):
         recording = self._recordings[index]
         rng = np.random.default_rng((self._config.seed, index))
         try:
-            pcm = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
+            pcm, _ = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
         except TrackError as exc:
             _warn_once(recording.path, f"{exc}; its crops are left out of the validation")
             return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}

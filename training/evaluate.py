@@ -13,7 +13,7 @@ from scipy.fft import dct
 from tqdm import tqdm
 
 from singerembed.errors import UsageError
-from singerembed.model.checkpoint import load_checkpoint
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint
 from singerembed.model.spec import ModelSpec
 from singerembed.storage import absolute
 from training.augment import Samples
@@ -40,14 +40,15 @@ def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
 
 def encoder_embedder(path: str) -> Embedder:
     """Return the encoder of a checkpoint, or a randomly initialised one for an empty path."""
-    spec = ModelSpec(name="untrained", method="untrained")
-    if path:
-        checkpoint = load_checkpoint(path)
-        spec = checkpoint.spec
-    else:
-        torch.manual_seed(0)
+    return embedder(load_checkpoint(path) if path else None)
+
+
+def embedder(checkpoint: Checkpoint | None) -> Embedder:
+    """Return the encoder of a checkpoint, or for None a randomly initialised one."""
+    spec = checkpoint.spec if checkpoint else ModelSpec(name="untrained", method="untrained")
+    torch.manual_seed(0)
     front_end, encoder = MelSpectrogram(spec), Encoder(spec, normalise=spec.normalise).eval()
-    if path:
+    if checkpoint:
         encoder.backbone.load_state_dict(checkpoint.state_dict)
 
     @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,34 +12,44 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from tqdm import tqdm
 
 from singerembed.errors import CheckpointError, OutputError, UsageError
 from singerembed.model.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
 from singerembed.model.mel import mel_basis
 from singerembed.model.spec import ModelSpec
+from singerembed.storage import absolute
 from training import files
 from training.command import command
+from training.evaluate import embedder, labelled_crops
+
+LAST_BIAS = "classifier.1.bias"
+CENTRED_ON = 1000  # recordings; the mean of fewer is off by more than it helps
 
 
 @command
 @click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--layout", type=click.Choice(["singerembed", "official"]), default="singerembed", help="Of TARGET.")
+@click.option("--centre", metavar="DATA", help="Subtract the mean embedding of this folder or catalogue's recordings.")
 @click.option("--half", is_flag=True, help="Round weights to FP16: half the size. Layout singerembed only.")
-def main(source: Path, target: Path, layout: str, half: bool) -> None:
+def main(source: Path, target: Path, layout: str, centre: str | None, half: bool) -> None:
     """Export the encoder of a training checkpoint SOURCE (runs/x/last.ckpt) to TARGET.
 
     Layout singerembed: one file with the encoder's weights, its spec and the facts of its training. Layout official: a
-    folder with model.pt and hyperparams.yaml, which the authors' code loads.
+    folder with model.pt and hyperparams.yaml, which the authors' code loads. With --centre (the training data) the mean
+    is folded into the bias of the last layer, so that all embeddings come out centred, at no cost.
 
     \b
     python -m training.export runs/byol/last.ckpt byol.pt
     python -m training.export runs/byol/last.ckpt released/byol --layout official
     """
+    checkpoint = load_checkpoint(str(source))
+    if centre is not None:
+        checkpoint = centred(checkpoint, absolute(centre))
     if layout == "official":
         if half:
             raise UsageError("--half is for --layout singerembed; the official code expects FP32")
-        checkpoint = load_checkpoint(str(source))
         export_official(checkpoint, target)
         if checkpoint.spec.normalise != "crop":
             click.echo(
@@ -47,7 +58,7 @@ def main(source: Path, target: Path, layout: str, half: bool) -> None:
                 err=True,
             )
     else:
-        export_own(load_checkpoint(str(source)), training_facts(source), target, half=half)
+        export_own(checkpoint, training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
 
 
@@ -70,7 +81,10 @@ def training_facts(source: Path) -> dict[str, Any]:
         ("data", "validation"),
         ("data", "pitch_variants"),
         ("model", "initialise"),
+        ("teacher", "targets"),
     ):
+        if section not in config:
+            continue  # a checkpoint of before there was that section
         config[section][key] = Path(config[section][key]).name
     return {
         "method": config["method"],
@@ -80,6 +94,24 @@ def training_facts(source: Path) -> dict[str, Any]:
         "config": config,
         **content["training"],
     }
+
+
+def centred(checkpoint: Checkpoint, source: str, limit: int = CENTRED_ON) -> Checkpoint:
+    """Return the encoder with the mean embedding of recordings in `source` subtracted in the bias of its last layer.
+
+    One crop each of at most `limit` recordings, drawn with a fixed seed. Raises UsageError if none can be used.
+    """
+    crops = labelled_crops(source, crops=2)  # a dataset has two crops of a recording at least; the first is taken
+    chosen = np.random.default_rng(0).permutation(len(crops) // 2)[:limit] * 2
+    embed = embedder(checkpoint)
+    items = (crops[int(index)] for index in tqdm(chosen, desc="centring", unit=" crops", disable=None))
+    embeddings = [embed(item["clips"]) for item in items if item["indices"] >= 0]
+    if not embeddings:
+        raise UsageError(f"{source}: no recording to centre on can be read and is not silent")
+    tensors = dict(checkpoint.state_dict)
+    tensors[LAST_BIAS] = tensors[LAST_BIAS] - torch.from_numpy(np.mean(embeddings, axis=0, dtype=np.float64)).float()
+    words = f"{len(embeddings)} crops of {Path(source).name}"
+    return replace(checkpoint, state_dict=tensors, spec=replace(checkpoint.spec, centred_on=words))
 
 
 def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, half: bool = False) -> None:

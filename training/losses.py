@@ -1,4 +1,4 @@
-"""Loss terms of the five methods, as functions of projections.
+"""Loss terms of the five methods, as functions of projections, and of learning from a teacher's embeddings.
 
 Each takes the projections of two views of a batch, `z1` and `z2`, float [batch, dim], where rows of equal index are a
 positive pair, and returns a scalar. Epsilons that the papers do not give are those of the official code (github
@@ -100,6 +100,28 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
     squared_distances: Tensor = torch.pdist(z).square()
     potential: Tensor = (-t * squared_distances).exp().mean()
     return potential.log()
+
+
+def towards(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Return 1 minus the mean cosine of each row of `embeddings`, [batch, dim], with the same row of `targets`."""
+    _check_pair(embeddings, targets)
+    return 1 - F.cosine_similarity(embeddings, targets, dim=1, eps=_COSINE_EPS).mean()
+
+
+def relations(embeddings: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean squared difference of the cosine similarities between rows (arXiv 1904.05068, as matrices).
+
+    `embeddings`, [batch, dim], and `targets`, [batch, any dim], have as many rows. The diagonal does not count.
+    """
+    _check_pair(embeddings, embeddings)
+
+    def similarities(z: Tensor) -> Tensor:
+        unit = F.normalize(z.float(), dim=1, eps=_COSINE_EPS)
+        with _full_precision(z):
+            return unit @ unit.T
+
+    count = len(embeddings) * (len(embeddings) - 1)
+    return (similarities(embeddings) - similarities(targets)).fill_diagonal_(0).square().sum() / count
 
 
 def _full_precision(z: Tensor) -> torch.autocast:

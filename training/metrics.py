@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from singerembed.evaluation.metrics import equal_error_rate
+from singerembed.evaluation.metrics import effective_rank, equal_error_rate
 from training import losses
 
 Floats = NDArray[np.floating]
-METRICS = ("eer", "mean_rank", "alignment", "uniformity", "spread")
+METRICS = ("eer", "mean_rank", "alignment", "uniformity", "spread", "effective_rank")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,7 @@ def verification_metrics(embeddings: Floats, labels: CropLabels) -> dict[str, fl
         "alignment": float(2 - 2 * scores.mean(dtype=np.float64)),
         "uniformity": float(losses.uniformity(unit)),
         "spread": float(spread(unit)),
+        "effective_rank": effective_rank(embeddings),
     }
 
 

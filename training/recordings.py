@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,19 +14,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pyarrow.dataset import dataset
 from tqdm import tqdm
 
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
 from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
 from singerembed.errors import CatalogError, TrackError
-from singerembed.storage import exists, publishing
+from singerembed.evaluation.data import is_output
+from singerembed.output.finished import is_partitioned, read_schema
+from singerembed.output.schema import ERROR, OK, SILENT
+from singerembed.storage import exists, publishing, resolve
 from training.config import DataConfig, TrainConfig
 
 TRAIN, VALIDATION = "train", "validation"
-_COLUMNS = ("path", "singer", "seconds", "start", "split")
+_COLUMNS = ("path", "singer", "seconds", "start", "split", "recording")
 # The fields of DataConfig that, with the seed, determine an index.
-_INDEX_FIELDS = {"source", "validation", "validation_fraction", "path_column", "singer_column", "crop_seconds"}
+_INDEX_FIELDS = {
+    "source", "validation", "validation_fraction", "path_column", "singer_column", "crop_seconds",
+    "audio_root",
+}  # fmt: skip
+_GAP_SECONDS = 1e-3  # between the crops of a run that follow each other
 _PROBE_SECONDS = 60.0
 _PROBE_SAMPLE_RATE = 44_100  # any rate: lengths are in seconds
 _PROBE_THREADS = 8
@@ -40,6 +49,7 @@ class Recording:
     seconds: float = math.inf  # infinite: to the end of the file
     start: float = 0.0  # seconds from the beginning of the file
     split: str = TRAIN
+    recording: str = ""  # what this is a stretch of, if there may be others of it; empty: a recording of its own
 
 
 def build_index(config: TrainConfig) -> list[Recording]:
@@ -90,7 +100,11 @@ def read_index(path: Path) -> list[Recording]:
 def _find(source: str, config: TrainConfig) -> list[Recording]:
     if not exists(source):
         raise CatalogError(f"{source}: there is no such folder or catalogue")
+    if is_partitioned(source):
+        return list(in_output(source, config.data))
     if not Path(source).is_dir():
+        if Path(source).suffix.lower() in {".parquet", ".pq"} and is_output(source):
+            return list(in_output(source, config.data))
         return list(_in_catalogue(source, Columns(path=config.data.path_column), config.data.singer_column))
     found = sorted(_in_folder(Path(source)), key=lambda each: each.path)
     if not found:
@@ -135,8 +149,44 @@ def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[R
         tqdm.write(f"left out  {n_wrong} invalid rows of {path} (first: {first})")
 
 
+def in_output(path: str, data: DataConfig) -> Iterator[Recording]:
+    """Yield the stretches that a run embedded: neighbouring crops whose status is "ok", joined, with their lengths.
+
+    Silence, crops with NaN and recordings that could not be read are left out. The singer is in the column
+    `data.singer_column`; where there is none, each track is its own singer. Relative paths count from the folder
+    `data.audio_root`, or from that of the output. Raises CatalogError without such a stretch.
+    """
+    schema = read_schema(path) if is_partitioned(path) else pq.read_schema(path)
+    known = data.singer_column in schema.names
+    if not known and data.singer_column != DataConfig().singer_column:
+        raise CatalogError(f'{path} has no column "{data.singer_column}". Name the singers\' with data.singer_column')
+    columns = ["track_id", "path", "start", "end", "status", *([data.singer_column] if known else [])]
+    base = f"{data.audio_root}/" if data.audio_root else path
+    counts: Counter[str] = Counter()
+    last: Recording | None = None
+    for batch in dataset(path, schema).to_batches(columns=columns):
+        for row in batch.to_pylist():
+            counts[row["status"]] += 1
+            if row["status"] != OK:
+                continue
+            length = row["end"] - row["start"]
+            follows = last is not None and last.recording == row["track_id"]
+            if last is not None and follows and abs(last.start + last.seconds - row["start"]) < _GAP_SECONDS:
+                last = replace(last, seconds=last.seconds + length)
+                continue
+            if last is not None:
+                yield last
+            singer = str(row[data.singer_column] or row["track_id"]) if known else row["track_id"]
+            location = resolve(base, row["path"])
+            last = Recording(location, singer, length, row["start"], recording=row["track_id"])
+    if last is None:
+        raise CatalogError(f"{path}: a run embedded nothing in it; there is nothing to train on")
+    yield last
+    tqdm.write(f"read      {path}: {counts[OK]} crops, without {counts[SILENT]} silent ones and {counts[ERROR]} errors")
+
+
 def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
-    """Return the recordings of at least `min_seconds`, with their lengths from the file headers."""
+    """Return the recordings of at least `min_seconds`, with their lengths from the file headers if they have none."""
     with ThreadPoolExecutor(_PROBE_THREADS) as threads:
         lengths = list(
             tqdm(
@@ -164,6 +214,8 @@ def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recor
 
 def _seconds(recording: Recording) -> float | None:
     """Return the length of a recording in seconds; None if it cannot be opened."""
+    if recording.recording:
+        return recording.seconds  # a run has read it
     limit = TimeLimit(_PROBE_SECONDS)
     try:
         with limit.counting(), open_recording(recording.path, _PROBE_SAMPLE_RATE, limit) as reader:

@@ -38,7 +38,9 @@ LAST, BEST, INDEX = "last.ckpt", "best.ckpt", "recordings.parquet"
     help="One of training/configs/. A second one goes over it.",
 )
 @click.option(
-    "--data", required=True, help="A folder SINGER/**/*.wav (or flac, mp3, ...), or a catalogue with a path column."
+    "--data",
+    required=True,
+    help="A folder SINGER/**/*.wav (or flac, ...), a catalogue, or an output of singerembed run.",
 )
 @click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="The run's folder: checkpoints and TensorBoard."

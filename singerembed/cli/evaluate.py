@@ -34,6 +34,9 @@ from singerembed.cli.console import count_or_all, note, progress_bar, verbosity_
     help="Also rate pairs that share this column's value, and those that do not; may be repeated.",
 )
 @click.option(
+    "--within", multiple=True, metavar="COLUMN", help="Also rate pairs of one group, as of one sex; may be repeated."
+)
+@click.option(
     "--crops", default="all", metavar="all|N", callback=count_or_all, show_default=True, help="Crops of a recording."
 )
 @click.option(
@@ -81,6 +84,7 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
         n_pairs=values["draw_pairs"],
         every_pair=values["all_pairs"],
         conditions=values["conditions"],
+        within=values["within"],
         silence_dbfs=values["silence_dbfs"],
         identify=not values["no_identification"],
         scoring=values["scoring"],

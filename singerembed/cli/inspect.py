@@ -90,6 +90,8 @@ def _model(spec: dict[str, Any]) -> str:
     crop = f"crops of {spec['crop_samples'] / spec['sample_rate']:g} s at {spec['sample_rate']:,} Hz"
     mel = f"{spec['n_mels']} mel bands, normalise {spec['normalise']}"
     weights = f"weights {spec['weights_sha256'][:_SHORT_HASH] or 'unknown'}..."
+    if spec.get("centred_on"):
+        weights = f"centred on {spec['centred_on']}, {weights}"
     encoder = f"{spec['name']} ({spec['method']}, {spec['backbone']}, {spec['embedding_dim']} dimensions)"
     return f"{encoder}, {spec['precision']}, {crop}, {mel}, {weights}"
 

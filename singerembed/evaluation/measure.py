@@ -16,17 +16,19 @@ from singerembed.evaluation.metrics import (
     ErrorCurve,
     Floats,
     Ints,
+    effective_rank,
     equal_error_interval,
     equal_error_of,
     error_curve,
     mean_interval,
     normalised_rank,
 )
-from singerembed.evaluation.pairs import Pairs, all_pairs, draw_pairs, draw_rank_scores, pair_scores
+from singerembed.evaluation.pairs import BLOCK_ROWS, Pairs, all_pairs, draw_pairs, draw_rank_scores, pair_scores
 from singerembed.evaluation.probe import Identification, identify_singers
 from singerembed.evaluation.result import Crops, EvaluationOptions, Measure, ModelResult
 from singerembed.evaluation.scoring import Moments, fit_scoring, needs_second_moments
 
+_NEAREST_QUERIES = 2000
 _INTERVAL_PAIRS = 200_000  # pairs drawn for the interval of the error rate over all pairs
 _MIN_PAIRS_OF_VALUE = 20  # of each kind; values of a condition with fewer are not reported
 
@@ -41,8 +43,8 @@ def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: Eva
         except ValueError:
             layer_eer[name] = float("nan")
     layer = min(layer_eer, key=lambda name: (math.isnan(layer_eer[name]), layer_eer[name]))
-    embedding = table.layers[layer]
-    unit = _vectors(standardised(embedding) if table.facts.standardise else embedding, options.scoring)
+    embedding = standardised(table.layers[layer]) if table.facts.standardise else table.layers[layer]
+    unit = _vectors(embedding, options.scoring)
     scores = pair_scores(unit, pairs)
     eer, threshold, curve = _equal_error(unit, crops, pairs, scores, options, None)
     identification, why_not = _identification(embedding, crops, options)
@@ -53,7 +55,10 @@ def measure_model(table: EmbeddedTable, crops: Crops, pairs: Pairs, options: Eva
         unit=unit,
         eer=eer,
         threshold=threshold,
+        centred=_centred_error(embedding, crops, pairs, options),
+        effective_rank=effective_rank(embedding),
         mnr=_rank(unit, crops, pairs, options),
+        nearest=_nearest(unit, crops, options),
         top1=_identified(identification, why_not, "top1"),
         top5=_identified(identification, why_not, "top5"),
         identification=identification,
@@ -105,6 +110,39 @@ def _block_filter(condition: Callable[[Ints, Ints], Bools], rows: Ints) -> Calla
     return lambda a, b: condition(rows[a, np.newaxis], rows[np.newaxis, b])
 
 
+def _centred_error(embedding: NDArray[np.float32], crops: Crops, pairs: Pairs, options: EvaluationOptions) -> Measure:
+    """Return the equal error rate with the mean of the embeddings subtracted before their cosine is taken."""
+    unit = _vectors(embedding, "centred")
+    return _equal_error(unit, crops, pairs, pair_scores(unit, pairs), options, None)[0]
+
+
+def _nearest(unit: NDArray[np.float32], crops: Crops, options: EvaluationOptions) -> Measure:
+    """Return the share of crops whose most similar crop of another recording is the same singer's.
+
+    Of crops whose singer has another recording, at most _NEAREST_QUERIES, drawn; the candidates are all crops.
+    """
+    of_singer = np.unique(np.stack([crops.singer, crops.recording]), axis=1)[0]
+    several = np.flatnonzero(np.bincount(of_singer)[crops.singer] > 1)
+    if not len(several) or len(np.unique(crops.singer)) < 2:
+        return Measure(missing="it needs two recordings of a singer, and a second singer")
+    rng = np.random.default_rng(options.seed)
+    queries = np.sort(rng.choice(several, min(len(several), _NEAREST_QUERIES), replace=False))
+    right = np.empty(len(queries))
+    for start in range(0, len(queries), BLOCK_ROWS):
+        rows = queries[start : start + BLOCK_ROWS]
+        best, who = np.full(len(rows), -np.inf, np.float32), np.zeros(len(rows), np.int64)
+        for left in range(0, len(unit), BLOCK_ROWS):
+            part = slice(left, left + BLOCK_ROWS)
+            scores = unit[rows] @ unit[part].T
+            scores[crops.recording[rows, np.newaxis] == crops.recording[np.newaxis, part]] = -np.inf
+            top = scores.argmax(axis=1)
+            found = scores[np.arange(len(rows)), top]
+            who = np.where(found > best, crops.singer[part][top], who)
+            best = np.maximum(best, found)
+        right[start : start + BLOCK_ROWS] = who == crops.singer[rows]
+    return Measure.of(float(right.mean()), mean_interval(right, crops.singer[queries], seed=options.seed))
+
+
 def _rank(unit: NDArray[np.float32], crops: Crops, pairs: Pairs, options: EvaluationOptions) -> Measure:
     try:
         drawn = draw_rank_scores(unit, crops.singer, pairs, seed=options.seed)
@@ -138,11 +176,10 @@ def _conditions(
     tests: dict[str, Callable[[Ints, Ints], Bools]] = {
         "two recordings": lambda a, b: crops.recording[a] != crops.recording[b]
     }
+    for column in options.within:
+        tests[f"within {column}"] = _Sharing(_values(crops, column, "--within"))
     for column in options.conditions:
-        if not any(column in r.conditions for r in crops.recordings):
-            known = sorted({name for r in crops.recordings for name in r.conditions})
-            raise UsageError(f"--condition {column}: there is no such column; there are: {', '.join(known) or 'none'}")
-        value = crops.same_value(column)
+        value = _values(crops, column, "--condition")
         tests |= {f"{column}: same": _Sharing(value), f"{column}: different": _Sharing(value, apart=True)}
         for number, name in enumerate(sorted({r.conditions.get(column, "") for r in crops.recordings} - {""})):
             both = (value[pairs.first] == number) & (value[pairs.second] == number)
@@ -150,6 +187,14 @@ def _conditions(
             if min(n_positive, int(both.sum()) - n_positive) >= _MIN_PAIRS_OF_VALUE:
                 tests[f"{column}: {name}"] = _Sharing(np.where(value == number, number, -1))
     return {name: _equal_error(unit, crops, pairs, scores, options, test)[0] for name, test in tests.items()}
+
+
+def _values(crops: Crops, column: str, option: str) -> Ints:
+    """Return the value of a column for each crop, as a number. Raises UsageError if there is no such column."""
+    if not any(column in r.conditions for r in crops.recordings):
+        known = sorted({name for r in crops.recordings for name in r.conditions})
+        raise UsageError(f"{option} {column}: there is no such column; there are: {', '.join(known) or 'none'}")
+    return crops.same_value(column)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,25 @@ def normalised_rank(positive: Floats, distractors: Floats) -> Floats:
     return np.asarray((nearer + tied / 2) / (distractors.shape[1] + 1))
 
 
+# --- dimensions ---------------------------------------------------------------------------------------------------
+
+
+def effective_rank(embedding: Floats) -> float:
+    """Return how many directions embeddings [n, dim] use: 1 if they lie on a line, at most min(n - 1, dim).
+
+    It is exp of the entropy of the squared singular values of the centred rows, as shares of their sum (Roy and
+    Vetterli 2007, who do not square). NaN without two different rows.
+    """
+    rows = np.asarray(embedding, np.float64)
+    rows = rows - rows.mean(axis=0)
+    gram = rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T
+    energy = np.clip(np.linalg.eigvalsh(gram), 0, None)
+    if energy.sum() <= 0:
+        return float("nan")
+    share = energy[energy > 0] / energy.sum()
+    return float(np.exp(-(share * np.log(share)).sum()))
+
+
 # --- bootstrap over singers -----------------------------------------------------------------------------------------
 
 

@@ -59,7 +59,9 @@ def make_page(evaluation: Evaluation, views: list[View], title: str) -> str:
     body = [f"<h1>{html.escape(title)}</h1>", _summary(evaluation), _table(HEADER, table_rows(evaluation), fits=True)]
     body.append(
         "<p class=note>In brackets: 95 % intervals over singers. EER: equal error rate of pairs of crops. MNR: mean "
-        "normalised rank of a singer's crop among crops of others. Top-1, top-5: linear probe on unseen recordings.</p>"
+        "normalised rank of a singer's crop among crops of others. Nearest: crops whose most similar crop of another "
+        "recording is the same singer's. Top-1, top-5: linear probe on unseen recordings. Effective rank: how "
+        "many directions the embeddings use.</p>"
     )
     body += [f"<p class=note>{html.escape(note)}</p>" for note in evaluation.notes]
     names = list(evaluation.results[0].conditions)

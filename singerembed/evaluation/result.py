@@ -28,6 +28,7 @@ class EvaluationOptions:
     n_pairs: int = DEFAULT_PAIRS
     every_pair: bool = False  # error rates over all pairs instead of drawn ones
     conditions: tuple[str, ...] = ()  # columns of the catalogue to report error rates by
+    within: tuple[str, ...] = ()  # columns whose values are groups: report error rates of pairs within a group
     silence_dbfs: float = DEFAULT_SILENCE_DBFS
     identify: bool = True
     scoring: str = "cosine"  # of scoring.SCORINGS that need no labels; fitted on the compared crops
@@ -75,7 +76,10 @@ class ModelResult:
     unit: NDArray[np.float32]  # [n, dim], embeddings of `layer`, rows of length 1
     eer: Measure
     threshold: float
+    centred: Measure  # equal error rate with the mean of the compared crops subtracted first
+    effective_rank: float  # of the embeddings, see metrics.effective_rank
     mnr: Measure
+    nearest: Measure  # share of crops whose most similar crop of another recording is the same singer's
     top1: Measure
     top5: Measure
     identification: Identification | None
@@ -136,7 +140,10 @@ def _result_fields(result: ModelResult) -> dict[str, Any]:
         "layer_eer": result.layer_eer,
         "eer": _measure_fields(result.eer),
         "threshold": _finite(result.threshold),
+        "centred": _measure_fields(result.centred),
+        "effective_rank": _finite(result.effective_rank),
         "mnr": _measure_fields(result.mnr),
+        "nearest": _measure_fields(result.nearest),
         "top1": _measure_fields(result.top1),
         "top5": _measure_fields(result.top5),
         "probe": None

@@ -9,7 +9,8 @@ import math
 from singerembed.evaluation.result import Evaluation, Measure, ModelResult
 
 HEADER = (
-    "model", "parameters", "rate", "dim", "poster", "EER %", "EER % of two recordings", "MNR %", "top-1 %", "top-5 %",
+    "model", "parameters", "rate", "dim", "poster", "EER %", "EER % of two recordings", "EER % centred", "MNR %",
+    "nearest %", "top-1 %", "top-5 %", "effective rank",
 )  # fmt: skip
 
 
@@ -28,7 +29,8 @@ def _row(result: ModelResult) -> tuple[str, ...]:
         facts.poster or "-",
         percent(result.eer),
         percent(result.conditions["two recordings"]),
-        *(percent(measure) for measure in (result.mnr, result.top1, result.top5)),
+        *(percent(each) for each in (result.centred, result.mnr, result.nearest, result.top1, result.top5)),
+        "-" if math.isnan(result.effective_rank) else f"{result.effective_rank:.1f}",
     )
 
 
@@ -77,7 +79,8 @@ def as_csv(evaluation: Evaluation) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["model", "layer", "metric", "value", "low", "high"])
     for result in evaluation.results:
-        measures = {"eer": result.eer, "mnr": result.mnr, "top1": result.top1, "top5": result.top5}
+        measures = {"eer": result.eer, "eer centred": result.centred, "mnr": result.mnr, "nearest": result.nearest}
+        measures |= {"top1": result.top1, "top5": result.top5, "effective rank": Measure(result.effective_rank)}
         measures |= {f"eer {name}": measure for name, measure in result.conditions.items()}
         for name, measure in measures.items():
             figures = ["" if math.isnan(v) else repr(v) for v in (measure.value, measure.low, measure.high)]

@@ -107,6 +107,32 @@ def test_a_condition_keeps_the_pairs_that_it_names(corpus: Path) -> None:
     assert found.results[0].conditions["technique: same"].value == pytest.approx(expected, abs=0.01)
 
 
+def test_pairs_within_a_group_are_those_that_share_its_value(corpus: Path) -> None:
+    found = run_bands(corpus / "catalog.csv", within=("technique",), conditions=("technique",)).results[0]
+    assert list(found.conditions)[:2] == ["two recordings", "within technique"]
+    assert found.conditions["within technique"] == found.conditions["technique: same"]
+    with pytest.raises(UsageError, match="--within sex: there is no such column; there are: technique"):
+        run_bands(corpus / "catalog.csv", within=("sex",))
+
+
+def test_the_nearest_crop_is_of_another_recording(corpus: Path) -> None:
+    found = run_bands(corpus)
+    unit, crops = found.results[0].unit, found.crops
+    similarity = unit @ unit.T
+    similarity[crops.recording[:, None] == crops.recording[None]] = -2
+    right = crops.singer[similarity.argmax(axis=1)] == crops.singer
+    assert 0.2 < right.mean() < 1
+    assert found.results[0].nearest.value == pytest.approx(right.mean())
+
+
+def test_what_centring_gives_is_the_error_rate_by_that_scoring(corpus: Path) -> None:
+    plain, centred = run_bands(corpus).results[0], run_bands(corpus, scoring="centred").results[0]
+    assert plain.centred == centred.eer == centred.centred
+    assert plain.centred != plain.eer
+    assert plain.effective_rank == centred.effective_rank
+    assert 1 < plain.effective_rank < 8
+
+
 def test_all_pairs(corpus: Path) -> None:
     found = run_bands(corpus, every_pair=True).results[0]
     first, second = np.triu_indices(len(found.unit), k=1)

@@ -16,6 +16,7 @@ from tolerances import EER_OFFICIAL, SHARE
 
 from singerembed.evaluation.metrics import (
     bootstrap_over_singers,
+    effective_rank,
     equal_error_interval,
     equal_error_rate,
     error_curve,
@@ -155,3 +156,23 @@ def test_a_statistic_that_never_exists_has_no_interval() -> None:
         raise ValueError
 
     assert np.isnan(bootstrap_over_singers(never, 3).low)
+
+
+# --- dimensions -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(400, 12), (10, 300)])
+def test_the_effective_rank_is_the_one_of_the_singular_values(shape: tuple[int, int]) -> None:
+    rows = np.random.default_rng(0).standard_normal(shape) * np.linspace(0.1, 2, shape[1]) + 5
+    energy = np.linalg.svd(rows - rows.mean(axis=0), compute_uv=False) ** 2
+    share = energy[energy > 1e-12] / energy.sum()
+    assert effective_rank(rows) == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=1e-6)
+
+
+def test_the_effective_rank_counts_directions() -> None:
+    rng = np.random.default_rng(0)
+    directions = np.linalg.qr(rng.standard_normal((50, 4)))[0].T
+    assert effective_rank(rng.standard_normal((9, 1)) * directions[:1] + 3) == pytest.approx(1.0)
+    equal = np.concatenate([directions, -directions])  # four directions, of one variance
+    assert effective_rank(equal) == pytest.approx(4.0)
+    assert np.isnan(effective_rank(np.ones((5, 3))))

@@ -11,8 +11,19 @@ from singerembed.model.spec import ModelSpec
 
 
 def test_json_and_back(spec: ModelSpec) -> None:
-    for one in (spec, replace(spec, normalise=9.2), replace(spec, precision="fp16")):
+    for one in (
+        spec,
+        replace(spec, normalise=9.2),
+        replace(spec, precision="fp16"),
+        replace(spec, centred_on="9 crops"),
+    ):
         assert ModelSpec.from_dict(json.loads(json.dumps(one.to_dict()))) == one
+
+
+def test_an_encoder_that_is_not_centred_has_the_fields_of_before(spec: ModelSpec) -> None:
+    """Engines' identities are made of them."""
+    assert "centred_on" not in spec.to_dict()
+    assert replace(spec, centred_on="9 crops").to_dict() == {**spec.to_dict(), "centred_on": "9 crops"}
 
 
 def test_sizes_are_derived(spec: ModelSpec) -> None:

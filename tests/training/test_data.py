@@ -62,7 +62,9 @@ def test_active_share() -> None:
 
 def test_what_lies_behind_the_end_of_a_recording_is_not_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.wav", np.concatenate([tone(1), np.full(RATE, 0.9)]))
-    crop = draw_crop(Recording(path, "s", 1.0), path, RATE + 400, RATE, small_config(tmp_path), np.random.default_rng())
+    crop, _ = draw_crop(
+        Recording(path, "s", 1.0), path, RATE + 400, RATE, small_config(tmp_path), np.random.default_rng()
+    )
     assert crop.shape == (RATE + 400,)
     np.testing.assert_allclose(crop[:RATE], 2 * tone(1), atol=1e-3)
     assert not crop[RATE:].any()
@@ -72,7 +74,9 @@ def test_silence_is_avoided(tmp_path: Path) -> None:
     pcm = np.concatenate([np.zeros(4 * RATE), tone(2), np.zeros(4 * RATE)])
     recording = Recording(write(tmp_path / "a.wav", pcm), "s", 10.0)
     config = small_config(tmp_path)
-    crops = [draw_crop(recording, recording.path, 2 * RATE, RATE, config, np.random.default_rng(i)) for i in range(20)]
+    crops = [
+        draw_crop(recording, recording.path, 2 * RATE, RATE, config, np.random.default_rng(i))[0] for i in range(20)
+    ]
     assert all(float(np.abs(crop).max()) == pytest.approx(1.0) for crop in crops)
     # One blind draw in three would have the share of voice that is asked for, one in two would be all silence.
     assert np.mean([active_share(crop, RATE, -60.0) >= config.data.min_active for crop in crops]) > 0.9

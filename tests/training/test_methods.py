@@ -14,7 +14,7 @@ from training_config import small_config
 
 from singerembed.errors import UsageError
 from training import losses
-from training.callbacks import COLLAPSED_SPREAD, CollapseWatch
+from training.callbacks import COLLAPSED_SPREAD, LOW_RANK, CollapseWatch
 from training.config import SHORTEST_CROP_SECONDS
 from training.data import PairBatch, PairDataset, PairKey
 from training.methods import METHODS, build_method
@@ -229,6 +229,18 @@ def test_a_collapse_of_the_validations_embeddings_is_said_once() -> None:
             trainer: Any = SimpleNamespace(callback_metrics={"validation/spread": torch.tensor(spread)}, global_step=7)
             callback.on_validation_end(trainer, module)
     assert ["embeddings of validation crops" in str(each.message) for each in caught] == [True]
+
+
+def test_a_low_rank_of_the_validations_embeddings_is_said_once() -> None:
+    callback = CollapseWatch()
+    module = cast(lightning.LightningModule, None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for rank in (3.0, 20.0, float("nan"), LOW_RANK - 0.1, 3.3, 3.0):
+            metrics = {"validation/spread": torch.tensor(0.9), "validation/effective_rank": torch.tensor(rank)}
+            trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=7)
+            callback.on_validation_end(trainer, module)
+    assert ["use 3.3, fewer than 6" in str(each.message) for each in caught] == [True]
 
 
 class _AlignmentOnly(Contrastive):

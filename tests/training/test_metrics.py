@@ -38,6 +38,7 @@ def test_separate_singers_are_told_apart() -> None:
     assert metrics["eer"] == pytest.approx(0.0)
     assert metrics["mean_rank"] == pytest.approx(0.0)
     assert metrics["alignment"] == pytest.approx(0.0)
+    assert metrics["effective_rank"] == pytest.approx(2.0)
 
 
 def test_alignment_is_the_loss_of_the_same_name_over_the_pairs() -> None:

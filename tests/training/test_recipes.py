@@ -93,6 +93,23 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
         read_speech(silent, tmp_path, np.random.default_rng(0))
 
 
+def test_a_faster_excerpt_is_higher() -> None:
+    tone = np.sin(2 * np.pi * 300 * np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE)
+    for speed in (1.0, 1.2, 0.85):
+        clip = free_voices._excerpt(tone, speed, np.random.default_rng(0))
+        assert len(clip) / SAMPLE_RATE == pytest.approx(free_voices.CLIP_SECONDS, abs=1e-3)
+        loudest = np.abs(np.fft.rfft(clip)).argmax() * SAMPLE_RATE / len(clip)
+        assert loudest == pytest.approx(300 * speed, rel=1e-2)
+
+
+def test_only_files_of_a_speakers_pattern_are_read(tmp_path: Path) -> None:
+    for name, hz in (("x/nl/a-m-1.wav", 300), ("x/nl/a-v-1.wav", 500)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(tmp_path / name, np.sin(2 * np.pi * hz * np.arange(SAMPLE_RATE) / SAMPLE_RATE), SAMPLE_RATE)
+    pcm, _ = read_speech(Speaker("v", "p", "x", "nl/*-v-*.wav"), tmp_path, np.random.default_rng(0))
+    assert np.abs(np.fft.rfft(pcm)).argmax() * SAMPLE_RATE / len(pcm) == pytest.approx(500, rel=1e-2)
+
+
 def test_the_corpus_is_laid_out_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     speakers = []
     for number, name in enumerate(("a", "b", "c")):
@@ -110,12 +127,14 @@ def test_the_corpus_is_laid_out_and_made_once(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(free_voices, "_HELD_OUT_CLIPS", 1)
     command = [
         str(tmp_path / "corpus"), "--root", str(tmp_path / "root"), "--tracts", "2", "--clips", "2", "--synthetic", "1",
+        "--speeds", "2",
     ]  # fmt: skip
     result = CliRunner().invoke(free_voices.main, command)
     assert result.exit_code == 0, result.output
     files = {str(path.relative_to(tmp_path / "corpus")) for path in (tmp_path / "corpus").rglob("*") if path.is_file()}
+    singers = ("a-00", "a-01", "a-spoken-00", "a-spoken-01", "synthetic-000")
     assert files == {
-        *(f"train/{singer}/{clip}.flac" for singer in ("a-00", "a-01", "synthetic-000") for clip in (0, 1)),
+        *(f"train/{singer}/{clip}.flac" for singer in singers for clip in (0, 1)),
         *(f"validation/b-0{tract}/0.flac" for tract in range(4)),
         *(f"test/sung/c-0{tract}/0.flac" for tract in range(4)),
         "test/spoken/c-00/0.flac",

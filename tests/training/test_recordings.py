@@ -13,7 +13,9 @@ from training_audio import tone, write
 from training_config import small_config
 
 from singerembed.errors import CatalogError
+from singerembed.output.schema import METADATA_KEY
 from training import train
+from training.data import CropDataset, PairDataset
 from training.recordings import TRAIN, VALIDATION, build_index, is_index_of, read_index, write_index
 
 
@@ -154,3 +156,65 @@ def test_a_validation_that_takes_every_singer_is_an_error(tmp_path: Path) -> Non
         write(tmp_path / singer / "0.wav", tone(1))
     with pytest.raises(CatalogError, match=r"all of its 2 singers.*data\.validation_fraction=0"):
         build_index(small_config(tmp_path))
+
+
+# --- what a run found out -------------------------------------------------------------------------------------------
+
+
+def output_of_run(folder: Path, rows: list[tuple[Any, ...]], name: str = "out.parquet") -> Path:
+    """An output with the columns that training reads: (track_id, path, start, end, status, artist)."""
+    names = ("track_id", "path", "start", "end", "status", "artist")
+    table = pa.table({name: [row[i] for row in rows] for i, name in enumerate(names)})
+    pq.write_table(table.replace_schema_metadata({METADATA_KEY: "{}"}), folder / name)
+    return folder / name
+
+
+ROWS = [
+    ("a", "a.wav", 0.0, 4.0, "ok", "Ann"),
+    ("a", "a.wav", 4.0, 8.0, "ok", "Ann"),
+    ("a", "a.wav", 8.0, 12.0, "silent", "Ann"),
+    ("a", "a.wav", 12.0, 16.0, "ok", "Ann"),
+    ("b", "sub/b.wav", 0.0, 4.0, "ok", None),
+    ("c", "c.wav", None, None, "error", "Ann"),
+    ("d", "/all/d.wav", 30.0, 34.0, "ok", "Bob"),
+]
+
+
+def test_the_output_of_a_run_says_which_stretches_hold_a_voice(tmp_path: Path) -> None:
+    data = {"singer_column": "artist", "validation_fraction": 0}
+    found = build_index(small_config(output_of_run(tmp_path, ROWS), data=data))
+    assert [(each.singer, each.start, each.seconds, each.recording) for each in found] == [
+        ("Ann", 0.0, 8.0, "a"), ("Ann", 12.0, 4.0, "a"), ("b", 0.0, 4.0, "b"), ("Bob", 30.0, 4.0, "d"),
+    ]  # fmt: skip
+    assert [each.path for each in found[1:]] == [
+        str(tmp_path / "a.wav"), str(tmp_path / "sub" / "b.wav"), "/all/d.wav",
+    ]  # fmt: skip
+    elsewhere = build_index(small_config(tmp_path / "out.parquet", data={**data, "audio_root": "/music"}))
+    assert elsewhere[0].path == "/music/a.wav"
+
+
+def test_without_credits_each_track_is_its_own_singer_and_its_stretches_are_one_group(tmp_path: Path) -> None:
+    config = small_config(output_of_run(tmp_path, ROWS), data={"validation_fraction": 0})
+    found = build_index(config)
+    assert [each.singer for each in found] == ["a", "a", "b", "d"]
+    assert PairDataset(found, config).groups == [[0, 1], [2], [3]]
+    assert CropDataset(found, config).labels.recordings[::4].tolist() == [0, 0, 1, 2]
+
+
+def test_an_output_of_nothing_but_errors_and_a_column_that_is_not_there_are_said(tmp_path: Path) -> None:
+    with pytest.raises(CatalogError, match="nothing to train on"):
+        build_index(small_config(output_of_run(tmp_path, [ROWS[5]])))
+    with pytest.raises(CatalogError, match='no column "who"'):
+        build_index(small_config(output_of_run(tmp_path, ROWS), data={"singer_column": "who"}))
+
+
+def test_a_training_takes_the_output_of_a_run_as_it_is(tmp_path: Path) -> None:
+    rows = []
+    for name in "abcdef":
+        write(tmp_path / f"{name}.wav", tone(6))
+        rows += [(name, f"{name}.wav", start, start + 2.0, "ok", name) for start in (0.0, 2.0)]
+    source = output_of_run(tmp_path, rows)
+    data = {"validation_fraction": 0, "batch_size": 3}
+    train.train(small_config(source, data=data, trainer={"log_every_steps": 1}), tmp_path / "run")
+    assert (tmp_path / "run" / "last.ckpt").exists()
+    assert [each.seconds for each in read_index(tmp_path / "run" / "recordings.parquet")] == [4.0] * 6

@@ -276,6 +276,22 @@ def test_export_to_the_own_layout(short_run: Path, tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() for tensor in torch.load(target, weights_only=True)["state_dict"].values())
 
 
+def test_an_exported_encoder_is_centred_on_the_data_that_is_named(
+    short_run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    source, plain, target = short_run / "last.ckpt", tmp_path / "plain.pt", tmp_path / "centred.pt"
+    for arguments in ([str(source), str(plain)], [str(source), str(target), "--centre", str(corpus)]):
+        done = CliRunner().invoke(export.main, arguments)
+        assert done.exit_code == 0, done.output
+    assert load_checkpoint(str(target)).spec.centred_on == f"12 crops of {corpus.name}"
+    crops = evaluate.labelled_crops(str(corpus), 2)
+    before, after = (
+        np.stack([evaluate.encoder_embedder(str(path))(crops[index]["clips"]) for index in range(0, len(crops), 2)])
+        for path in (plain, target)
+    )
+    np.testing.assert_allclose(after, before - before.mean(axis=0), atol=1e-5 * np.abs(before).max())
+
+
 def test_export_in_half_the_size_names_no_folder_of_the_machine(short_run: Path, tmp_path: Path) -> None:
     source, target, whole = short_run / "last.ckpt", tmp_path / "half.pt", tmp_path / "whole.pt"
     assert CliRunner().invoke(export.main, [str(source), str(target), "--half"]).exit_code == 0

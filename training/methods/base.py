@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+from functools import cache
 from typing import Any, ClassVar, cast
 
 import lightning
@@ -17,6 +18,7 @@ from torch.distributed.nn.functional import all_gather
 from singerembed.errors import UsageError
 from singerembed.model.checkpoint import load_checkpoint
 from singerembed.model.spec import ModelSpec
+from training import losses
 from training.config import Section, TrainConfig
 from training.data import CropBatch, PairBatch, PairData
 from training.metrics import spread
@@ -91,8 +93,25 @@ class Method(lightning.LightningModule):
 
     def pair_terms(self, batch: PairBatch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the terms of the loss and the projections of the first views."""
-        z1, z2 = (self.projection(self.embed(batch["clips"][:, view])) for view in (0, 1))
-        return self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"])), z1
+        embeddings = [self.embed(batch["clips"][:, view]) for view in (0, 1)]
+        z1, z2 = map(self.projection, embeddings)
+        if "targets" not in batch:
+            return self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"])), z1
+        settings = self.config.teacher
+        terms = self._teacher_terms(torch.cat(embeddings), torch.cat(batch["targets"].unbind(1)))
+        # Also with a weight of 0, so that the projection takes part, as training on several devices needs.
+        own = self.terms(self.gathered(z1), self.gathered(z2), self.gathered(batch["groups"]))
+        return terms | {name: settings.method * term for name, term in own.items()}, z1
+
+    def _teacher_terms(self, embeddings: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the weighted terms that pull `embeddings`, [crops, dim], to `targets`, [crops, dim of the teacher]."""
+        settings = self.config.teacher
+        embeddings, targets = self.gathered(embeddings.float()), self.gathered(targets)
+        mapped = targets @ orthonormal_map(targets.shape[1], embeddings.shape[1]).to(targets)
+        return {
+            "teacher": settings.cosine * losses.towards(embeddings, mapped),
+            "relations": settings.relations * losses.relations(embeddings, targets),
+        }
 
     def gathered(self, rows: Tensor) -> Tensor:
         """Return `rows` of all devices in order of rank, with gradients; without `gather` only those of this device.
@@ -169,6 +188,18 @@ class Method(lightning.LightningModule):
 def _versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "lightning", "audiomentations", "praat-parselmouth")
     return {package: importlib.metadata.version(package) for package in packages}
+
+
+@cache
+def orthonormal_map(inputs: int, outputs: int) -> Tensor:
+    """Return a fixed random matrix, float32 [inputs, outputs], whose rows are orthonormal: it keeps all cosines.
+
+    Raises UsageError if there are more inputs than outputs.
+    """
+    if inputs > outputs:
+        raise UsageError(f"the teacher's embedding has {inputs} dimensions, more than the encoder's {outputs}")
+    columns, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((outputs, inputs)))
+    return torch.from_numpy(columns.T.astype(np.float32).copy())
 
 
 def learning_rate_factor(epoch: float, warmup_epochs: float, cosine_epochs: float) -> float:

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from singerembed.errors import UsageError
 from training import losses
 from training.config import Positive, TrainConfig
 from training.data import PairBatch
@@ -34,6 +35,8 @@ class Byol(Method):
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__(config, steps_per_epoch)
+        if config.teacher.targets:
+            raise UsageError("teacher.targets: byol has a teacher of its own; use another method")
         self.predictor = Predictor()
         networks = {"encoder": copy.deepcopy(self.encoder), "projection": copy.deepcopy(self.projection)}
         self.teacher = nn.ModuleDict(networks).requires_grad_(False)

@@ -20,6 +20,7 @@ from typing import Any
 import click
 import numpy as np
 import soundfile
+import soxr
 from tqdm import tqdm
 
 from singerembed.errors import UsageError
@@ -39,6 +40,8 @@ TEST = (
 _HELD_OUT_TRACTS = 4  # including the speaker's own
 _HELD_OUT_CLIPS = 6
 _SUNG = 0.65  # share of sung training clips; the rest is running speech
+_SPOKEN_SECONDS = 240.0  # of a speaker's recordings, to cut the clips as recorded from
+_SPOKEN_OCTAVES = 0.3  # their speed is up to 2 to this, or its reciprocal
 
 
 @command
@@ -47,11 +50,20 @@ _SUNG = 0.65  # share of sung training clips; the rest is running speech
 @click.option("--root", default="/", type=click.Path(path_type=Path), help="File system the packages lie in.")
 @click.option("--tracts", default=16, help="Identities made out of each training speaker.")
 @click.option("--clips", default=5, help="Of each identity.")
+@click.option("--speeds", default=8, help="Of each speaker's own recordings, beside; each is an identity.")
 @click.option("--synthetic", default=160, help="Synthetic singers (training.synthetic) to train on beside them.")
 @click.option("--seed", default=0, help="Of everything.")
 @click.option("--jobs", default=1, help="Processes.")
 def main(
-    folder: Path | None, packages: bool, root: Path, tracts: int, clips: int, synthetic: int, seed: int, jobs: int
+    folder: Path | None,
+    packages: bool,
+    root: Path,
+    tracts: int,
+    clips: int,
+    speeds: int,
+    synthetic: int,
+    seed: int,
+    jobs: int,
 ) -> None:
     """Build the corpus of free voices in FOLDER."""
     if packages:
@@ -60,10 +72,14 @@ def main(
     if folder is None:
         raise UsageError("name the FOLDER to build the corpus in, or ask for --packages")
     make = partial(_make_speaker, folder=folder, root=root, tracts=tracts, clips=clips, seed=seed)
+    record = partial(_make_spoken, folder=folder, root=root, speeds=speeds, clips=clips, seed=seed)
     synthesise = partial(_make_synthetic, folder=folder, clips=clips, seed=seed)
     with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
         each: Any = pool.imap_unordered if pool else map
         for _ in tqdm(each(make, SPEAKERS), total=len(SPEAKERS), unit=" speakers", disable=None):
+            pass
+        training = [speaker for speaker in SPEAKERS if speaker.name not in {*TEST, *VALIDATION}]
+        for _ in tqdm(each(record, training), total=len(training), unit=" speakers", disable=None):
             pass
         for _ in tqdm(each(synthesise, range(synthetic)), total=synthetic, unit=" singers", disable=None):
             pass
@@ -103,6 +119,27 @@ def _make_identities(
             continue  # made by an earlier run
         tract = draw_tract(speech(), np.random.default_rng((*seed, number)), octaves=0.42 if number else 0.0)
         _write_clips(home, clips, partial(_voice, speech(), tract, sung), (*seed, number))
+
+
+def _make_spoken(speaker: Speaker, *, folder: Path, root: Path, speeds: int, clips: int, seed: int) -> None:
+    """Write clips of a training speaker's own recordings; each identity has another speed, the first its own."""
+    number = SPEAKERS.index(speaker)
+    homes = [folder / "train" / f"{speaker.name}-spoken-{speed:02d}" for speed in range(speeds)]
+    if all(len(list(home.glob("*.flac"))) >= clips for home in homes):
+        return  # made by an earlier run
+    pcm, _ = read_speech(speaker, root, np.random.default_rng((seed, number, 6)), _SPOKEN_SECONDS)
+    for index, home in enumerate(homes):
+        rng = np.random.default_rng((seed, number, 7, index))
+        speed = float(2 ** rng.uniform(-_SPOKEN_OCTAVES, _SPOKEN_OCTAVES)) if index else 1.0
+        _write_clips(home, clips, partial(_excerpt, pcm, speed), (seed, number, 8, index))
+
+
+def _excerpt(pcm: Samples, speed: float, rng: np.random.Generator) -> Samples:
+    """Return a random stretch of `pcm` played at `speed`, float64 of at most CLIP_SECONDS, with its peak at 1."""
+    length = round(CLIP_SECONDS * SAMPLE_RATE * speed)
+    start = int(rng.integers(max(1, len(pcm) - length)))
+    clip = soxr.resample(pcm[start : start + length], SAMPLE_RATE * speed, SAMPLE_RATE)
+    return np.asarray(clip / max(float(np.abs(clip).max()), 1e-9))
 
 
 def _make_synthetic(number: int, *, folder: Path, clips: int, seed: int) -> None:

@@ -53,6 +53,7 @@ class Speaker:
     name: str
     package: str
     folder: str = ""  # of recordings, relative to the file system's root
+    pattern: str = "*"  # of the names in it
     festival: str = ""  # or a voice of Festival
     flite: str = ""  # or a voice of Flite
     text: str = ""  # text for a synthetic voice, a key of _TEXTS
@@ -65,6 +66,18 @@ def _recorded(package: str, folder: str, names: Sequence[str]) -> Iterator[Speak
 
 def _asterisk(name: str, package: str, folder: str) -> Speaker:
     return Speaker(f"asterisk-{name}", package, f"usr/share/asterisk/sounds/{folder}")
+
+
+def _tuxpaint(language: str) -> Speaker:
+    """Names of things, said by one person of each language."""
+    folder = "usr/share/tuxpaint/stamps"
+    return Speaker(f"tuxpaint-{language}", "tuxpaint-stamps-default", folder, f"*_desc_{language}.ogg")
+
+
+def _fillets(language: str, role: str) -> Speaker:
+    """A role of the dialogues of Fish Fillets: m and v are the two fishes."""
+    folder = "usr/share/games/fillets-ng/sound"
+    return Speaker(f"fillets-{language}-{role}", f"fillets-ng-data-{language}", folder, f"{language}/*-{role}-*.ogg")
 
 
 def _festival(package: str, voice: str, text: str) -> Speaker:
@@ -100,23 +113,30 @@ SPEAKERS = (
     _festival("festvox-us-slt-hts", "cmu_us_slt_arctic_hts", "en"),
     Speaker("flite-awb", "flite", flite="awb", text="en"),
     Speaker("flite-rms", "flite", flite="rms", text="en"),
+    *map(_tuxpaint, ("be", "bg", "da", "el", "es", "ro", "ru")),  # not fr and ca: of those speakers are held out
+    *(_fillets("cs", role) for role in ("c", "hs", "m", "pap", "v", "x")),
+    *(_fillets("nl", role) for role in ("m", "v")),
 )
 PACKAGES = tuple(dict.fromkeys(["festival", *(speaker.package for speaker in SPEAKERS)]))
 
 
-def read_speech(speaker: Speaker, root: Path, rng: np.random.Generator) -> tuple[Samples, float]:
-    """Return a speaker's speech, float64 [samples] at 44.1 kHz, up to a minute, and its original sample rate in Hz.
+def read_speech(
+    speaker: Speaker, root: Path, rng: np.random.Generator, seconds: float = MAX_SECONDS
+) -> tuple[Samples, float]:
+    """Return up to `seconds` of a speaker, float64 [samples] at 44.1 kHz, and the original sample rate in Hz.
 
     Files are read in random order. Raises UsageError if the package is not installed.
     """
     if not speaker.folder:
         return _synthesised(speaker)
     files = sorted(
-        path for path in (root / speaker.folder).rglob("*") if path.suffix in {".wav", ".ogg", ".opus", ".gsm"}
+        path
+        for path in (root / speaker.folder).rglob(speaker.pattern)
+        if path.suffix in {".wav", ".ogg", ".opus", ".gsm"}
     )
     pieces: list[Samples] = []
     rates: list[int] = []
-    seconds = 0.0
+    length = 0.0
     for number in rng.permutation(len(files)):
         try:
             pcm, rate = soundfile.read(files[number], always_2d=True)
@@ -127,8 +147,8 @@ def read_speech(speaker: Speaker, root: Path, rng: np.random.Generator) -> tuple
             continue
         pieces.append(soxr.resample(pcm / np.abs(pcm).max(), rate, SAMPLE_RATE))
         rates.append(rate)
-        seconds += len(pieces[-1]) / SAMPLE_RATE
-        if seconds >= MAX_SECONDS:
+        length += len(pieces[-1]) / SAMPLE_RATE
+        if length >= seconds:
             break
     if not pieces:
         raise UsageError(f"{root / speaker.folder} holds no speech. Install the package {speaker.package}")

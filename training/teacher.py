@@ -1,0 +1,115 @@
+"""Embeds windows of recordings with a published speaker encoder, as targets of a training: `teacher.targets`."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from singerembed.errors import SingerEmbedError, TrackError
+from singerembed.evaluation.baselines.base import require
+from singerembed.storage import absolute
+from training.augment import Samples
+from training.command import command
+from training.config import SHORTEST_CROP_SECONDS, DataConfig, TrainConfig
+from training.data import read_crop
+from training.recordings import Recording, build_index
+from training.targets import Floats, Windows, relative_path, write_targets
+
+_LEVEL_DBFS = -30.0  # root mean square that the encoder expects
+_SILENT = 1e-4  # root mean square below which a window is left out
+_FRAMES_PER_SECOND = 100
+_LONGEST_SECONDS = 600.0  # of one recording
+
+
+class Ge2eTeacher:
+    """GE2E (arXiv 1710.10467) as packaged in resemblyzer, for windows of 1.6 s. Silences are not cut out."""
+
+    name = "ge2e"
+
+    def __init__(self, hop_seconds: float) -> None:
+        """`hop_seconds`: between windows. Raises MissingDependencyError without resemblyzer."""
+        module: Any = require("resemblyzer", "the teacher ge2e")
+        self._mel = module.wav_to_mel_spectrogram
+        self._encoder = module.VoiceEncoder("cpu", verbose=False).eval()
+        self.sample_rate = int(module.hparams.sampling_rate)
+        self._window = int(module.hparams.partials_n_frames)
+        self._hop = round(hop_seconds * _FRAMES_PER_SECOND)
+
+    @torch.inference_mode()
+    def windows(self, pcm: Samples) -> Windows | None:
+        """Embed the windows of `pcm`, float32 [samples] at `sample_rate`; None if all of them are silent."""
+        pcm = np.pad(pcm, (0, max(0, self._window * self.sample_rate // _FRAMES_PER_SECOND - len(pcm))))
+        level = float(np.sqrt(np.square(pcm, dtype=np.float64).mean()))
+        if level < _SILENT:
+            return None
+        gain = 10 ** (_LEVEL_DBFS / 20) / level
+        mel = self._mel(pcm * np.float32(max(gain, 1.0)))  # only raised, as resemblyzer does
+        first = np.arange(0, max(1, len(mel) - self._window + 1), self._hop)
+        samples = self.sample_rate // _FRAMES_PER_SECOND
+        loud = [np.square(pcm[i * samples : (i + self._window) * samples]).mean() > _SILENT**2 for i in first]
+        first = first[loud]
+        if not len(first):
+            return None
+        batch = np.stack([mel[i : i + self._window] for i in first])
+        embeddings: Floats = self._encoder(torch.from_numpy(batch)).numpy()
+        return Windows((first + self._window / 2) / _FRAMES_PER_SECOND, embeddings)
+
+
+@command
+@click.argument("data")
+@click.argument("targets", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--hop", default=0.5, type=click.FloatRange(min=0.05), help="Seconds between windows.")
+@click.option("--jobs", default=2, type=click.IntRange(min=1), help="Recordings at a time.")
+def main(data: str, targets: Path, hop: float, jobs: int) -> None:
+    """Embed windows of 1.6 s of the recordings in the folder or catalogue DATA with GE2E, and write them to TARGETS.
+
+    Train with --set teacher.targets=TARGETS. Needs the extra eval, which has resemblyzer (Apache 2.0) and its weights.
+
+    \b
+    python -m training.teacher vocals/ targets.parquet
+    """
+    source = absolute(data)
+    section = DataConfig(source=source, validation_fraction=0, crop_seconds=SHORTEST_CROP_SECONDS)
+    recordings = build_index(TrainConfig(method="", data=section))
+    torch.set_num_threads(1)
+    teacher = Ge2eTeacher(hop)
+
+    def embed(recording: Recording) -> Windows | None:
+        samples = round(min(recording.seconds, _LONGEST_SECONDS) * teacher.sample_rate)
+        try:
+            found = teacher.windows(read_crop(recording.path, recording.start, samples, teacher.sample_rate))
+        except TrackError:
+            return None
+        return None if found is None else Windows(found.centres + recording.start, found.embeddings)
+
+    with ThreadPoolExecutor(jobs) as threads:
+        made = list(tqdm(threads.map(embed, recordings), total=len(recordings), unit=" recordings", disable=None))
+    found: dict[str, Windows] = {}
+    for recording, windows in zip(recordings, made, strict=True):
+        if windows is not None:
+            name = relative_path(recording.path, source)
+            found[name] = windows if name not in found else _joined(found[name], windows)
+    if not found:
+        raise SingerEmbedError(f"{data}: no recording can be read and is not silent")
+    write_targets(targets, found, teacher.name)
+    count = sum(len(each.centres) for each in found.values())
+    click.echo(
+        f"wrote    {targets}: {count} windows of {len(found)} of {len({each.path for each in recordings})} files"
+    )
+
+
+def _joined(one: Windows, other: Windows) -> Windows:
+    """Return the windows of two parts of one file."""
+    centres = np.concatenate([one.centres, other.centres])
+    order = np.argsort(centres, kind="stable")
+    return Windows(centres[order], np.concatenate([one.embeddings, other.embeddings])[order])
+
+
+if __name__ == "__main__":
+    main()
