@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,7 @@ from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
 THREADS = 2
 _TRACKS = 6
+_CALLS = 7
 _SPLEETER = """
 import sys, time
 from importlib.metadata import distribution
@@ -54,8 +56,9 @@ with tf.compat.v1.Session(config=config) as session:
     print("ready", flush=True)
     # 3072 samples less, so that it is one segment of 512 frames and not a second one of 3.
     for line in sys.stdin:
+        before = time.process_time()
         session.run(outputs, {wave: segments[0][4096 + 3072:]})
-        print("done", flush=True)
+        print(time.process_time() - before, flush=True)
 """
 
 
@@ -79,11 +82,12 @@ class SpleeterProcess:
             sys.exit(f"Spleeter does not run in {python}")
         self.vocals = np.load(f"{folder}/vocals.npy")  # of each segment, without its first 4096 samples
 
-    def separate(self) -> None:
+    def separate(self) -> float:
+        """Separate one segment; return the seconds of processor time that it took."""
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        self._process.stdout.readline()
+        return float(self._process.stdout.readline())
 
     def close(self) -> None:
         self._process.kill()
@@ -113,9 +117,12 @@ def segments_of(mixes: list[str], spec: SeparatorSpec) -> NDArray[np.float32]:
     return np.stack(segments)
 
 
-def run_seconds(separator: str, rounds: int) -> dict[str, float]:
-    """Seconds a 4-minute track takes in a run with --crops 8, by whether voices are separated: medians of `rounds`."""
-    found: dict[str, list[float]] = {}
+def run_seconds(separator: str, rounds: int) -> dict[str, NDArray[np.float64]]:
+    """Seconds that a 4-minute track takes in a run with --crops 8, by the clock and of processor time.
+
+    By whether voices are separated; medians of `rounds`.
+    """
+    found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         made = verification_segment(SeparatorSpec(name="", weights_sha256=""))[4096:]
         track = np.tile(made, (21, 1))[: 240 * 44_100]
@@ -127,10 +134,21 @@ def run_seconds(separator: str, rounds: int) -> dict[str, float]:
             for name, path in {"as it is": None, "separated": separator}.items():
                 # Every crop counts as sung, so that none is replaced by another one.
                 options = RunOptions(crops=8, separate=path, min_vocals_db=-199.0, restart=True, workers=THREADS)
-                started = time.perf_counter()
+                started, before = time.perf_counter(), time.process_time()
                 run(f"{folder}/catalog.csv", f"{folder}/out.parquet", options=options)
-                found.setdefault(name, []).append((time.perf_counter() - started) / _TRACKS)
-    return {name: statistics.median(seconds) for name, seconds in found.items()}
+                spent = (time.perf_counter() - started) / _TRACKS, (time.process_time() - before) / _TRACKS
+                found.setdefault(name, []).append(spent)
+    return {name: np.median(seconds, axis=0) for name, seconds in found.items()}
+
+
+def _processor_seconds(work: Callable[[], int]) -> float:
+    """Processor time of a call, of all threads of this process: on a busy machine it says more than the clock."""
+    found = []
+    for _ in range(_CALLS):
+        before = time.process_time()
+        work()
+        found.append(time.process_time() - before)
+    return statistics.median(found)
 
 
 def main() -> None:
@@ -173,6 +191,9 @@ def main() -> None:
                 difference = difference_db(found, expected[: len(found)])
                 print(f"{name:<24} voice against TensorFlow's: difference {difference:6.1f} dB")
         rates = compare(rivals, arguments.seconds, arguments.rounds)
+        processor = {name: _processor_seconds(work) for name, (work, _) in rivals.items()}
+        if arguments.tensorflow:
+            processor["Spleeter, TensorFlow"] = statistics.median(spleeter.separate() for _ in range(_CALLS))
         if arguments.tensorflow:
             spleeter.close()
     seconds_a_track = run_seconds(arguments.separator, arguments.rounds)
@@ -180,8 +201,10 @@ def main() -> None:
     for name, rate in rates.items():
         real_time = Rate(rate.median * seconds, rate.low * seconds, rate.high * seconds)
         print(f"{name:<28} {real_time.text(' times real time')}, ours is {best / rate.median:.2f} times as fast")
+        print(f"{'':<28} {60 / seconds * processor[name]:.2f} s of processor time a minute of audio")
     for name, of_track in seconds_a_track.items():
-        print(f"run --crops 8, {name:<12} {of_track:6.2f} s a 4-minute track")
+        by_clock, processor_time = of_track
+        print(f"run --crops 8, {name:<12} {by_clock:6.2f} s a 4-minute track, {processor_time:.2f} s of processor time")
 
 
 if __name__ == "__main__":
