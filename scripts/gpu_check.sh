@@ -1,19 +1,52 @@
 #!/usr/bin/env bash
-# Checks and times the GPU path on a machine with an NVIDIA GPU. Needs no network: what is to be compared must be
-# installed (pip install '.[dev,gpu,rtx]', or onnxruntime-gpu; torchaudio to compare with), and nvcc on the PATH.
+# Checks and times the GPU path on a machine with an NVIDIA GPU: a bare Ubuntu with a driver, python3 and nvcc will do.
 #
-#   scripts/gpu_check.sh            builds the extension into build/gpu, tests, times, prints one table
-set -euo pipefail
-cd "$(dirname "$0")/.."
-
-python -m pip install --quiet --no-index --no-deps --no-build-isolation --upgrade --target build/gpu \
-    -C cmake.define.SINGEREMBED_CUDA=ON -C build-dir=build/gpu-cmake .
-export PYTHONPATH="$PWD/build/gpu:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
-export SINGEREMBED_REQUIRE_GPU=1
-
-# From another folder, so that the package is the one just built and not the source tree.
+#   scripts/gpu_check.sh [--wheels DIR]
+#
+# It makes a virtual environment in build/gpu-venv, which sees the packages that are installed already (torch, TensorRT),
+# and installs what is missing: from the network or, with --wheels, from the folder that scripts/gpu_wheels.sh has filled.
+# A step that fails does not end it. The table is printed row by row, and kept in benchmarks/results/. The last line says
+# what was proved; the exit code is 0 if all of it was, 1 if some was, 2 if no engine ran.
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 2
 root=$PWD
-cd tests
-python -m pytest --rootdir="$root" -q gpu model/test_mel_cuda_emulated.py
-python "$root/scripts/cuda_resources.py" "$root/benchmarks/results/cuda_resources.json"
-python "$root/scripts/gpu_times.py" "$root/benchmarks/results"
+from=()
+[ "${1:-}" = --wheels ] && from=(--no-index --find-links "$(realpath "$2")")
+
+proved=() failed=()
+step() {  # name, command...
+    local name=$1
+    shift
+    echo "== $name"
+    if "$@"; then proved+=("$name"); else failed+=("$name"); fi
+}
+
+install() {
+    python3 -m venv --system-site-packages build/gpu-venv &&
+        . build/gpu-venv/bin/activate &&
+        python -m pip install --quiet "${from[@]}" scikit-build-core nanobind cmake ninja &&
+        python -m pip install --quiet "${from[@]}" --no-build-isolation -C cmake.define.SINGEREMBED_CUDA=ON \
+            -C build-dir=build/gpu-cmake . &&
+        python -m pip install --quiet "${from[@]}" pytest hypothesis onnx 'cuda-bindings>=12.8'
+}
+
+engines_ran() {  # of the rows that gpu_times.py has printed
+    grep -q '^engine ' build/gpu-times.txt
+}
+
+mkdir -p build
+step "the package with its CUDA kernels" install
+export PYTHONPATH="$root/tests${PYTHONPATH:+:$PYTHONPATH}" SINGEREMBED_REQUIRE_GPU=1
+# From another folder, so that the package is the one just installed and not the source tree.
+cd tests || exit 2
+step "kernels against the CPU" python -m pytest --rootdir="$root" -q gpu/test_mel_cuda.py model/test_mel_cuda_emulated.py
+step "engines against the official pipeline" python -m pytest --rootdir="$root" -q gpu/test_engines_gpu.py
+step "resources of the kernels" python "$root/scripts/cuda_resources.py" "$root/benchmarks/results/cuda_resources.json"
+step "times" bash -o pipefail -c \
+    'python "$0/scripts/gpu_times.py" "$0/benchmarks/results" | tee "$0/build/gpu-times.txt"' "$root"
+cd "$root" || exit 2
+
+join() { local IFS=';'; echo "${*:-nothing}"; }
+echo "proved: $(join "${proved[@]}") - failed: $(join "${failed[@]}")"
+engines_ran || exit 2
+[ ${#failed[@]} = 0 ]

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +241,25 @@ def engine_rows(folder: Path) -> Iterator[Row]:
             yield fed(engine, backend, precision)
             engines.append(path)
         engine.close()
+    if importlib.util.find_spec("torch"):
+        yield from torch_rows(release_of(checkpoint, folder))
     if engines:
         yield whole_job(catalog, folder, engines[0])
+
+
+def torch_rows(release: Path) -> Iterator[Row]:
+    """Measure the encoder by torch in FP16 between the same kernels, ring and worker."""
+    import torch
+    from torch_network import TorchNetwork
+
+    from singerembed.model.checkpoint import load_checkpoint
+
+    if torch.cuda.is_available():
+        checkpoint = load_checkpoint(str(release))
+        spec = replace(checkpoint.spec, precision="fp16")
+        engine = GpuEngine(spec, CudaDevice, lambda device: TorchNetwork(checkpoint, device.index))
+        yield fed(engine, "torch", "fp16")
+        engine.close()
 
 
 def release_of(golden: Path, folder: Path) -> Path:

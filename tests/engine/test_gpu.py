@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -306,3 +307,27 @@ def test_the_whole_engine_on_the_fake_equals_the_official_pipeline(
     difference = np.abs(result.embedding - golden.embedding).max(axis=1) / np.linalg.norm(golden.embedding, axis=1)
     assert difference.max() <= EMBEDDING_DIFFERENCE
     assert result.state.tolist() == [LOUD] * 8 + [SILENT]
+
+
+def test_the_encoder_by_torch_on_the_fake(golden: Golden, release_folder: Path) -> None:
+    """What scripts/gpu_check.sh runs where there is no TensorRT, here in FP32 on the host's memory."""
+    import torch
+    from torch_network import TorchNetwork
+
+    from singerembed.model.checkpoint import load_checkpoint
+
+    class OnTheFake(TorchNetwork):
+        def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+            device.enqueue(stream, partial(super().enqueue, lane, batch, log_mel, embedding, stream))
+
+    checkpoint, device = load_checkpoint(str(release_folder)), FakeDevice()
+    engine = GpuEngine(
+        checkpoint.spec, lambda: device, lambda _device: OnTheFake(checkpoint, device="cpu", dtype=torch.float32)
+    )
+    try:
+        found = within(10 * PATIENCE, lambda: engine.embed(golden.pcm)).embedding
+    finally:
+        engine.close()
+    difference = np.abs(found - golden.embedding).max(axis=1) / np.linalg.norm(golden.embedding, axis=1)
+    assert difference.max() <= EMBEDDING_DIFFERENCE
+    assert device.undefined == []

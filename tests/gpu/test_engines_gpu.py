@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +16,20 @@ from numpy.typing import NDArray
 from tolerances import EMBEDDING_COSINE, EMBEDDING_COSINE_FP16
 
 from singerembed.engine.build import BuildOptions, build_engine
+from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.load import load_engine
 from singerembed.engine.tensorrt_build import PlanOptions
 from singerembed.model.mel import LOUD, SILENT
 
-PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime"}
+PACKAGES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "onnxruntime": "onnxruntime", "torch": "torch"}
 KINDS = [
     ("tensorrt", "fp16"),
     ("tensorrt", "fp32"),
     ("tensorrt-rtx", "fp16"),
     ("onnxruntime", "fp32"),
     ("onnxruntime", "fp16"),
+    ("torch", "fp16"),
 ]
 
 pytest_plugins = ["gpu_device"]  # no conftest.py here: it would take the place of tests/conftest.py in imports
@@ -41,6 +44,11 @@ def engine(
         pytest.skip(f"{PACKAGES[backend]} is not installed")
     if backend == "onnxruntime" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is not installed")
+    if backend == "torch":
+        by_torch = through_torch(str(release_folder))
+        yield by_torch
+        by_torch.close()
+        return
     path = str(tmp_path_factory.mktemp("engine") / "gpu.engine")
     options = BuildOptions(backend, precision=precision, plan=PlanOptions(max_batch=16))
     build_engine(str(release_folder), path, options, say=lambda _what, _text: None)
@@ -48,6 +56,20 @@ def engine(
     assert isinstance(engine, GpuEngine), f"{backend} did not go to the GPU: {engine.description}"
     yield engine
     engine.close()
+
+
+def through_torch(checkpoint: str) -> GpuEngine:
+    """The engine of a checkpoint whose network runs in torch; kernels, ring and worker are the real ones."""
+    import torch
+    from torch_network import TorchNetwork
+
+    from singerembed.model.checkpoint import load_checkpoint
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    loaded = load_checkpoint(checkpoint)
+    spec = replace(loaded.spec, precision="fp16")
+    return GpuEngine(spec, CudaDevice, lambda device: TorchNetwork(loaded, device.index))
 
 
 def cosine(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
