@@ -24,7 +24,7 @@ from training.command import command
 from training.evaluate import embedder, labelled_crops
 
 LAST_BIAS = "classifier.1.bias"
-CENTRED_ON = 1000  # recordings; the mean of fewer is off by more than it helps
+CENTRED_ON = 1000  # recordings, at most, of which a crop each makes the mean
 
 
 @command
@@ -80,11 +80,12 @@ def training_facts(source: Path) -> dict[str, Any]:
         ("data", "source"),
         ("data", "validation"),
         ("data", "pitch_variants"),
+        ("data", "audio_root"),
         ("model", "initialise"),
         ("teacher", "targets"),
     ):
-        if section not in config:
-            continue  # a checkpoint of before there was that section
+        if key not in config.get(section, {}):
+            continue  # a checkpoint of before there was that key
         config[section][key] = Path(config[section][key]).name
     return {
         "method": config["method"],

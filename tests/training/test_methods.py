@@ -240,7 +240,7 @@ def test_a_low_rank_of_the_validations_embeddings_is_said_once() -> None:
             metrics = {"validation/spread": torch.tensor(0.9), "validation/effective_rank": torch.tensor(rank)}
             trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=7)
             callback.on_validation_end(trainer, module)
-    assert ["use 3.3, fewer than 6" in str(each.message) for each in caught] == [True]
+    assert ["use 3.3, fewer than 4" in str(each.message) for each in caught] == [True]
 
 
 class _AlignmentOnly(Contrastive):
