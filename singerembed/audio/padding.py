@@ -31,6 +31,7 @@ class PaddedReader:
         after = 0
         if len(pcm) < n - before:
             if self._zeros_left is None:
+                self._source.read(1)  # where it ended by a failure, this raises it: silence must not stand for that
                 begins_within = self._n_read or self._position <= self._padding
                 self._zeros_left = self._padding if begins_within else 0
             after = min(n - before - len(pcm), self._zeros_left)

@@ -39,6 +39,8 @@ class ResamplingReader:
 
     def read(self, n: int) -> Pcm:
         have = sum(map(len, self._pending))
+        if self._ended and not have and n:
+            self._source.read(1)  # where it ended by a failure, this raises it
         block = round(_READ_SECONDS * self._source.sample_rate)
         while have < n and not self._ended:
             pcm = self._source.read(block)

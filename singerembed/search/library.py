@@ -53,7 +53,12 @@ class Library:
         self.schema = found[0].schema
         for output, facts in zip(self.outputs, found, strict=True):
             check_engine(facts.metadata["engine"], self.engine, output, self.outputs[0])
-        self.n_silent = sum(facts.counts.silent for facts in found)
+            if _separator_of(facts) != _separator_of(found[0]):
+                raise UsageError(
+                    f"{output} and {self.outputs[0]} hold voices that were separated in different ways: their "
+                    "embeddings cannot be compared. Embed both with the same --separate"
+                )
+        self.n_silent = sum(facts.counts.silent + facts.counts.no_voice for facts in found)
         self.n_error_tracks = sum(facts.counts.error_tracks for facts in found)
 
     def tracks(self) -> Iterator[LibraryTrack]:
@@ -72,6 +77,11 @@ def check_engine(found: dict[str, Any], wanted: dict[str, Any], what: str, of: s
             f"{wanted['name']} ({wanted['sha256'][:12]}...): their embeddings cannot be compared. "
             "Embed both with one engine"
         )
+
+
+def _separator_of(facts: _Facts) -> str | None:
+    separator = facts.metadata.get("separator")
+    return separator and str(separator["sha256"])
 
 
 def check_column(column: str, schema: pa.Schema, where: str) -> None:

@@ -182,3 +182,19 @@ def test_surrounded_crops_hold_the_crops_in_their_middle(
 def test_after_the_end_there_is_nothing() -> None:
     with pytest.raises(TrackError, match="no audio after its start"):
         list(read_crops(PaddedReader(ArrayReader(np.ones((300, 2), np.float32)), 10), CropPlan(60, 40, None, 500), 4))
+
+
+@pytest.mark.parametrize("rate", [RATE, 48_000])
+def test_silence_does_not_stand_for_a_failure(tmp_path: Path, stereo: NDArray[np.float32], rate: int) -> None:
+    """What was decoded before the damage comes out without padding; then the failure does."""
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.tile(stereo, (4, 1)), rate)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4000] = bytes(4000)
+    path.write_bytes(content)
+    with open_recording(str(path), RATE, TimeLimit(60), channels=2) as reader:
+        padded = PaddedReader(reader, 1000)
+        with pytest.raises(TrackError, match="decoding failed"):
+            while len(padded.read(30_000)):
+                pass

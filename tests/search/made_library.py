@@ -49,7 +49,13 @@ def made_tracks(
     return tracks
 
 
-def write_output(path: Path, tracks: Sequence[MadeTrack], *, engine: dict[str, Any] | None = None) -> str:
+def write_output(
+    path: Path,
+    tracks: Sequence[MadeTrack],
+    *,
+    engine: dict[str, Any] | None = None,
+    separator: dict[str, Any] | None = None,
+) -> str:
     """Write `tracks` as a finished output of the bundled engine, or of `engine`; one unit. Return the path."""
     file = read_engine_file(bundled_engine_path())
     identity = engine or {"name": file.spec.name, "sha256": file.sha256}
@@ -70,7 +76,9 @@ def write_output(path: Path, tracks: Sequence[MadeTrack], *, engine: dict[str, A
     units = UnitIndex()
     units.add(len(rows), counts)
     metadata = {
-        METADATA_KEY: json.dumps({"engine": identity, "spec": file.spec.to_dict(), "options": {}}),
+        METADATA_KEY: json.dumps(
+            {"engine": identity, "separator": separator, "spec": file.spec.to_dict(), "options": {}}
+        ),
         COUNTS_KEY: json.dumps(counts.to_dict()),
         UNITS_KEY: units.encode(),
     }

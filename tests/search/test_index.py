@@ -19,6 +19,7 @@ from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.scoring import Moments, fit_scoring
 from singerembed.search import nearest as nearest_module
 from singerembed.search.build import build_index, track_vector
+from singerembed.search.library import Library
 from singerembed.search.nearest import nearest
 from singerembed.search.query import open_index
 from singerembed.search.store import MANIFEST, StoredIndex
@@ -222,6 +223,18 @@ def test_plain_messages(output: str, tmp_path: Path) -> None:
     (Path(path) / MANIFEST).write_text('{"format": 99}', encoding="utf-8")
     with pytest.raises(OutputError, match="format 99, but this singerembed reads 1"):
         open_index(path)
+
+
+def test_voices_that_were_separated_are_not_mixed_with_others(tmp_path: Path) -> None:
+    tracks = made_tracks(3, 2, 2)
+    plain = write_output(tmp_path / "a.parquet", tracks)
+    separated = [
+        write_output(tmp_path / f"{name}.parquet", tracks, separator={"name": "x", "sha256": "1", "min_vocals_db": db})
+        for name, db in (("b", -15), ("c", -10))
+    ]
+    with pytest.raises(UsageError, match="separated in different ways"):
+        Library([plain, separated[0]])
+    assert Library(separated).n_silent == 0
 
 
 def test_scorings_separate_made_singers() -> None:
