@@ -71,7 +71,7 @@ def install_engine(engine: type[InstantEngine] = InstantEngine) -> None:
     """Replace the engine of runs in this process."""
     from singerembed.jobs import units
 
-    units.open_engine = engine  # type: ignore[attr-defined, assignment]
+    vars(units)["open_engine"] = engine
 
 
 def install() -> None:
