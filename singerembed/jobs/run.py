@@ -197,12 +197,13 @@ class _Run:
         else:
             embedded = self._runner.embed_all(to_embed, work, revised)
         summary = RunSummary(self._job.output, embedded, embedded, units_before=units_before)
-        if self._runner.is_late and (next(work, None) is not None or not self._all_shards_done(revised)):
+        if self._runner.left_work or not self._all_shards_done(revised):
             return replace(self._at_deadline(summary, revised), at_deadline=True)
         return replace(summary, counts=parts.finish(self._runner.schema, self._identity | self._facts, revised))
 
     def _all_shards_done(self, revised: FinishedOutput | None) -> bool:
-        return revised is not None or len(self._devices) == 1 or self._runner.is_complete()
+        is_one = revised is not None or len(self._devices) == 1
+        return is_one or not self._runner.is_late or self._runner.is_complete()
 
     def _at_deadline(self, summary: RunSummary, revised: FinishedOutput | None) -> RunSummary:
         """Leave what is done for the next night; in an update, put it into the output."""

@@ -238,6 +238,7 @@ class UnitRunner:
         self._job, self._parts, self._listeners, self._stop = job, parts, listeners, stop
         self._catalog = Catalog(job.catalog, job.options.columns, RESERVED_COLUMNS)
         self._engine_file = read_engine_file(job.engine)
+        self.left_work = False
         options = job.options
         self._separator_file = read_separator_file(options.separate) if options.separate else None
         self.schema = output_schema(
@@ -281,9 +282,10 @@ class UnitRunner:
         return deadline is not None and time.time() >= deadline
 
     def until_deadline(self, work: Work) -> Work:
-        """Yield `work` as long as a unit may begin."""
+        """Yield `work` as long as a unit may begin; `left_work` says whether some of it was not yielded."""
         for item in work:
             if self.is_late:
+                self.left_work = True
                 return
             yield item
 

@@ -11,6 +11,7 @@ import json
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -260,7 +261,7 @@ class UpdatePlan:
 
     # --- units ------------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def _filled_up(self) -> int:
         """The unit that new tracks are added to: the last one, where there is room in it; or NONE."""
         if not self.counts.new or not self._known.n_units:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from singerembed.catalog.row_file import RowFile
 from singerembed.output.finished import FinishedOutput, track_bounds
-from singerembed.output.schema import ERROR, conformed
+from singerembed.output.schema import conformed
 
 
 class KnownTracks:
@@ -39,11 +39,6 @@ class KnownTracks:
 
     def __len__(self) -> int:
         return len(self._row_counts)
-
-    @property
-    def in_error(self) -> NDArray[np.bool_]:
-        """Which of them have an error row."""
-        return np.asarray(self.rows.column("status").to_numpy() == ERROR, np.bool_) if len(self) else np.empty(0, bool)
 
     @property
     def n_units(self) -> int:

@@ -340,6 +340,17 @@ def test_at_the_deadline_the_output_holds_what_is_done(library: Library) -> None
     assert library.rows().equals(library.full_run())
 
 
+@pytest.mark.parametrize("update", [False, True])
+def test_the_last_unit_is_not_lost_where_the_deadline_comes_before_it(library: Library, update: bool) -> None:
+    shutil.rmtree(library.output) if library.options.partitioned else library.output.unlink()
+    for i in range(2, 5):
+        (library.folder / f"{i}.wav").unlink()
+    late = library.update(deadline=time.time() - 1, update=update)
+    assert (late.at_deadline, late.counts.tracks) == (True, 0)
+    assert not is_finished(library.output)
+    assert library.update(update=update).counts.tracks == 2
+
+
 def test_without_update_a_run_goes_on_after_the_deadline(library: Library) -> None:
     shutil.rmtree(library.output) if library.options.partitioned else library.output.unlink()
     for i in range(12):
