@@ -30,7 +30,7 @@ def _devices(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tu
     if value == "all":
         return None
     devices = [part.strip() for part in value.split(",")]
-    if not all(map(str.isdecimal, devices)) or len(set(devices)) != len(devices):
+    if not all(map(str.isdecimal, devices)):
         raise click.BadParameter("give 'all' or numbers of CUDA devices, as in 0,1")
     return tuple(map(int, devices))
 
@@ -163,7 +163,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     metavar="all|0,1",
     callback=_devices,
     show_default=True,
-    help="GPUs to run on, a process each, for an engine that runs on them.",
+    help="GPUs to run on, a process each, for an engine that runs on them; 0,0 starts two processes on one, for many cores.",
 )
 @click.option(
     "--ray",

@@ -1,4 +1,4 @@
-"""Embed on several GPUs, a process each: Python has one lock for all threads of a process."""
+"""Embed on GPUs, a process for each, or several on one: Python has one lock for all threads of a process."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -59,11 +60,12 @@ class Watch(Listener):
 
 
 @pytest.mark.usefixtures("two_devices")
-def test_two_processes_give_the_rows_of_one(catalog: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("devices", [(0, 1), (0, 0)])
+def test_two_processes_give_the_rows_of_one(catalog: str, tmp_path: Path, devices: tuple[int, int]) -> None:
     one, two = str(tmp_path / "one.parquet"), str(tmp_path / "two.parquet")
     alone = run(catalog, one, options=RunOptions(unit_minutes=8, devices=(0,)))
     watch = Watch()
-    together = run(catalog, two, options=OPTIONS, listeners=[watch])
+    together = run(catalog, two, options=replace(OPTIONS, devices=devices), listeners=[watch])
     assert pq.read_table(two).equals(pq.read_table(one))
     assert together.counts == alone.counts == watch.counts == together.embedded
     assert len(watch.starts) == 2
