@@ -163,7 +163,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     metavar="all|0,1",
     callback=_devices,
     show_default=True,
-    help="GPUs to run on, a process each, for an engine that runs on them; 0,0 starts two processes on one, for many cores.",
+    help="GPUs to run on, a process each, for an engine that runs on them; 0,0: two on one, for many cores.",
 )
 @click.option(
     "--ray",
