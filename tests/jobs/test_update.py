@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -410,3 +411,29 @@ def test_the_hashes_of_an_interrupted_night_are_kept(library: Library, monkeypat
 
 def interrupted(*_arguments: object) -> None:
     raise Stopped
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_a_library_and_an_output_on_object_storage(reference_engine: str, partitioned: bool) -> None:
+    store = fsspec.filesystem("memory")
+    for i in range(5):
+        store.pipe(f"/nights/library/{i}.wav", CROPS[i].read_bytes())
+    output = "memory://nights/out" if partitioned else "memory://nights/out.parquet"
+
+    def update() -> RunSummary:
+        options = replace(OPTIONS, partitioned=partitioned)
+        return run("memory://nights/library/", output, engine=reference_engine, options=options)
+
+    try:
+        assert update().counts.tracks == 5
+        assert counted(update()) == {"kept": 5}
+        store.rm("/nights/library/0.wav")
+        store.pipe("/nights/library/1.wav", CROPS[6].read_bytes())
+        store.pipe("/nights/library/5.wav", CROPS[5].read_bytes())
+        summary = update()
+        assert counted(summary) == {"kept": 3, "new": 1, "changed": 1, "gone": 1}
+        assert summary.counts.tracks == 5
+        left = [name for name in store.find("/nights") if "parts" in name or name.endswith(".tmp")]
+        assert left == []
+    finally:
+        store.rm("/nights", recursive=True)
