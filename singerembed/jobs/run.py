@@ -15,7 +15,7 @@ from singerembed.catalog.read import Catalog
 from singerembed.catalog.scan import ScanCounts, is_source
 from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import bundled_engine_path
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InterruptedRun, OutputError, SingerEmbedError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
 from singerembed.jobs.error_watch import ErrorWatch
 from singerembed.jobs.folder import catalog_of
@@ -72,13 +72,13 @@ def run(
         catalog, output = storage.absolute(catalog), storage.absolute(output)
     started = time.monotonic()
     catalog, output = storage.local_path(catalog), storage.local_path(output)
+    engine = engine or bundled_engine_path()
+    engine_file = read_engine_file(engine)
+    separator_file = read_separator_file(options.separate) if options.separate else None
     unreadable = 0
     if is_source(catalog):
         catalog, unreadable = catalog_of(catalog, output, options, say, scanned, stop)
     fingerprint = _examine(catalog, options, say)
-    engine = engine or bundled_engine_path()
-    engine_file = read_engine_file(engine)
-    separator_file = read_separator_file(options.separate) if options.separate else None
     if options.ray is not None and options.devices is not None:
         raise UsageError("--devices is for this machine's GPUs; with --ray, Ray gives them out. Leave one of them out")
     devices = (0,) if options.ray is not None else choose_devices(engine_file.backend, options.devices)
@@ -98,7 +98,12 @@ def run(
     with PartStore(output, partitioned=options.partitioned) as parts:
         files = engine_file, separator_file
         one = _Run(job, devices, files, identity, parts, [*listeners, ErrorWatch(options.max_errors, say)], stop)
-        summary = one.run(fingerprint.rows, say, all_was_seen=not unreadable)
+        try:
+            summary = one.run(fingerprint.rows, say, all_was_seen=not unreadable)
+        except SingerEmbedError as exc:
+            if parts.identity() is None and not isinstance(exc, InterruptedRun):
+                parts.discard()  # nothing was begun
+            raise
     return replace(summary, seconds=time.monotonic() - started, unreadable_folders=unreadable)
 
 

@@ -267,8 +267,6 @@ def test_more_than_half_gone_is_refused(library: Library) -> None:
 def test_other_engines_and_options_are_refused(library: Library) -> None:
     with pytest.raises(OutputError, match=r"has other embeddings: options crops \(was None, now 1\)"):
         library.update(crops=1)
-    Path(f"{library.output}.parts/lock").unlink()
-    Path(f"{library.output}.parts").rmdir()
 
 
 def test_an_interrupted_night_is_taken_in_although_the_folder_has_changed_since(library: Library) -> None:
