@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+_BATCH_ROWS = 16_384  # in the file: a batch is the least that is taken from at a time
 _LARGE_FILES = "/var/tmp"
 
 
@@ -28,15 +29,24 @@ class RowFile:
         folder = None if "TMPDIR" in os.environ or not os.access(_LARGE_FILES, os.W_OK) else _LARGE_FILES
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (see close)
         self._writer = pa.ipc.new_file(self._file, schema)
+        self._waiting: list[pa.Table] = []
         self._batches: list[pa.RecordBatch] = []
         self._ends = np.empty(0, np.int64)
 
     def write(self, rows: pa.Table) -> None:
         """Append `rows`."""
-        self._writer.write_table(rows)
+        self._waiting.append(rows)
+        if sum(map(len, self._waiting)) >= _BATCH_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._writer.write_table(pa.concat_tables(self._waiting).combine_chunks())
+        self._waiting = []
 
     def finish(self) -> None:
         """End the writing; rows may be taken from now on."""
+        self._flush()
         self._writer.close()
         self._file.flush()
         reader = pa.ipc.open_file(pa.py_buffer(mmap.mmap(self._file.fileno(), 0, prot=mmap.PROT_READ)))
