@@ -150,7 +150,7 @@ class _Run:
                     f"--retry-errors is for a finished output, and {output} does not exist. Run without it"
                 )
         self._parts.open(self._identity)
-        return self._embed(self._runner.open_units(), rows, None)
+        return self._embed(self._runner.open_units(), rows, None, units_before=len(self._parts.done))
 
     def _finished_output(self) -> closing[FinishedOutput]:
         return closing(FinishedOutput(self._job.output, partitioned=self._job.partitioned))
@@ -159,7 +159,8 @@ class _Run:
         self._identity["retrying"] = dict(previous.counts.errors)
         self._parts.stage()
         self._parts.open(self._identity)
-        return self._embed(self._runner.failed_units(previous), previous.counts.error_tracks, previous)
+        work, before = self._runner.failed_units(previous), len(self._parts.done)
+        return self._embed(work, previous.counts.error_tracks, previous, units_before=before)
 
     def _update(self, say: Callable[[str, str], None], *, all_was_seen: bool) -> RunSummary:
         self._identity |= new_update()
@@ -179,11 +180,13 @@ class _Run:
             summary = self._embed(plan.work(), plan.n_to_embed, previous)
             return replace(summary, update=plan.counts)
 
-    def _embed(self, work: Work, to_embed: int, revised: FinishedOutput | None) -> RunSummary:
-        """Embed `to_embed` tracks, those of `work`, and finish the output: `revised`, if it was there before."""
+    def _embed(self, work: Work, to_embed: int, revised: FinishedOutput | None, *, units_before: int = 0) -> RunSummary:
+        """Embed `to_embed` tracks, those of `work`, and finish the output: `revised`, if it was there before.
+
+        `units_before`: that an interrupted run has done.
+        """
         parts, options = self._parts, self._job.options
         gather_suspects(parts.local_folder)
-        units_before = len(parts.done)
         for listener in self._listeners if units_before else ():
             listener.resumed(units_before)
         if options.ray is not None:

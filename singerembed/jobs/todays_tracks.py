@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -112,14 +114,17 @@ class TodaysTracks:
         kept = Path(self._folder, _HASHES) if self._folder else None
         known: dict[str, str | None] = {}
         if kept and kept.exists():
-            lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
-            known = dict(json.loads(line) for line in lines if line.endswith("\n"))
+            for line in kept.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the process was killed while it wrote the line
+                    key, found = json.loads(line)
+                    known[key] = found
         todo = [i for i, key in enumerate(keys) if key not in known]
         calls = (_Files([locations[i]]) for i in todo)
-        with open(kept or "/dev/null", "a", encoding="utf-8") as file:  # noqa: PTH123
+        with open(kept or os.devnull, "a", encoding="utf-8") as file:  # noqa: PTH123
             for i, (_, found) in zip(todo, self._called(calls, _packet_hash, available_cores()), strict=True):
                 known[keys[i]] = found
-                file.write(json.dumps([keys[i], found]) + "\n")
+                if found is not None:  # what cannot be read now may be readable later
+                    file.write(json.dumps([keys[i], found]) + "\n")
         return [known[key] for key in keys]
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ def test_what_an_update_says(music: Path, tmp_path: Path) -> None:
     result = invoke("run", str(music), output, "--update", "--json")
     assert result.exit_code == 0
     assert "2 tracks · new 1" in result.stderr
+    assert "were done before" not in result.stderr
     assert json.loads(result.stdout)["update"]["new"] == 1
     again = invoke("run", str(music), output, "--update")
     assert "3 tracks, and nothing is new" in again.stderr
@@ -82,6 +83,11 @@ def test_what_an_update_says(music: Path, tmp_path: Path) -> None:
     missing = invoke("run", str(tmp_path / "catalog.csv"), output, "--update")
     assert missing.exit_code == 3
     assert "missing 1" in missing.stderr
+    (music / "alto_1.flac").unlink()  # nothing to embed, one part to write again
+    (tmp_path / "catalog.csv").write_text("path\nmusic/bass_1.wav\nmusic/tenor_1.mp3\n", "utf-8")
+    gone = invoke("run", str(tmp_path / "catalog.csv"), output, "--update")
+    assert "gone 1" in gone.stderr
+    assert "were done before" not in gone.stderr
 
 
 @pytest.mark.parametrize(
