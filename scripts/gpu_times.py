@@ -1,7 +1,7 @@
-"""Measures the GPU path: the kernels against their theoretical limit and torchaudio, the engines, and whole runs.
+"""Measures the GPU path: the kernels against their theoretical limit and torch, the engines, and whole runs.
 
-Prints a table and writes it as JSON, named after the GPU, to a folder. Called by scripts/gpu_check.sh; without a GPU it
-exits with an error. Needs the extras gpu and build; torchaudio is measured if it is installed.
+Prints a table, row by row, and writes it as JSON, named after the GPU, to a folder. Called by scripts/gpu_check.sh;
+without a GPU it exits with an error. torch and torchaudio are measured if they are installed.
 
     python scripts/gpu_times.py benchmarks/results
 """
@@ -13,10 +13,11 @@ import json
 import os
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,23 +26,29 @@ from typing import Any
 
 import numpy as np
 import soundfile
+from numpy.typing import NDArray
 
 import singerembed
+from singerembed.engine.base import Engine
 from singerembed.engine.build import BuildOptions, verification_crops
 from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.load import load_engine
 from singerembed.errors import SingerEmbedError
+from singerembed.jobs import units
+from singerembed.jobs.options import RunOptions
 from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, cuda_mel
 from singerembed.model.spec import ModelSpec
 
 SPEC = ModelSpec(name="timing", method="untrained")
-BATCH = 64
+BATCH = 256  # crops; more bytes than a cache of the second level holds
 REPEATS = 20
-LAUNCHES = 100
+LAUNCHES = 20
 # Instructions of one lane per frame, counted in csrc/mel_math.h and mel_kernels.h; docs/gpu.md has the derivation.
 INSTRUCTIONS_A_FRAME = 47_400
 LANES_OF_A_MULTIPROCESSOR = 128  # FP32, compute capability 8.6 and later; 8.0 has 64
+TRACKS, CROPS_A_TRACK = 128, 45  # of the whole job: 6.4 hours
+_WORKER = "--whole-job"
 
 
 @dataclass
@@ -56,16 +63,19 @@ class Row:
 
 def main() -> int:
     """Run all measurements; print each row as it comes, and write the table after each."""
+    if sys.argv[1] == _WORKER:
+        print(whole_job_seconds(*sys.argv[2:]))
+        return 0
     try:
         with opened() as device:
             table = Table(device, Path(sys.argv[1]))
-            for one in (*kernel_rows(device), *torchaudio_rows()):
+            for one in kernel_rows(device):
                 table.add(one)
     except SingerEmbedError as exc:
         print(f"Error: {exc}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        for one in engine_rows(Path(folder)):
+        for one in (*torch_mel_rows(), *engine_rows(Path(folder))):
             table.add(one)
     return 0
 
@@ -81,7 +91,7 @@ class Table:
 
     def add(self, one: Row) -> None:
         """Print and write one more row."""
-        print(f"{one.what:<46} {one.crops_per_second:>12,.0f} crops/s  ±{one.spread:4.0%}  {one.note}", flush=True)
+        print(f"{one.what:<52} {one.crops_per_second:>12,.0f} crops/s  ±{one.spread:4.0%}  {one.note}", flush=True)
         self._rows.append(one)
         content = {**self._content, "rows": [vars(row) for row in self._rows]}
         self._path.write_text(json.dumps(content, indent=1) + "\n")
@@ -97,7 +107,7 @@ def opened() -> Iterator[CudaDevice]:
         device.close()
 
 
-def row(what: str, seconds: list[float], crops: int, note: str = "") -> Row:
+def row(what: str, seconds: Sequence[float], crops: int, note: str = "") -> Row:
     """Return the table's line for repeats that took `seconds` each for `crops` crops."""
     median = statistics.median(seconds)
     return Row(what, crops / median, (max(seconds) - min(seconds)) / median, note)
@@ -118,148 +128,172 @@ def device_facts(device: CudaDevice) -> dict[str, Any]:
     }
 
 
-def floor_crops_per_second(device: CudaDevice) -> tuple[float, float]:
-    """Return the limits by arithmetic and by memory bandwidth, for float32 samples and FP16 output."""
+def arithmetic_limit(device: CudaDevice) -> float:
+    """Return the crops a second at which the mel kernel would issue an instruction in every lane at every clock."""
     facts = device_facts(device)
     lanes = 64 if device.compute_capability == (8, 0) else LANES_OF_A_MULTIPROCESSOR
-    arithmetic = facts["multiprocessors"] * lanes * facts["clock_hz"] / (INSTRUCTIONS_A_FRAME * SPEC.n_frames)
-    traffic = SPEC.crop_samples * 4 + SPEC.n_mels * SPEC.n_frames * 2
-    return float(arithmetic), float(facts["memory_bytes_per_second"] / traffic)
+    return float(facts["multiprocessors"] * lanes * facts["clock_hz"] / (INSTRUCTIONS_A_FRAME * SPEC.n_frames))
 
 
-def timed(device: CudaDevice, work: Callable[[], None]) -> list[float]:
-    """Return the seconds that `work` takes on its stream: many of it in a row, so that launches do not count."""
+def memory_limit(device: CudaDevice, sample_bytes: int, values: int) -> float:
+    """Return the crops a second at which samples are read, and `values` of FP16 a crop written, at full bandwidth."""
+    traffic = SPEC.crop_samples * sample_bytes + 2 * values
+    return float(device_facts(device)["memory_bytes_per_second"] / traffic)
+
+
+def timed(device: CudaDevice, stream: int, work: Callable[[], None]) -> list[float]:
+    """Return the seconds that `work` takes on `stream`, from graphs of many of it, so that launches do not count."""
+    work()
+    graph = device.capture(stream)
+    for _ in range(LAUNCHES):
+        work()
+    graph.finish()
     seconds = []
     for _ in range(REPEATS + 3):
         device.synchronize()
         start = time.perf_counter()
-        for _ in range(LAUNCHES):
-            work()
+        graph.launch(stream)
         device.synchronize()
         seconds.append((time.perf_counter() - start) / LAUNCHES)
     return seconds[3:]
 
 
-def kernel_rows(device: CudaDevice) -> list[Row]:
-    """Measure copy, level and mel of a full batch."""
-    kernels, stream = cuda_mel(SPEC), device.stream()
-    size = SPEC.crop_samples * 4
+def kernel_rows(device: CudaDevice) -> Iterator[Row]:
+    """Measure copy, level and mel of a batch, for both types of samples."""
+    stream = device.stream()
+    for sample_type in (np.float32, np.int16):
+        yield from kernel_rows_of(device, stream, sample_type)
+
+
+def kernel_rows_of(device: CudaDevice, stream: int, sample_type: Any) -> Iterator[Row]:
+    """Measure copy, level and mel of a batch of samples of one type."""
+    kernels, name, is_int16 = cuda_mel(SPEC), np.dtype(sample_type).name, sample_type is np.int16
+    size = SPEC.crop_samples * np.dtype(sample_type).itemsize
     pinned = device.pinned(BATCH * size)
-    pcm = pinned.array.view(np.float32).reshape(BATCH, SPEC.crop_samples)
-    pcm[:] = np.random.default_rng(0).uniform(-0.9, 0.9, pcm.shape)
+    pcm: NDArray[Any] = pinned.array.view(sample_type).reshape(BATCH, SPEC.crop_samples)
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, SPEC.crop_samples)
+    pcm[:] = noise * (32767 if is_int16 else 1)
     levels, crops = np.zeros(BATCH, DEVICE_LEVEL), np.zeros(BATCH, DEVICE_CROP)
-    sizes = (
-        pcm.nbytes,
-        levels.nbytes,
-        crops.nbytes,
-        kernels.scratch_bytes(BATCH),
-        BATCH * SPEC.n_mels * SPEC.n_frames * 2,
-    )
+    values = SPEC.n_mels * SPEC.n_frames
+    sizes = pcm.nbytes, levels.nbytes, crops.nbytes, kernels.scratch_bytes(BATCH), BATCH * values * 2
     buffers = [device.allocate(n) for n in sizes]
     pcm_at, levels_at, crops_at, scratch_at, mel_at = (buffer.address for buffer in buffers)
 
     def level() -> None:
-        kernels.level(pcm_at, is_int16=False, crops=BATCH, levels=levels_at, stream=stream)
+        kernels.level(pcm_at, is_int16=is_int16, crops=BATCH, levels=levels_at, stream=stream)
 
     def mel() -> None:
         kernels.mel(crops_at, crops=BATCH, scratch=scratch_at, out=mel_at, stream=stream, half=True)
 
-    copy_seconds = timed(device, lambda: device.upload(pcm_at, pcm, stream))
-    level_seconds = timed(device, level)
+    copied = timed(device, stream, lambda: device.upload(pcm_at, pcm, stream))
+    speed = BATCH * size / statistics.median(copied)
+    yield row(f"copy to the device, {name}", copied, BATCH, f"{speed / 1e9:.1f} GB/s")
+    leveled = timed(device, stream, level)
+    share = BATCH / statistics.median(leveled) / memory_limit(device, size // SPEC.crop_samples, 0)
+    yield row(f"level kernel, {name}", leveled, BATCH, f"{share:.0%} of the memory's bandwidth")
     device.download(levels, levels_at, stream)
     device.synchronize()
-    crops["pcm"], crops["scale"] = pcm_at + np.arange(BATCH) * size, levels["scale"]
+    crops["pcm"], crops["scale"], crops["is_int16"] = pcm_at + np.arange(BATCH) * size, levels["scale"], is_int16
     device.upload(crops_at, crops, stream)
-    mel_seconds = timed(device, mel)
-    arithmetic, memory = floor_crops_per_second(device)
-    share = BATCH / statistics.median(mel_seconds) / min(arithmetic, memory)
+    seconds = timed(device, stream, mel)
+    limits = {"arithmetic": arithmetic_limit(device), "memory": memory_limit(device, size // SPEC.crop_samples, values)}
+    which = min(limits, key=lambda limit: limits[limit])
+    share = BATCH / statistics.median(seconds) / limits[which]
+    yield row(f"mel kernels, {name} to FP16", seconds, BATCH, f"{share:.0%} of the limit by {which}")
     for buffer in buffers:
         buffer.free()
     pinned.free()
-    return [
-        Row("floor of mel: arithmetic", arithmetic, 0),
-        Row("floor of mel: memory", memory, 0),
-        row("mel and normalise kernels, float32 to FP16", mel_seconds, BATCH, f"{share:.0%} of the floor"),
-        row("level kernel", level_seconds, BATCH),
-        row("copy to the device, float32", copy_seconds, BATCH),
-    ]
 
 
-def torchaudio_rows() -> list[Row]:
-    """Measure the same spectrogram, logarithm and maximum with torchaudio, if it is installed with CUDA."""
-    if not (importlib.util.find_spec("torchaudio") and importlib.util.find_spec("torch")):
-        return []
+def torch_mel_rows() -> Iterator[Row]:
+    """Measure the same spectrogram, logarithm and maximum by torch and by torchaudio, where they are installed."""
+    if not importlib.util.find_spec("torch"):
+        return
     import torch
-    import torchaudio
 
     if not torch.cuda.is_available():
-        return []
-    transform = torchaudio.transforms.MelSpectrogram(
-        sample_rate=SPEC.mel_sample_rate,
-        n_fft=SPEC.n_fft,
-        hop_length=SPEC.hop_samples,
-        n_mels=SPEC.n_mels,
-        mel_scale="slaney",
-        norm="slaney",
-    ).cuda()
+        return
+    sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
+    from training.model import MelSpectrogram
+
     pcm = torch.rand(BATCH, SPEC.crop_samples, device="cuda") - 0.5
+    yield row("the same by torch.stft and a product", torch_mel_seconds(MelSpectrogram(SPEC).cuda(), pcm), BATCH)
+    if importlib.util.find_spec("torchaudio"):
+        import torchaudio
+
+        transform = torchaudio.transforms.MelSpectrogram(
+            sample_rate=SPEC.mel_sample_rate,
+            n_fft=SPEC.n_fft,
+            hop_length=SPEC.hop_samples,
+            n_mels=SPEC.n_mels,
+            mel_scale="slaney",
+            norm="slaney",
+        )
+        yield row("the same by torchaudio", torch_mel_seconds(transform.cuda(), pcm), BATCH)
+    torch.cuda.empty_cache()
+
+
+def torch_mel_seconds(transform: Any, pcm: Any) -> list[float]:
+    """Return the seconds of repeats, by CUDA events, of `transform` and of what surrounds it."""
+    import torch
+
     event: Any = torch.cuda.Event
     seconds = []
-    for _ in range(REPEATS + 3):
-        start, stop = event(enable_timing=True), event(enable_timing=True)
-        start.record()
-        log_mel = torch.log(transform(pcm / pcm.abs().amax(1, keepdim=True)) + SPEC.log_offset)
-        (log_mel / log_mel.amax((1, 2), keepdim=True)).half()
-        stop.record()
-        stop.synchronize()
-        seconds.append(start.elapsed_time(stop) / 1e3)
-    return [row("the same by torchaudio", seconds[3:], BATCH)]
+    with torch.inference_mode():
+        for _ in range(REPEATS + 3):
+            start, stop = event(enable_timing=True), event(enable_timing=True)
+            start.record()
+            log_mel = torch.log(transform(pcm / pcm.abs().amax(1, keepdim=True)) + SPEC.log_offset)
+            (log_mel / log_mel.amax((1, 2), keepdim=True)).half()
+            stop.record()
+            stop.synchronize()
+            seconds.append(start.elapsed_time(stop) / 1e3)
+    return seconds[3:]
 
 
 # --- engines and the whole job ----------------------------------------------------------------------------------------
 
 
 def engine_rows(folder: Path) -> Iterator[Row]:
-    """Measure each engine that can be built here, fed by threads, and `singerembed run` with the first one."""
-    engines: list[str] = []
-    checkpoint = Path(__file__).parents[1] / "tests" / "golden"
-    catalog = write_catalog(folder)
-    for backend, precision in (("tensorrt", "fp16"), ("tensorrt-rtx", "fp16"), ("onnxruntime", "fp32")):
-        path = str(folder / f"{backend}.engine")
+    """Measure each engine that works here, fed by threads, and `singerembed run` with the first."""
+    release = release_of(Path(__file__).parents[1] / "tests" / "golden", folder)
+    catalogs, measured = {suffix: write_catalog(folder, suffix) for suffix in ("wav", "mp3")}, False
+    for backend, precision in (
+        ("tensorrt", "fp16"), ("tensorrt-rtx", "fp16"), ("onnxruntime", "fp16"), ("onnxruntime", "fp32"),
+    ):  # fmt: skip
+        path = str(folder / f"{backend}-{precision}.engine")
+        options = BuildOptions(backend, precision=precision)
         try:
-            singerembed.build_engine(
-                str(release_of(checkpoint, folder)),
-                path,
-                BuildOptions(backend, precision=precision),
-                say=lambda what, text: print(f"{what}: {text}", file=sys.stderr),
-            )
+            singerembed.build_engine(str(release), path, options, say=lambda what, text: print(what, text, sep=": "))
             engine = load_engine(path)
         except SingerEmbedError as exc:
-            print(f"{backend}: left out: {exc}", file=sys.stderr)
+            print(f"{backend}: left out: {exc}", flush=True)
             continue
         if isinstance(engine, GpuEngine):
             yield fed(engine, backend, precision)
-            engines.append(path)
         engine.close()
+        if isinstance(engine, GpuEngine) and not measured:
+            measured = True
+            yield from whole_jobs(catalogs, f"{backend}, {precision}", path)
     if importlib.util.find_spec("torch"):
-        yield from torch_rows(release_of(checkpoint, folder))
-    if engines:
-        yield whole_job(catalog, folder, engines[0])
+        import torch
+
+        if torch.cuda.is_available():
+            engine = torch_engine(str(release))
+            yield fed(engine, "torch", "fp16")
+            engine.close()
+            yield from whole_jobs(catalogs if not measured else {"wav": catalogs["wav"]}, "torch, fp16", str(release))
 
 
-def torch_rows(release: Path) -> Iterator[Row]:
-    """Measure the encoder by torch in FP16 between the same kernels, ring and worker."""
-    import torch
+def torch_engine(release: str) -> GpuEngine:
+    """The encoder by torch in FP16 between the same kernels, ring and worker."""
     from torch_network import TorchNetwork
 
     from singerembed.model.checkpoint import load_checkpoint
 
-    if torch.cuda.is_available():
-        checkpoint = load_checkpoint(str(release))
-        spec = replace(checkpoint.spec, precision="fp16")
-        engine = GpuEngine(spec, CudaDevice, lambda device: TorchNetwork(checkpoint, device.index))
-        yield fed(engine, "torch", "fp16")
-        engine.close()
+    checkpoint = load_checkpoint(release)
+    spec = replace(checkpoint.spec, precision="fp16")
+    return GpuEngine(spec, CudaDevice, lambda device: TorchNetwork(checkpoint, device.index))
 
 
 def release_of(golden: Path, folder: Path) -> Path:
@@ -267,50 +301,84 @@ def release_of(golden: Path, folder: Path) -> Path:
     import torch
 
     release = folder / "reference"
-    if not release.exists():
-        sys.path.insert(0, str(golden))
-        import weights
+    sys.path.insert(0, str(golden))
+    import weights
 
-        release.mkdir()
-        tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.official_state_dict().items()}
-        torch.save(tensors, release / "model.pt")
+    release.mkdir()
+    tensors = {name: torch.from_numpy(np.array(value)) for name, value in weights.official_state_dict().items()}
+    torch.save(tensors, release / "model.pt")
     return release
 
 
 def fed(engine: GpuEngine, backend: str, precision: str) -> Row:
-    """Measure the engine with one thread per core that passes decoded crops."""
-    crops, callers = verification_crops(engine.spec), os.cpu_count() or 1
+    """Measure the engine with one thread per core that passes decoded crops, as int16."""
+    callers = os.cpu_count() or 1
+    crops = np.rint(verification_crops(engine.spec) * 32767 / 2).astype(np.int16)
     crops = np.concatenate([crops] * -(-engine.batch // len(crops)))[: engine.batch]
     seconds = []
     with ThreadPoolExecutor(callers) as pool:
         for _ in range(REPEATS // 2 + 1):
             start = time.perf_counter()
-            list(pool.map(engine.embed, [crops] * (4 * callers)))
+            list(pool.map(engine.embed, [crops] * (16 * callers)))
             seconds.append(time.perf_counter() - start)
-    return row(f"engine {backend}, {precision}", seconds[1:], 4 * callers * len(crops), engine.description)
+    return row(f"engine {backend}, {precision}", seconds[1:], 16 * callers * len(crops), engine.description)
 
 
-def write_catalog(folder: Path, tracks: int = 64, crops: int = 40) -> Path:
-    """Write a catalogue of noisy tones as WAV, which is the fastest to decode."""
-    rng, t = np.random.default_rng(0), np.arange(crops * SPEC.crop_samples) / SPEC.sample_rate
-    lines = ["path"]
-    for i in range(tracks):
-        tone = 0.5 * np.sin(2 * np.pi * (100 + 10 * i) * t) + 0.01 * rng.standard_normal(t.size)
-        soundfile.write(folder / f"{i}.wav", tone, SPEC.sample_rate, subtype="PCM_16")
-        lines.append(str(folder / f"{i}.wav"))
-    catalog = folder / "catalog.csv"
+def write_catalog(folder: Path, suffix: str) -> Path:
+    """Write a catalogue of noisy tones, all of them one recording under many names."""
+    rng, t = np.random.default_rng(0), np.arange(CROPS_A_TRACK * SPEC.crop_samples) / SPEC.sample_rate
+    tone = 0.5 * np.sin(2 * np.pi * 200 * t) + 0.01 * rng.standard_normal(t.size)
+    first = folder / f"0.{suffix}"
+    soundfile.write(first, tone, SPEC.sample_rate)
+    lines = ["path", str(first)]
+    for i in range(1, TRACKS):
+        name = folder / f"{i}.{suffix}"
+        name.hardlink_to(first)
+        lines.append(str(name))
+    catalog = folder / f"{suffix}.csv"
     catalog.write_text("\n".join(lines) + "\n")
     return catalog
 
 
-def whole_job(catalog: Path, folder: Path, engine: str) -> Row:
-    """Measure `singerembed run`, start-up included."""
-    crops, seconds = 64 * 40, []
-    for i in range(3):
-        start = time.perf_counter()
-        singerembed.run(str(catalog), str(folder / f"{i}.parquet"), engine=engine)
-        seconds.append(time.perf_counter() - start)
-    return row("whole job, WAV", seconds, crops, f"{os.cpu_count()} cores decode")
+def whole_jobs(catalogs: dict[str, Path], what: str, engine: str) -> Iterator[Row]:
+    """Measure `singerembed run` on each catalogue by one process, and by two at once, half of the tracks each."""
+    for suffix, catalog in catalogs.items():
+        lines = catalog.read_text().splitlines()
+        halves = [catalog.with_suffix(f".{i}.csv") for i in range(2)]
+        for i, half in enumerate(halves):
+            half.write_text("\n".join([lines[0], *lines[1 + i :: 2]]) + "\n")
+        for parts in ([catalog], halves):
+            seconds = []
+            for _ in range(2):
+                command = [sys.executable, __file__, _WORKER, engine]
+                running = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in parts]
+                outputs = [process.communicate()[0] for process in running]
+                if any(process.returncode for process in running):
+                    print(f"whole job, {what}, {suffix}: failed", flush=True)
+                    return
+                seconds.append(max(float(output.splitlines()[-1]) for output in outputs))
+            cores = f"{os.cpu_count()} cores, {len(parts)} process{'es' * (len(parts) - 1)}"
+            yield row(f"whole job, {suffix}, {what}", seconds, TRACKS * CROPS_A_TRACK, f"{cores}; start not counted")
+
+
+def whole_job_seconds(engine: str, catalog: str) -> float:
+    """Return the seconds of `singerembed run` after the engine was opened; a folder is a release for torch."""
+    opened_at = [0.0]
+    usual = vars(units)["open_engine"]
+
+    def open_and_note(*arguments: Any) -> Engine:
+        opened = torch_engine(engine) if Path(engine).is_dir() else usual(*arguments)
+        opened.embed(np.concatenate([verification_crops(opened.spec)] * 16))  # batches of every size, captured
+        opened_at[0] = time.perf_counter()
+        return opened
+
+    vars(units)["open_engine"] = open_and_note
+    file = None if Path(engine).is_dir() else engine
+    with tempfile.TemporaryDirectory() as folder:
+        summary = singerembed.run(catalog, f"{folder}/out.parquet", engine=file, options=RunOptions())
+    if summary.counts.errors:
+        raise SystemExit(f"rows in error: {dict(summary.counts.errors)}")
+    return time.perf_counter() - opened_at[0]
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,22 +15,36 @@ from singerembed.engine.device import OutOfDeviceMemory
 from singerembed.engine.torch import load_encoder
 from singerembed.model.checkpoint import Checkpoint
 
+_LARGEST_HALF = torch.finfo(torch.float16).max
+
 
 class TorchNetwork:
-    """See `Network`. Its stream is the caller's, so that nothing has to be ordered."""
+    """See `Network`. Its stream is the caller's, so that nothing has to be ordered.
 
-    max_batch = 64
+    Its memory comes from a pool of its own, of which nothing is given back: what the first run of a batch allocates,
+    outside any capture, is what its graph records.
+    """
+
     half_input = False
-    capturable = False  # torch allocates while it runs, which a graph would record
 
     def __init__(
-        self, checkpoint: Checkpoint, index: int = 0, device: str = "cuda", dtype: Any = torch.float16
+        self,
+        checkpoint: Checkpoint,
+        index: int = 0,
+        device: str = "cuda",
+        dtype: Any = torch.float16,
+        max_batch: int = 64,
     ) -> None:
-        """Load the encoder on `device`, number `index`, to compute in `dtype`."""
-        self._spec, self._dtype = checkpoint.spec, dtype
-        self._place = torch.device(device, index) if device == "cuda" else torch.device(device)
+        """Load the encoder on `device`, number `index`, to compute in `dtype` after the normalisation."""
+        self._spec, self._dtype, self.max_batch = checkpoint.spec, dtype, max_batch
+        on_gpu = device == "cuda"
+        self._place = torch.device(device, index) if on_gpu else torch.device(device)
+        self.capturable = on_gpu
         self.description = f"torch {torch.__version__} ({self._place}, {str(dtype).removeprefix('torch.')})"
-        self._encoder = fold_batch_norm(load_encoder(checkpoint)).eval().to(self._place)
+        encoder = fold_batch_norm(load_encoder(checkpoint)).eval().to(self._place)
+        self._mean, self._std = encoder.mean, encoder.std
+        self._backbone = encoder.net.to(dtype).to(memory_format=torch.channels_last)
+        self._pool: Any = torch.cuda.MemPool() if on_gpu else None
 
     def prepare(self, lanes: int, batches: Sequence[int]) -> None:
         """See `Network.prepare`. Does nothing: torch allocates when it first runs a batch."""
@@ -39,24 +54,26 @@ class TorchNetwork:
         source = self._at(log_mel, (batch, self._spec.n_mels, self._spec.n_frames))
         target = self._at(embedding, (batch, self._spec.embedding_dim))
         try:
-            with (
-                torch.inference_mode(),
-                self._on(stream),
-                torch.autocast(self._place.type, self._dtype, enabled=self._dtype != torch.float32),
-            ):
-                target.copy_(self._encoder(source))
+            with torch.inference_mode(), self._on(stream):
+                image = (source.unsqueeze(1) - self._mean) / self._std
+                if self._dtype == torch.float16:
+                    image = image.clamp(-_LARGEST_HALF, _LARGEST_HALF)
+                target.copy_(self._backbone(image.to(self._dtype, memory_format=torch.channels_last)))
         except torch.OutOfMemoryError as exc:
             raise OutOfDeviceMemory(str(exc)) from exc
 
     def close(self) -> None:
         """See `Network.close`."""
-        del self._encoder
+        del self._backbone, self._pool
 
-    def _on(self, stream: int) -> Any:
+    @contextlib.contextmanager
+    def _on(self, stream: int) -> Iterator[None]:
         if self._place.type == "cpu":
-            return torch.no_grad()
+            yield
+            return
         external: Any = torch.cuda.ExternalStream
-        return torch.cuda.stream(external(stream, device=self._place))
+        with torch.cuda.stream(external(stream, device=self._place)), torch.cuda.use_mem_pool(self._pool):
+            yield
 
     def _at(self, address: int, shape: tuple[int, ...]) -> torch.Tensor:
         """The float32 tensor at an address."""
