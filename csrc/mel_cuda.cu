@@ -32,6 +32,12 @@ struct DeviceExec {
     f(static_cast<int>(threadIdx.x), Shared{memory});
     __syncthreads();
   }
+
+  template <class F>
+  __device__ void warp_stage(const char*, F f) const {
+    f(static_cast<int>(threadIdx.x), Shared{memory});
+    __syncwarp();
+  }
 };
 
 template <class Sample>
@@ -66,7 +72,7 @@ class CudaMel final : public DeviceMel {
   CudaMel(const MelOptions& options, const MelTables& tables) : CudaMel(options, tables, slice_basis(tables)) {}
   CudaMel(const MelOptions& options, const MelTables& tables, const SlicedBasis& basis)
       : DeviceMel(options), window_(tables.window), fft_twiddles_(tables.fft_twiddles),
-        split_twiddles_(tables.split_twiddles), slices_(basis.slices), first_bins_(basis.first_bins), weights_(basis.weights) {}
+        split_twiddles_(tables.split_twiddles), slices_(basis.slices), weights_(basis.weights) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -75,8 +81,7 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(), fft_twiddles_.data(), split_twiddles_.data(),
-                  slices_.data(), first_bins_.data(),   weights_.data()};
+    job.tables = {window_.data(), fft_twiddles_.data(), split_twiddles_.data(), slices_.data(), weights_.data()};
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -92,8 +97,7 @@ class CudaMel final : public DeviceMel {
 
   DeviceTable<float> window_, fft_twiddles_, split_twiddles_;
   DeviceTable<MelSlice> slices_;
-  DeviceTable<int> first_bins_;
-  DeviceTable<float> weights_;
+  DeviceTable<WeightedWord> weights_;
 };
 
 // Asks for one kernel, so that a build without code for the device is found at opening, not in the middle of a run.

@@ -61,19 +61,21 @@ SlicedBasis slice_basis(const MelTables& tables) {
   for (int first = 0; first < n_bands; first += kWarp) {
     const int in_slice = std::min(kWarp, n_bands - first);
     const MelBand* bands = &tables.bands[static_cast<std::size_t>(first)];
-    const int n_bins = std::max_element(bands, bands + in_slice, [](const MelBand& a, const MelBand& b) {
+    const int longest = std::max_element(bands, bands + in_slice, [](const MelBand& a, const MelBand& b) {
                          return a.n_bins < b.n_bins;
-                       })->n_bins;
+                         })->n_bins;
+    const int n_bins = (longest + kSliceBins - 1) / kSliceBins * kSliceBins;
     basis.slices.push_back({static_cast<int>(basis.weights.size()), n_bins});
-    float* weights = &*basis.weights.insert(basis.weights.end(), static_cast<std::size_t>(kWarp * n_bins), 0.0f);
+    WeightedWord* weights = &*basis.weights.insert(basis.weights.end(), static_cast<std::size_t>(kWarp * n_bins), {});
     const std::vector<int> first_bins = choose_first_bins(bands, in_slice, n_bins);
     for (int lane = 0; lane < in_slice; ++lane) {
-      const int shift = bands[lane].first_bin - first_bins[static_cast<std::size_t>(lane)];
+      const int start = first_bins[static_cast<std::size_t>(lane)], shift = bands[lane].first_bin - start;
+      for (int i = 0; i < n_bins; ++i) weights[kWarp * i + lane].word = power_word(start + i);
       for (int i = 0; i < bands[lane].n_bins; ++i) {
-        weights[kWarp * (shift + i) + lane] = tables.weights[static_cast<std::size_t>(bands[lane].first_weight + i)];
+        const auto source = static_cast<std::size_t>(bands[lane].first_weight + i);
+        weights[kWarp * (shift + i) + lane].weight = tables.weights[source];
       }
     }
-    basis.first_bins.insert(basis.first_bins.end(), first_bins.begin(), first_bins.end());
   }
   return basis;
 }

@@ -35,14 +35,18 @@ static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembe
 // The mel basis in slices of 32 bands, one per lane of a warp, padded to the longest band (sliced ELLPACK), so that a
 // warp's reads of weights are coalesced and its lanes do not diverge.
 struct MelSlice {
-  int first_weight;  // weights[first_weight + 32 * i + lane] multiplies power[first_bins[band] + i]
-  int n_bins;
+  int first_weight;  // weights[first_weight + 32 * i + lane] is the i-th of the lane's band
+  int n_bins;        // a multiple of kSliceBins (mel_kernels.h), some of them with weights of 0
+};
+
+struct WeightedWord {
+  float weight;
+  std::int32_t word;  // of shared memory, with the power of the bin of the first frame
 };
 
 struct SlicedBasis {
   std::vector<MelSlice> slices;
-  std::vector<int> first_bins;  // of every band, padded to whole slices
-  std::vector<float> weights;
+  std::vector<WeightedWord> weights;
 };
 
 SlicedBasis slice_basis(const MelTables& tables);
@@ -59,8 +63,7 @@ struct MelTablePointers {  // into device memory
   const float* fft_twiddles;
   const float* split_twiddles;
   const MelSlice* slices;
-  const int* first_bins;
-  const float* weights;
+  const WeightedWord* weights;
 };
 
 struct MelJob {

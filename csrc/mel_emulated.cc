@@ -36,6 +36,11 @@ class Watch {
     for (auto& of_thread : accesses_) of_thread.clear();
   }
 
+  // After a barrier of the whole block; one of a warp orders only its own accesses.
+  void end_stage() {
+    for (Word& word : words_) word.warp = kNobody;
+  }
+
   template <class T>
   T load(int thread, int index) {
     constexpr int n = sizeof(T) / 4;
@@ -43,6 +48,7 @@ class Watch {
       Word& word = words_.at(i);
       if (!word.known) fail("reads what nobody wrote", thread, i);
       if (word.writer != kNobody && word.writer != thread) fail("reads what another thread writes", thread, i);
+      if (word.warp != kNobody && word.warp != thread / kWarp) fail("reads what another warp has written", thread, i);
       word.reader = word.reader == kNobody || word.reader == thread ? thread : kSeveral;
     }
     accesses_[thread].push_back({index * n, n});
@@ -58,7 +64,9 @@ class Watch {
       Word& word = words_.at(i);
       if (word.writer != kNobody && word.writer != thread) fail("writes what another thread writes", thread, i);
       if (word.reader != kNobody && word.reader != thread) fail("writes what another thread reads", thread, i);
+      if (word.warp != kNobody && word.warp != thread / kWarp) fail("writes what another warp has written", thread, i);
       word.writer = thread;
+      word.warp = thread / kWarp;
       word.known = true;
     }
     accesses_[thread].push_back({index * n, n});
@@ -84,6 +92,7 @@ class Watch {
  private:
   struct Word {
     int writer = kNobody, reader = kNobody;  // in this stage
+    int warp = kNobody;                      // that has written it since the last barrier of the block
     bool known = false;
   };
 
@@ -141,6 +150,12 @@ class HostExec {  // executes one block
 
   template <class F>
   void stage(const char* name, F f) const {
+    warp_stage(name, f);
+    watch_.end_stage();
+  }
+
+  template <class F>
+  void warp_stage(const char* name, F f) const {
     watch_.begin_stage(name);
     for (const int thread : order_) f(thread, WatchedShared{watch_, thread});
     if (traffic_ != nullptr) {
@@ -203,7 +218,7 @@ void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const MelTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
   job.tables = {tables.window.data(), tables.fft_twiddles.data(), tables.split_twiddles.data(),
-                basis.slices.data(),  basis.first_bins.data(),    basis.weights.data()};
+                basis.slices.data(),  basis.weights.data()};
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));

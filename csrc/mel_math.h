@@ -17,10 +17,14 @@
 
 #if defined(__CUDA_ARCH__)
 #define SE_UNROLL _Pragma("unroll")
+#define SE_NO_UNROLL _Pragma("unroll 1")
 #elif defined(__CUDACC__)  // nvcc's host pass supports neither form, and runs none of the loops
 #define SE_UNROLL
 #else
 #define SE_UNROLL _Pragma("GCC unroll 32")
+#endif
+#ifndef SE_NO_UNROLL
+#define SE_NO_UNROLL
 #endif
 
 namespace singerembed {
