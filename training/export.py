@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from singerembed.errors import CheckpointError, OutputError, UsageError
-from singerembed.model.checkpoint import FORMAT, FORMAT_VERSION, Checkpoint, load_checkpoint
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint
 from singerembed.model.mel import mel_basis
 from singerembed.model.spec import ModelSpec
 from singerembed.storage import absolute
@@ -58,7 +58,7 @@ def main(source: Path, target: Path, layout: str, centre: str | None, half: bool
                 err=True,
             )
     else:
-        export_own(checkpoint, training_facts(source), target, half=half)
+        files.save_checkpoint(checkpoint, training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
 
 
@@ -115,24 +115,6 @@ def centred(checkpoint: Checkpoint, source: str, limit: int = CENTRED_ON) -> Che
     return replace(checkpoint, state_dict=tensors, spec=replace(checkpoint.spec, centred_on=words))
 
 
-def export_own(checkpoint: Checkpoint, facts: dict[str, Any], target: Path, *, half: bool = False) -> None:
-    """Write the project's layout, which `singerembed.model.checkpoint` reads. Raises OutputError.
-
-    `half` rounds tensors of two or more dimensions to FP16; the statistics of batch norms may exceed its range.
-    """
-    tensors = _dense(checkpoint.state_dict)
-    if half:
-        tensors = {name: tensor.half() if tensor.ndim > 1 else tensor for name, tensor in tensors.items()}
-    content = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
-        "spec": checkpoint.spec.to_dict(),
-        "state_dict": tensors,
-        "training": facts,
-    }
-    files.save(content, target)
-
-
 def export_official(checkpoint: Checkpoint, target: Path) -> None:
     """Write a folder in the official layout. Raises OutputError if `target` is a file or cannot be written.
 
@@ -143,7 +125,7 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
         raise OutputError(f"{target} is a file; the official layout is a folder")
     target.mkdir(parents=True, exist_ok=True)
     spec = checkpoint.spec
-    encoder = {f"encoder.net.2.{name}": tensor for name, tensor in _dense(checkpoint.state_dict).items()}
+    encoder = {f"encoder.net.2.{name}": tensor for name, tensor in files.dense(checkpoint.state_dict).items()}
     files.save({**_official_front_end(spec), **encoder}, target / "model.pt")
     hyperparams = {
         "feature_extractor": {"spec_layer": "melspectogram", "n_fft": spec.n_fft, "hop_length": spec.hop_samples},
@@ -165,11 +147,6 @@ def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:
     }
     prefix = "feature_extractor.spec_layer."
     return {f"{prefix}{name}": torch.from_numpy(kernel.astype(np.float32)) for name, kernel in kernels.items()}
-
-
-def _dense(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in contiguous memory format; those of training are channels last."""
-    return {name: tensor.contiguous() for name, tensor in state_dict.items()}
 
 
 if __name__ == "__main__":

@@ -8,10 +8,14 @@ SonyCSLParis/ssl-singer-identity, losses.py), whose values the tests reproduce.
 from __future__ import annotations
 
 import math
+from functools import cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from singerembed.errors import UsageError
 
 _COSINE_EPS = 1e-8
 _VARIANCE_EPS = 1e-8
@@ -106,6 +110,18 @@ def towards(embeddings: Tensor, targets: Tensor) -> Tensor:
     """Return 1 minus the mean cosine of each row of `embeddings`, [batch, dim], with the same row of `targets`."""
     _check_pair(embeddings, targets)
     return 1 - F.cosine_similarity(embeddings, targets, dim=1, eps=_COSINE_EPS).mean()
+
+
+@cache
+def orthonormal_map(inputs: int, outputs: int) -> Tensor:
+    """Return a fixed random matrix, float32 [inputs, outputs], whose rows are orthonormal: it keeps all cosines.
+
+    Raises UsageError if there are more inputs than outputs.
+    """
+    if inputs > outputs:
+        raise UsageError(f"the teacher's embedding has {inputs} dimensions, more than the encoder's {outputs}")
+    columns, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((outputs, inputs)))
+    return torch.from_numpy(columns.T.astype(np.float32).copy())
 
 
 def relations(embeddings: Tensor, targets: Tensor) -> Tensor:

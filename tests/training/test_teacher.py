@@ -16,8 +16,8 @@ from singerembed.errors import SingerEmbedError, UsageError
 from training import losses, teacher
 from training.config import TrainConfig
 from training.data import PairBatch, PairDataset, PairKey
+from training.losses import orthonormal_map
 from training.methods import build_method
-from training.methods.base import orthonormal_map
 from training.recordings import TRAIN, build_index
 from training.targets import Targets, Windows, read_targets, relative_path, write_targets
 

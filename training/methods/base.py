@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from functools import cache
 from typing import Any, ClassVar, cast
 
 import lightning
@@ -107,7 +106,7 @@ class Method(lightning.LightningModule):
         """Return the weighted terms that pull `embeddings`, [crops, dim], to `targets`, [crops, dim of the teacher]."""
         settings = self.config.teacher
         embeddings, targets = self.gathered(embeddings.float()), self.gathered(targets)
-        mapped = targets @ orthonormal_map(targets.shape[1], embeddings.shape[1]).to(targets)
+        mapped = targets @ losses.orthonormal_map(targets.shape[1], embeddings.shape[1]).to(targets)
         return {
             "teacher": settings.cosine * losses.towards(embeddings, mapped),
             "relations": settings.relations * losses.relations(embeddings, targets),
@@ -188,18 +187,6 @@ class Method(lightning.LightningModule):
 def _versions() -> dict[str, str]:
     packages = ("torch", "torchvision", "lightning", "audiomentations", "praat-parselmouth")
     return {package: importlib.metadata.version(package) for package in packages}
-
-
-@cache
-def orthonormal_map(inputs: int, outputs: int) -> Tensor:
-    """Return a fixed random matrix, float32 [inputs, outputs], whose rows are orthonormal: it keeps all cosines.
-
-    Raises UsageError if there are more inputs than outputs.
-    """
-    if inputs > outputs:
-        raise UsageError(f"the teacher's embedding has {inputs} dimensions, more than the encoder's {outputs}")
-    columns, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((outputs, inputs)))
-    return torch.from_numpy(columns.T.astype(np.float32).copy())
 
 
 def learning_rate_factor(epoch: float, warmup_epochs: float, cosine_epochs: float) -> float:
