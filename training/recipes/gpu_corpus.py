@@ -77,9 +77,8 @@ class Corpus:
         which = (torch.rand(len(singers), device=singers.device) * self._n_members[singers]).long()
         recording = self._first_member[singers] + which
         room = (self._length[recording] - samples * speed - 1).clamp(min=0)
-        start = (
-            torch.rand(len(singers), device=singers.device).double() * room
-        )  # float would jitter by 1/64 of a sample
+        # In double: float would place samples to 1/64 of one.
+        start = torch.rand(len(singers), device=singers.device).double() * room
         position = start[:, None] + torch.arange(samples, device=singers.device) * speed[:, None].double()
         whole = position.long()
         inside = whole + 1 < self._length[recording][:, None]
@@ -89,7 +88,10 @@ class Corpus:
 
 
 def _read(path: Path) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
-    pcm, rate = soundfile.read(path, dtype="int16")
+    try:
+        pcm, rate = soundfile.read(path, dtype="int16")
+    except soundfile.LibsndfileError as exc:
+        raise UsageError(f"{path} cannot be read: {exc}. Remove it, or build the corpus again") from exc
     if pcm.ndim > 1:
         pcm = pcm[:, 0]
     if rate == 48_000:  # Opus
