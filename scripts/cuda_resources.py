@@ -1,6 +1,7 @@
 """Reports registers, spills and shared memory of the CUDA kernels, by compute capability.
 
-Compiles csrc/mel_cuda.cu with nvcc and writes the report of ptxas as JSON. Exits with 1 if a kernel spills registers.
+Compiles csrc/mel_cuda.cu with nvcc and writes the report of ptxas as JSON. Exits with 1 if a kernel spills registers
+beyond what was measured to pay.
 
     python scripts/cuda_resources.py benchmarks/results/cuda_resources.json
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "mel_cuda.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+MOST_SPILLED = 8  # bytes; the mel kernel for 9.0 gains more from a fifth block (docs/gpu.md)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers.*?(\d+) bytes smem")
@@ -59,7 +61,7 @@ def main() -> int:
     nvcc = re.search(r"V[\d.]+", version)
     content = {"command": "python scripts/cuda_resources.py", "nvcc": nvcc and nvcc[0], "kernels": kernels}
     Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")
-    spilling = [kernel for kernel in kernels if kernel["spill_bytes"]]
+    spilling = [kernel for kernel in kernels if kernel["spill_bytes"] > MOST_SPILLED]
     for kernel in spilling:
         print(f"spills registers: {kernel}", file=sys.stderr)
     return 1 if spilling else 0

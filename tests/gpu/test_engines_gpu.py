@@ -27,8 +27,7 @@ KINDS = [
     ("tensorrt", "fp16"),
     ("tensorrt", "fp32"),
     ("tensorrt-rtx", "fp16"),
-    ("onnxruntime", "fp32"),
-    ("onnxruntime", "fp16"),
+    ("onnxruntime", "fp32"),  # in FP16 on CUDA its cosine is 0.99935, and build-engine refuses it
     ("torch", "fp16"),
 ]
 

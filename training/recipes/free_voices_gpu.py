@@ -43,7 +43,7 @@ LOG_EVERY_STEPS = 100
 @click.argument("corpus", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--minutes", default=6.0, help="Of training; the rate falls to 0 at their end.")
-@click.option("--batch-seconds", default=800.0, help="Of audio in a batch.")
+@click.option("--batch-seconds", default=200.0, help="Of audio in a batch; steps count for more than their size.")
 @click.option("--rate", default=2e-3, help="Highest learning rate.")
 @click.option("--cepstra", default=0.5, help="Weight of cepstral statistics in the target, beside GE2E's embedding.")
 @click.option(
@@ -66,11 +66,10 @@ def main(
 ) -> None:
     """Train on the folder CORPUS and write a checkpoint with halved weights to TARGET."""
     torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = True
     where = torch.device(device)
     voices = Corpus(corpus, where)
     click.echo(f"corpus   {voices.seconds / 3600:.1f} hours of {voices.n_singers} singers")
-    targets = Targets(ge2e or _installed_ge2e(), cepstra).to(where)
+    targets = Targets(ge2e or installed_ge2e(), cepstra).to(where)
     run = _Run(where, rate)
     facts = {"method": "teacher", "recipe": Path(__file__).stem, "seed": seed, "minutes": minutes, "rate": rate} | {
         "batch_seconds": batch_seconds, "cepstra": cepstra, "hours": round(voices.seconds / 3600, 2)
@@ -95,7 +94,8 @@ def main(
     click.echo(f"wrote    {target} after {run.steps} steps, {run.crops} crops")
 
 
-def _installed_ge2e() -> Path:
+def installed_ge2e() -> Path:
+    """Return the weights in resemblyzer's package. Raises UsageError if it is not installed."""
     spec = importlib.util.find_spec("resemblyzer")
     if spec is None or spec.origin is None:
         raise UsageError("the targets need GE2E's weights: pip install resemblyzer, or give --ge2e")
