@@ -1,4 +1,4 @@
-"""The CUDA kernels as the compiler made them: what spills pays, and a block's shared memory needs no special request."""
+"""The CUDA kernels as the compiler made them: what spills pays, and shared memory needs no special request."""
 
 from __future__ import annotations
 
