@@ -20,6 +20,7 @@ from singerembed.jobs.crash_journal import gather_suspects
 from singerembed.jobs.error_watch import ErrorWatch
 from singerembed.jobs.folder import catalog_of
 from singerembed.jobs.gpus import choose_devices, embed_on_devices
+from singerembed.jobs.mixture_watch import MixtureWatch
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import embed_on_ray
 from singerembed.jobs.ray_worker import ClusterJob
@@ -97,13 +98,16 @@ def run(
     job = Job(catalog, output, engine, options, options.partitioned, devices[0], unchanged_since=fingerprint)
     with PartStore(output, partitioned=options.partitioned) as parts:
         files = engine_file, separator_file
-        one = _Run(job, devices, files, identity, parts, [*listeners, ErrorWatch(options.max_errors, say)], stop)
+        mixtures = MixtureWatch(say)
+        watches = ErrorWatch(options.max_errors, say), mixtures
+        one = _Run(job, devices, files, identity, parts, [*listeners, *watches], stop)
         try:
             summary = one.run(fingerprint.rows, say, all_was_seen=not unreadable)
         except SingerEmbedError as exc:
             if parts.identity() is None and not isinstance(exc, InterruptedRun):
                 parts.discard()  # nothing was begun
             raise
+    mixtures.conclude()
     return replace(summary, seconds=time.monotonic() - started, unreadable_folders=unreadable)
 
 

@@ -27,6 +27,7 @@ from singerembed.jobs.options import RunOptions
 from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
 from singerembed.model import mel
 from singerembed.model.mel import Pcm
+from singerembed.model.mixture import MixtureDetector
 from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows
 from singerembed.storage import Facts
 
@@ -74,20 +75,21 @@ def embed_track(
     isolated: bool = False,
     stop: Callable[[], int] = lambda: 0,
     separation: Separation | None = None,
+    mixtures: MixtureDetector | None = None,
 ) -> TrackRows:
     """Embed one track; any error of the track is returned as `TrackRows.error`.
 
     `limit`: of its decoding; by default that of the options. `patience`: of the run, with storage that fails.
     `isolated`: decode it in another process, because a decoder may have crashed on it. `stop` is asked between blocks
-    of crops. `separation`: separates the voice, where that is wanted. Raises EngineError, and Stopped once `stop`
-    returns a signal's number.
+    of crops. `separation`: separates the voice, where that is wanted. `mixtures`: looks for accompaniment, likewise.
+    Raises EngineError, and Stopped once `stop` returns a signal's number.
     """
     started = time.monotonic()
     limit = limit or TimeLimit(options.track_timeout_seconds)
     patience = patience or Patience()
     waited = 0.0
     for attempt in range(options.retries + 1):
-        embedded = _EmbeddedTrack(engine, options, None if track.vocals else separation)
+        embedded = _EmbeddedTrack(engine, options, None if track.vocals else separation, mixtures)
         rows = _attempt(track, embedded, limit, isolated=isolated, stop=stop, started=started)
         if rows.error is None or not rows.error.passing:
             return rows
@@ -200,11 +202,15 @@ def _crop_plan(track: Track, engine: Engine, options: RunOptions) -> CropPlan:
 class _EmbeddedTrack:
     """Collects the embedded crops of one track."""
 
-    def __init__(self, engine: Engine, options: RunOptions, separation: Separation | None) -> None:
+    def __init__(
+        self, engine: Engine, options: RunOptions, separation: Separation | None, mixtures: MixtureDetector | None
+    ) -> None:
         self.notes: list[str] = []
         self.facts = Facts()
         self.packet_hash = ""
         self.engine, self.options, self.separation = engine, options, separation
+        self._mixtures = mixtures
+        self._seems_mixed: bool | None = None
         self._n_embedded = 0
         self._ratio: list[NDArray[np.float32]] = []
         self._index: list[int] = []
@@ -222,12 +228,15 @@ class _EmbeddedTrack:
             block, embedded, ratio = self.separation.embed(block, self.engine)
             self._ratio.append(ratio)
         self._n_embedded += len(embedded.embedding)
+        if self._mixtures is not None and self._seems_mixed is None and len(embedded.embedding):
+            first = int((embedded.state == mel.LOUD).argmax())
+            self._seems_mixed = self._mixtures.seems_mixed(block.pcm[first])
         if not np.isfinite(embedded.embedding).all():
             loud = np.array(block.index)[embedded.state == mel.LOUD]
-            first = loud[~np.isfinite(embedded.embedding).all(axis=1)][0]
+            bad = loud[~np.isfinite(embedded.embedding).all(axis=1)][0]
             raise TrackError(
                 "not_finite",
-                f"the engine gave NaN or infinity for crop {first}. If it is FP16, build it with --precision fp32",
+                f"the engine gave NaN or infinity for crop {bad}. If it is FP16, build it with --precision fp32",
             )
         self._embedded.append(embedded)
         self._index += block.index
@@ -258,6 +267,7 @@ class _EmbeddedTrack:
             packet_hash=self.packet_hash,
             facts=self.facts,
             vocal_ratio=_concatenate(self._ratio, np.float32) if self.separation else None,
+            seems_mixed=self._seems_mixed,
         )
         rows = _in_order(rows)
         return _pooled(rows) if self.options.pool == "mean" and len(rows.crop) else rows
@@ -291,6 +301,7 @@ def _pooled(rows: TrackRows) -> TrackRows:
         packet_hash=rows.packet_hash,
         facts=rows.facts,
         vocal_ratio=_pooled_ratio(rows),
+        seems_mixed=rows.seems_mixed,
     )
 
 

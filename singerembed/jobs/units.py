@@ -25,6 +25,7 @@ from singerembed.jobs.separation import open_separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.todays_tracks import TodaysTracks
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
+from singerembed.model.mixture import MixtureDetector
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
 from singerembed.output.parts import PartStore
@@ -34,6 +35,8 @@ from singerembed.storage import printable, redacted
 # Rows that are embedded but wait for an earlier track, because the output keeps the catalogue's order: 80 MB.
 _MAX_WAITING_ROWS = 20_000
 _TASKS_A_WORKER = 4
+# Recordings that are looked at for accompaniment: the first ones and a share, which costs below a hundredth of a run.
+_ALL_OF_THE_FIRST, _ONE_IN = 64, 16
 _CALLERS_A_CORE = 2  # where callers wait for a device, others decode meanwhile
 
 
@@ -96,6 +99,10 @@ class Task(NamedTuple):
         return f"row {self.track.row:,}, {printable(redacted(self.track.path))},"
 
 
+def _is_looked_at(track: Track) -> bool:
+    return not track.vocals and (track.row <= _ALL_OF_THE_FIRST or track.row % _ONE_IN == 0)
+
+
 class EngineThreads:
     """One engine, and the threads that decode for it. Must be closed."""
 
@@ -117,6 +124,8 @@ class EngineThreads:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
             self._separation = open_separation(separator_file, opened.spec, options) if separator_file else None
+            looks = separator_file is None and MixtureDetector.fits(opened.spec)
+            self._mixtures = MixtureDetector(opened.spec) if looks else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
             # A thread that is left behind keeps its slot in the journal.
             self._journal = stack.enter_context(closing(journal(self._threads + MAX_ABANDONED)))
@@ -157,6 +166,7 @@ class EngineThreads:
                     isolated=apart,
                     stop=self._stop,
                     separation=self._separation,
+                    mixtures=self._mixtures if _is_looked_at(task.track) else None,
                 )
 
         return ordered_map(

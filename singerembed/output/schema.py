@@ -73,6 +73,7 @@ class TrackRows:
     facts: Facts = field(default_factory=Facts)  # of the file, before it was opened
     # [n], energy of the separated voice over the mixture's in dB, NaN where unknown; None: not separated
     vocal_ratio: NDArray[np.float32] | None = None
+    seems_mixed: bool | None = None  # its first crop seems to hold accompaniment; None: nobody looked
 
     @property
     def n_rows(self) -> int:
