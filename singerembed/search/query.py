@@ -46,6 +46,7 @@ class FoundTrack:
     singer: str  # empty if not known
     matches: list[Match]  # the most similar pairs of crops, in order of time
     also: list[str]  # paths of further copies of the same recording
+    number: int  # of the track in the index, from 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class Index:
         row = self.stored.tracks.slice(number, 1)
         return FoundTrack(
             _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singers[number],
-            self._matches(number, crops, start), self._copies.get(number, []),
+            self._matches(number, crops, start), self._copies.get(number, []), number,
         )  # fmt: skip
 
     def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
