@@ -23,7 +23,16 @@ from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
 from singerembed.search.library import Library, LibraryTrack, check_column, check_engine
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
-from singerembed.search.store import FORMAT_VERSION, KINDS, MANIFEST, SCORING, StoredIndex, Vectors, publish_manifest
+from singerembed.search.store import (
+    FORMAT_VERSION,
+    KINDS,
+    MANIFEST,
+    SCORING,
+    StoredIndex,
+    Vectors,
+    publish_manifest,
+    write_mapped_table,
+)
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
 _FLUSH_TRACKS = 4096
@@ -142,10 +151,12 @@ class _Segment:
                 self._add(track, files)
                 advance()
         self._flush()
-        for kind, tables in (("tracks", self._tables), ("crops", [_CROPS.empty_table(), *self._crops])):
-            if self.n_tracks:
-                table = pa.concat_tables(tables, promote_options="permissive")
-                pq.write_table(table, self._folder / f"{self.name}.{kind}.parquet", compression="zstd")
+        if self.n_tracks:
+            tracks = pa.concat_tables(self._tables, promote_options="permissive")
+            pq.write_table(tracks, self._folder / f"{self.name}.tracks.parquet", compression="zstd")
+            crops = pa.concat_tables([_CROPS.empty_table(), *self._crops])
+            for kind, table in (("tracks", tracks.drop_columns(["vector"])), ("crops", crops)):
+                write_mapped_table(self._folder / f"{self.name}.{kind}.arrow", table)
 
     def _add(self, track: LibraryTrack, files: dict[str, Any]) -> None:
         fingerprint = track.fingerprint
@@ -241,8 +252,10 @@ def _describe(folder: Path, manifest: dict[str, Any], name: str) -> None:
         of_tracks = index.vectors["tracks"].take(np.arange(index.tracks.num_rows))
         total = singer_sums(of_tracks, singer, len(names))
         counts = np.bincount(singer[singer >= 0], minlength=len(names))
-        np.savez(folder / f"{name}.singers.npz", names=np.array(names), n_tracks=counts, total=total)
-        manifest["singers"] = f"{name}.singers.npz"
+        length = np.linalg.norm(total, axis=1)
+        np.savez(folder / f"{name}.singers.npz", names=np.array(names), n_tracks=counts, length=length)
+        np.save(folder / f"{name}.singers.npy", total)
+        manifest["singers"] = f"{name}.singers"
         fitted = calibrate(draw_trials(of_tracks, singer, total)) if (counts > 1).any() else None
         manifest["calibration"] = fitted.to_dict() if fitted else None
 
@@ -257,12 +270,10 @@ class _OpenedDraft(StoredIndex):
 
 def remove_leftovers(index: StoredIndex) -> None:
     """Remove files in the index's folder that a killed call, or an older state of it, has left."""
-    wanted = {MANIFEST, index.manifest["scoring"], index.manifest.get("singers"), *index.manifest["quantised"].values()}
+    wanted = {MANIFEST, index.manifest["scoring"], *index.manifest["quantised"].values()}
+    wanted |= {f"{index.manifest.get('singers')}.{end}" for end in ("npy", "npz")}
     wanted |= {
-        f"{n}.{kind}.{end}"
-        for n in index.manifest["segments"]
-        for kind in ("tracks", "crops")
-        for end in ("f16", "parquet")
+        f"{n}.{kind}.{end}" for n in index.manifest["segments"] for kind in KINDS for end in ("arrow", "f16", "parquet")
     }
     for path in index.folder.iterdir():
         if path.name not in wanted and path.name[:6].isdecimal() and path.is_file():

@@ -22,7 +22,7 @@ _BLOCK = 16_384  # rows that are compared, or added, at a time: 64 MB as float32
 _COMPONENTS = 128
 _TRAINING_ROWS = 100_000
 # Lists that are looked through, and candidates that are compared with the stored vectors.
-_PROBES = 32
+_PROBES = 128
 _CANDIDATES = 500
 
 
@@ -91,8 +91,12 @@ def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> 
 
 
 def read_quantised(path: Path) -> Any:
-    """Read a quantised index. Raises MissingDependencyError without faiss."""
-    return _faiss().read_index(str(path))
+    """Open a quantised index, memory-mapped. Raises MissingDependencyError without faiss."""
+    faiss = _faiss()
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    lists.prefetch_nthread = 0  # otherwise it starts 32 threads for each query
+    return index
 
 
 def _blocks(first: int, last: int) -> Iterable[NDArray[np.int64]]:

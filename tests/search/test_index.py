@@ -138,11 +138,11 @@ def test_quantised_vectors_find_what_exact_search_finds(
     crops = index.stored.vectors["crops"]
     allowed = np.random.default_rng(0).random(len(crops)) < allowed_share
     queries = crops.take(np.arange(0, len(crops), 40)) + 0.01
-    found = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    found = nearest(crops, queries, 10, allowed, index.quantised("crops"))
     exact = nearest(crops, queries, 10, allowed)
     same = [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(found[0], exact[0], strict=True)]
     assert np.mean(same) >= 0.98
-    again = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    again = nearest(crops, queries, 10, allowed, index.quantised("crops"))
     assert np.array_equal(found[0], again[0])
     assert np.array_equal(found[1], again[1])
     assert allowed[found[0]].all()
@@ -221,7 +221,7 @@ def test_plain_messages(output: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is damaged"):
         open_index(path)
     (Path(path) / MANIFEST).write_text('{"format": 99}', encoding="utf-8")
-    with pytest.raises(OutputError, match="format 99, but this singerembed reads 1"):
+    with pytest.raises(OutputError, match="format 99, but this singerembed reads 2"):
         open_index(path)
 
 
