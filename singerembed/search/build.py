@@ -163,7 +163,7 @@ class _Segment:
         number = self._offset + self.n_tracks
         before = self._known.get(track.key)
         if before is not None:
-            if before[1] == fingerprint:
+            if before[1] == fingerprint and fingerprint in self._first:  # not a copy of what is replaced now
                 self.n_known += 1
                 return
             self.replaced.append(before[0])

@@ -106,6 +106,20 @@ def test_the_next_nights_output_is_added(tracks: list[MadeTrack], tmp_path: Path
     assert open_index(path).search_track("s4-3", top=3) == answer
 
 
+def test_a_copy_outlives_the_first_of_its_recording(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    copy = dataclasses.replace(tracks[0], track_id="copy")
+    build_index([write_output(tmp_path / "one.parquet", [*tracks, copy])], path)
+    changed = dataclasses.replace(tracks[0], crops=made_tracks(1, 1, 3, seed=3)[0].crops)
+    done = build_index([write_output(tmp_path / "two.parquet", [changed, *tracks[1:], copy])], path)
+    assert (done.replaced, done.n_doubled, done.n_tracks) == (2, 0, 21)
+    index = open_index(path)
+    assert index.search_track("copy").tracks[0].track_id in {"s0-1", "s0-2", "s0-3"}
+    assert "copy" in [found.track_id for found in index.search_track("s0-1").tracks]
+    again = build_index([str(tmp_path / "two.parquet")], path)
+    assert (again.known, again.added_tracks) == (21, 0)
+
+
 def test_where_takes_columns_of_the_catalogue(output: str, tmp_path: Path) -> None:
     path = str(tmp_path / "i.index")
     build_index([output], path)
