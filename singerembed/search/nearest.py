@@ -36,20 +36,25 @@ def nearest(
     """
     if quantised is None or int(allowed.sum()) <= EXACT_ROWS:
         return _exact(vectors, queries, k, allowed)
+    found = candidates(quantised, queries, k, allowed)
+    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    for i, candidate in enumerate(found):
+        kept = np.sort(candidate[candidate >= 0])
+        again = vectors.take(kept) @ queries[i]
+        order = np.argsort(-again, kind="stable")[:k]
+        rows[i, : len(order)], scores[i, : len(order)] = kept[order], again[order]
+    return rows, scores
+
+
+def candidates(quantised: Any, queries: Vectors, k: int, allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return rows that may be among the `k` nearest to each query, [queries, n], -1 where there are fewer than n."""
     faiss = _faiss()
     parameters = faiss.SearchParametersIVF(nprobe=_PROBES)
     if not allowed.all():
         parameters.sel = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     inner = faiss.extract_index_ivf(quantised)
     turned = quantised.chain.at(0).apply(queries)
-    found = inner.search(turned, max(k, _CANDIDATES), params=parameters)[1]
-    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-    for i, candidates in enumerate(found):
-        kept = np.sort(candidates[candidates >= 0])
-        again = vectors.take(kept) @ queries[i]
-        order = np.argsort(-again, kind="stable")[:k]
-        rows[i, : len(order)], scores[i, : len(order)] = kept[order], again[order]
-    return rows, scores
+    return np.asarray(inner.search(turned, max(k, _CANDIDATES), params=parameters)[1], np.int64)
 
 
 def _exact(
