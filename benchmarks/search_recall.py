@@ -3,8 +3,8 @@
 python -m benchmarks.search_recall OUT.parquet --rows 10000000 --folder /scratch
 
 Rows are drawn as those of benchmarks/search_scale.py, made anew whenever they are read, and rounded to float16 as an
-index stores them. What FAISS writes into the folder stays there. Every row is compared with the queries, whose candidates
-are ranked again by those scores, as `singerembed search` ranks them by the stored vectors.
+index stores them. What FAISS writes into the folder stays there. Every row is compared with the queries. Their
+candidates are ranked again by those scores, as `singerembed search` ranks them by the stored vectors.
 """
 
 from __future__ import annotations
