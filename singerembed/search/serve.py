@@ -94,6 +94,7 @@ class _Service:
         return HTMLResponse(self._page.replace("NONCE", nonce), headers={"Content-Security-Policy": policy})
 
     async def search(self, request: Request) -> Response:
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse
 
         by = "crop" if request.query_params.get("by") == "crop" else "track"
@@ -109,10 +110,10 @@ class _Service:
                     return _refusal(413, f"{name} is larger than {megabytes:g} MB. Give a shorter recording, or a part")
                 async with self._turn:
                     answer = await asyncio.to_thread(self._look_up, path, name, by)
-        except TooLong as exc:
-            return _refusal(413, str(exc))
+        except ClientDisconnect:
+            return _refusal(400, "the recording broke off")  # which nobody reads
         except UsageError as exc:
-            return _refusal(422, str(exc))
+            return _refusal(413 if isinstance(exc, TooLong) else 422, str(exc))
         except OSError as exc:
             return _refusal(507, f"the recording could not be kept while it is looked up: {exc.strerror or exc}")
         finally:

@@ -233,8 +233,12 @@ def served(index: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 def test_a_signal_ends_it(served: tuple[str, subprocess.Popen[str]], number: signal.Signals, code: int) -> None:
     address, process = served
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
-    with socket.create_connection(("127.0.0.1", int(address[:-1].rpartition(":")[2]))) as half_open:
-        half_open.sendall(b"POST /search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 100\r\n\r\n")
+    place = "127.0.0.1", int(address[:-1].rpartition(":")[2])
+    half = f"POST /search HTTP/1.1\r\nHost: {place[0]}:{place[1]}\r\nContent-Length: 100\r\n\r\nhalf".encode()
+    with socket.create_connection(place) as given_up:
+        given_up.sendall(half)
+    with socket.create_connection(place) as half_open:
+        half_open.sendall(half)
         assert b"Whose voice" in urlopen(address, timeout=60).read()  # so signals are handled by now
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
