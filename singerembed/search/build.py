@@ -20,6 +20,7 @@ from singerembed import storage
 from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_second_moments
+from singerembed.output.lock import take_lock
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
 from singerembed.search.library import Library, LibraryTrack, check_column, check_engine
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
@@ -65,11 +66,13 @@ def build_index(
 
     `singer_column`: the catalogue's column of singers, fixed when the index is made (default: `singer`, if there is
     one). `scoring`: of INDEX_SCORINGS (default: centred); fitted when the index is made. `advance` is called after each
-    track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError.
+    track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError, the latter also
+    while another process adds to the index.
     """
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
-        return _extend(library, StoredIndex(path), singer_column, scoring, advance)
+        with _locked(path):
+            return _extend(library, StoredIndex(path), singer_column, scoring, advance)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{path} exists and is not an index. Give another name, or remove it")
     column = singer_column
@@ -102,6 +105,23 @@ def _fit(library: Library, kind: str) -> Scoring:
             f"{library.n_error_tracks:,} tracks with errors): there is nothing to index"
         )
     return fit_scoring(kind, moments)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Let nobody else add to the index for the block. Raises OutputError where somebody does, or it is read-only."""
+    try:
+        release = take_lock(path, path)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+    try:
+        yield
+    finally:
+        release()
+
+
+def _unwritable(path: object, exc: OSError) -> OutputError:
+    return OutputError(f"cannot write the index {path}: {exc.strerror or exc}")
 
 
 def _extend(
@@ -227,7 +247,7 @@ def _add(
             for path in folder.glob(f"{segment.name}.*"):
                 path.unlink()
     except OSError as exc:
-        raise OutputError(f"cannot write the index {folder}: {exc.strerror or exc}") from exc
+        raise _unwritable(folder, exc) from exc
     index = StoredIndex(str(folder))
     remove_leftovers(index)
     n_crops = int(index.tracks["n_crops"].to_numpy()[index.active].sum())
@@ -276,7 +296,8 @@ def remove_leftovers(index: StoredIndex) -> None:
         f"{n}.{kind}.{end}" for n in index.manifest["segments"] for kind in KINDS for end in ("arrow", "f16", "parquet")
     }
     for path in index.folder.iterdir():
-        if path.name not in wanted and path.name[:6].isdecimal() and path.is_file():
+        is_ours = path.name[:6].isdecimal() or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp")
+        if path.name not in wanted and is_ours and path.is_file():
             path.unlink()
 
 
@@ -289,11 +310,14 @@ def _new_folder(target: Path) -> Iterator[Path]:
         folder = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         folder.mkdir()
     except OSError as exc:
-        raise OutputError(f"cannot write the index {target}: {exc.strerror or exc}") from exc
+        raise _unwritable(target, exc) from exc
     try:
         yield folder
         storage.remove_empty_folder(str(target))
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError as exc:  # as when another process has made it meanwhile
+            raise _unwritable(target, exc) from exc
     finally:
         storage.remove_folder(str(folder))
 

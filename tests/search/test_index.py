@@ -205,7 +205,29 @@ def test_an_index_killed_while_it_grows_stays_as_it_was(output: str, tmp_path: P
         build_index([more], str(path), advance=kill)
     assert open_index(str(path)).search_track("s0-0") == answer
     assert build_index([more], str(path)).n_tracks == 40
-    assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "scorin"}
+    assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "lock", "scorin"}
+
+
+def test_one_process_adds_to_an_index_at_a_time(output: str, tmp_path: Path) -> None:
+    path = tmp_path / "i.index"
+    build_index([output], str(path))
+    more = write_output(tmp_path / "more.parquet", made_tracks(5, 4, 3, seed=1, first=10))
+    refused = list[str]()
+
+    def add_too() -> None:
+        with pytest.raises(OutputError) as raised:
+            build_index([more], str(path))
+        refused.append(str(raised.value))
+
+    build_index([more], str(path), advance=add_too)
+    assert len(refused) == 20
+    assert f"another run is writing {path} (process {os.getpid()})" in refused[0]
+    assert open_index(str(path)).stored.active.sum() == 40
+    new = str(tmp_path / "new.index")
+    with pytest.raises(OutputError, match=r"cannot write the index .*new\.index"):  # two make it: the first one counts
+        build_index([more], new, advance=lambda: Path(new).exists() or build_index([output], new))
+    assert [found.track_id[:2] for found in open_index(new).search_track("s0-0", top=3).tracks] == ["s0"] * 3
+    assert not list(tmp_path.glob(".new.index.*"))
 
 
 def test_plain_messages(output: str, tmp_path: Path) -> None:

@@ -68,6 +68,10 @@ def state_of(path: Path) -> set[tuple[str, str]] | None:
     return {(names[row], prints[row]) for row in rows}
 
 
+def files_of(path: Path) -> set[str]:
+    return {file.name for file in path.iterdir()} - {"lock"}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.parametrize("grown", [False, True])
 def test_an_index_killed_at_any_step_is_whole_or_not_there(
@@ -98,9 +102,8 @@ def test_an_index_killed_at_any_step_is_whole_or_not_there(
     turn = states.index(after)
     assert states == [before] * turn + [after] * (len(states) - turn)
     assert turn > 5  # files were written before
-    for copy in copies[:: len(copies) // 5]:
+    for copy in copies:
         build_index([output], str(copy / "i.index"))
         assert state_of(copy / "i.index") == after
         assert [path.name for path in copy.iterdir()] == ["i.index"]
-        names = {path.name for path in (copy / "i.index").iterdir()}
-        assert {name[6:] for name in names} == {path.name[6:] for path in (copies[-1] / "i.index").iterdir()}
+        assert files_of(copy / "i.index") == files_of(copies[-1] / "i.index")
