@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.vector_index import BLOCK, CROPS_A_SINGER, Floats, Mixture
+from benchmarks.vector_index import CROPS_A_SINGER, Floats, Mixture
 from singerembed.search.nearest import candidates, read_quantised, write_quantised
 
 K = 10
+BLOCK = 16_384  # rows that are made at a time: as many as an index adds at a time, so that none is made twice
 
 
 class MadeVectors:
