@@ -56,10 +56,10 @@ class Mixture:
         self.centre = np.einsum("sk,skd->sd", share, means[some]) - self.mean
         self.dim = embedding.shape[1]
 
-    def rows(self, n: int, seed: int) -> Floats:
-        """Return `n` rows of length 1, float32 [n, dim]."""
+    def rows(self, n: int, seed: int, singer: NDArray[np.int64] | None = None) -> Floats:
+        """Return `n` rows of length 1, float32 [n, dim]; `singer`: whose each is, [n] (None: drawn)."""
         rng = np.random.default_rng(seed)
-        rows = self.centre[rng.integers(len(self.centre), size=n)]
+        rows = self.centre[rng.integers(len(self.centre), size=n) if singer is None else singer]
         for _ in range(2):
             gain = rng.standard_normal((n, 1)).astype(np.float32) / np.sqrt(2, dtype=np.float32)
             rows = rows + gain * self.residual[rng.integers(len(self.residual), size=n)]

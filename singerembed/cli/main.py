@@ -23,6 +23,7 @@ from singerembed.cli.run import run
 from singerembed.cli.scan import scan
 from singerembed.cli.search import search
 from singerembed.cli.separate import separate
+from singerembed.cli.serve import serve
 from singerembed.cli.verify import verify
 from singerembed.errors import SingerEmbedError, UsageError
 
@@ -69,7 +70,9 @@ def cli() -> None:
     """
 
 
-for _command in (scan, run, separate, build_engine, index, search, verify, cluster, inspect, evaluate, report, doctor):
+for _command in (
+    scan, run, separate, build_engine, index, search, serve, verify, cluster, inspect, evaluate, report, doctor,
+):  # fmt: skip
     cli.add_command(_command)
 
 

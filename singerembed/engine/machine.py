@@ -79,6 +79,8 @@ def examine() -> list[Finding]:
         _optional("FAISS", "faiss", "index and search above 50,000 vectors", "search", "faiss-cpu"),
         _optional("scikit-learn", "sklearn", "search, verify, cluster, evaluate", "search", "scikit-learn"),
         _optional("duckdb", "duckdb", "search --where", "search"),
+        _optional("Starlette", "starlette", "serve", "serve"),
+        _optional("uvicorn", "uvicorn", "serve", "serve"),
         _optional("plotly", "plotly", "evaluate and report", "eval"),
         _optional("ray", "ray", "run --ray", "ray"),
     ]

@@ -20,10 +20,20 @@ from singerembed import storage
 from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_second_moments
+from singerembed.output.lock import take_lock
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
 from singerembed.search.library import Library, LibraryTrack, check_column, check_engine
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
-from singerembed.search.store import FORMAT_VERSION, KINDS, MANIFEST, SCORING, StoredIndex, Vectors, publish_manifest
+from singerembed.search.store import (
+    FORMAT_VERSION,
+    KINDS,
+    MANIFEST,
+    SCORING,
+    StoredIndex,
+    Vectors,
+    publish_manifest,
+    write_mapped_table,
+)
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
 _FLUSH_TRACKS = 4096
@@ -56,11 +66,13 @@ def build_index(
 
     `singer_column`: the catalogue's column of singers, fixed when the index is made (default: `singer`, if there is
     one). `scoring`: of INDEX_SCORINGS (default: centred); fitted when the index is made. `advance` is called after each
-    track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError.
+    track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError, the latter also
+    while another process adds to the index.
     """
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
-        return _extend(library, StoredIndex(path), singer_column, scoring, advance)
+        with _locked(path):
+            return _extend(library, StoredIndex(path), singer_column, scoring, advance)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{path} exists and is not an index. Give another name, or remove it")
     column = singer_column
@@ -93,6 +105,23 @@ def _fit(library: Library, kind: str) -> Scoring:
             f"{library.n_error_tracks:,} tracks with errors): there is nothing to index"
         )
     return fit_scoring(kind, moments)
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[None]:
+    """Let nobody else add to the index for the block. Raises OutputError where somebody does, or it is read-only."""
+    try:
+        release = take_lock(path, path)
+    except OSError as exc:
+        raise _unwritable(path, exc) from exc
+    try:
+        yield
+    finally:
+        release()
+
+
+def _unwritable(path: object, exc: OSError) -> OutputError:
+    return OutputError(f"cannot write the index {path}: {exc.strerror or exc}")
 
 
 def _extend(
@@ -142,17 +171,19 @@ class _Segment:
                 self._add(track, files)
                 advance()
         self._flush()
-        for kind, tables in (("tracks", self._tables), ("crops", [_CROPS.empty_table(), *self._crops])):
-            if self.n_tracks:
-                table = pa.concat_tables(tables, promote_options="permissive")
-                pq.write_table(table, self._folder / f"{self.name}.{kind}.parquet", compression="zstd")
+        if self.n_tracks:
+            tracks = pa.concat_tables(self._tables, promote_options="permissive")
+            pq.write_table(tracks, self._folder / f"{self.name}.tracks.parquet", compression="zstd")
+            crops = pa.concat_tables([_CROPS.empty_table(), *self._crops])
+            for kind, table in (("tracks", tracks.drop_columns(["vector"])), ("crops", crops)):
+                write_mapped_table(self._folder / f"{self.name}.{kind}.arrow", table)
 
     def _add(self, track: LibraryTrack, files: dict[str, Any]) -> None:
         fingerprint = track.fingerprint
         number = self._offset + self.n_tracks
         before = self._known.get(track.key)
         if before is not None:
-            if before[1] == fingerprint:
+            if before[1] == fingerprint and fingerprint in self._first:  # not a copy of what is replaced now
                 self.n_known += 1
                 return
             self.replaced.append(before[0])
@@ -216,7 +247,7 @@ def _add(
             for path in folder.glob(f"{segment.name}.*"):
                 path.unlink()
     except OSError as exc:
-        raise OutputError(f"cannot write the index {folder}: {exc.strerror or exc}") from exc
+        raise _unwritable(folder, exc) from exc
     index = StoredIndex(str(folder))
     remove_leftovers(index)
     n_crops = int(index.tracks["n_crops"].to_numpy()[index.active].sum())
@@ -241,8 +272,10 @@ def _describe(folder: Path, manifest: dict[str, Any], name: str) -> None:
         of_tracks = index.vectors["tracks"].take(np.arange(index.tracks.num_rows))
         total = singer_sums(of_tracks, singer, len(names))
         counts = np.bincount(singer[singer >= 0], minlength=len(names))
-        np.savez(folder / f"{name}.singers.npz", names=np.array(names), n_tracks=counts, total=total)
-        manifest["singers"] = f"{name}.singers.npz"
+        length = np.linalg.norm(total, axis=1)
+        np.savez(folder / f"{name}.singers.npz", names=np.array(names), n_tracks=counts, length=length)
+        np.save(folder / f"{name}.singers.npy", total)
+        manifest["singers"] = f"{name}.singers"
         fitted = calibrate(draw_trials(of_tracks, singer, total)) if (counts > 1).any() else None
         manifest["calibration"] = fitted.to_dict() if fitted else None
 
@@ -257,15 +290,14 @@ class _OpenedDraft(StoredIndex):
 
 def remove_leftovers(index: StoredIndex) -> None:
     """Remove files in the index's folder that a killed call, or an older state of it, has left."""
-    wanted = {MANIFEST, index.manifest["scoring"], index.manifest.get("singers"), *index.manifest["quantised"].values()}
+    wanted = {MANIFEST, index.manifest["scoring"], *index.manifest["quantised"].values()}
+    wanted |= {f"{index.manifest.get('singers')}.{end}" for end in ("npy", "npz")}
     wanted |= {
-        f"{n}.{kind}.{end}"
-        for n in index.manifest["segments"]
-        for kind in ("tracks", "crops")
-        for end in ("f16", "parquet")
+        f"{n}.{kind}.{end}" for n in index.manifest["segments"] for kind in KINDS for end in ("arrow", "f16", "parquet")
     }
     for path in index.folder.iterdir():
-        if path.name not in wanted and path.name[:6].isdecimal() and path.is_file():
+        is_ours = path.name[:6].isdecimal() or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp")
+        if path.name not in wanted and is_ours and path.is_file():
             path.unlink()
 
 
@@ -278,11 +310,14 @@ def _new_folder(target: Path) -> Iterator[Path]:
         folder = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
         folder.mkdir()
     except OSError as exc:
-        raise OutputError(f"cannot write the index {target}: {exc.strerror or exc}") from exc
+        raise _unwritable(target, exc) from exc
     try:
         yield folder
         storage.remove_empty_folder(str(target))
-        folder.rename(target)
+        try:
+            folder.rename(target)
+        except OSError as exc:  # as when another process has made it meanwhile
+            raise _unwritable(target, exc) from exc
     finally:
         storage.remove_folder(str(folder))
 

@@ -22,6 +22,7 @@ _FOLDS = 10
 _OTHERS = 20  # singers that each track is compared with, drawn
 _MAX_TRACKS = 20_000  # that are compared
 _BINS = 10
+_LARGEST_LLR = 300.0
 Floats = NDArray[np.float64]
 
 
@@ -42,6 +43,11 @@ class Calibration:
     def llr(self, scores: Any) -> Floats:
         """Return the log likelihood ratios of scores."""
         return np.asarray(self.slope * np.asarray(scores, np.float64) + self.offset)
+
+    def ratios(self, scores: Any) -> Floats:
+        """Return the likelihood ratios of scores, none so large that a sum of them would overflow."""
+        llr = self.llr(scores)
+        return np.asarray(np.exp(np.minimum(llr, _LARGEST_LLR, out=llr), out=llr))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""

@@ -22,7 +22,7 @@ _BLOCK = 16_384  # rows that are compared, or added, at a time: 64 MB as float32
 _COMPONENTS = 128
 _TRAINING_ROWS = 100_000
 # Lists that are looked through, and candidates that are compared with the stored vectors.
-_PROBES = 32
+_PROBES = 128
 _CANDIDATES = 500
 
 
@@ -36,20 +36,25 @@ def nearest(
     """
     if quantised is None or int(allowed.sum()) <= EXACT_ROWS:
         return _exact(vectors, queries, k, allowed)
+    found = candidates(quantised, queries, k, allowed)
+    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+    for i, candidate in enumerate(found):
+        kept = np.sort(candidate[candidate >= 0])
+        again = vectors.take(kept) @ queries[i]
+        order = np.argsort(-again, kind="stable")[:k]
+        rows[i, : len(order)], scores[i, : len(order)] = kept[order], again[order]
+    return rows, scores
+
+
+def candidates(quantised: Any, queries: Vectors, k: int, allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return rows that may be among the `k` nearest to each query, [queries, n], -1 where there are fewer than n."""
     faiss = _faiss()
     parameters = faiss.SearchParametersIVF(nprobe=_PROBES)
     if not allowed.all():
         parameters.sel = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
     inner = faiss.extract_index_ivf(quantised)
     turned = quantised.chain.at(0).apply(queries)
-    found = inner.search(turned, max(k, _CANDIDATES), params=parameters)[1]
-    rows, scores = np.full((len(queries), k), -1, np.int64), np.full((len(queries), k), -np.inf, np.float32)
-    for i, candidates in enumerate(found):
-        kept = np.sort(candidates[candidates >= 0])
-        again = vectors.take(kept) @ queries[i]
-        order = np.argsort(-again, kind="stable")[:k]
-        rows[i, : len(order)], scores[i, : len(order)] = kept[order], again[order]
-    return rows, scores
+    return np.asarray(inner.search(turned, max(k, _CANDIDATES), params=parameters)[1], np.int64)
 
 
 def _exact(
@@ -91,8 +96,12 @@ def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> 
 
 
 def read_quantised(path: Path) -> Any:
-    """Read a quantised index. Raises MissingDependencyError without faiss."""
-    return _faiss().read_index(str(path))
+    """Open a quantised index, memory-mapped. Raises MissingDependencyError without faiss."""
+    faiss = _faiss()
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    lists = faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists)
+    lists.prefetch_nthread = 0  # otherwise it starts 32 threads for each query
+    return index
 
 
 def _blocks(first: int, last: int) -> Iterable[NDArray[np.int64]]:

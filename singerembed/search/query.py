@@ -17,7 +17,7 @@ from singerembed.search.build import track_vector
 from singerembed.search.calibration import Calibration
 from singerembed.search.nearest import nearest, read_quantised
 from singerembed.search.recording import QueryCrops, embed_recording, open_engine_of
-from singerembed.search.store import StoredIndex, Vectors
+from singerembed.search.store import MIN_LENGTH, StoredIndex, Vectors
 
 BY = ("track", "crop")
 _MATCHES = 2  # pairs of crops that are named for a track
@@ -46,6 +46,7 @@ class FoundTrack:
     singer: str  # empty if not known
     matches: list[Match]  # the most similar pairs of crops, in order of time
     also: list[str]  # paths of further copies of the same recording
+    number: int  # of the track in the index, from 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Index:
         """
         self.stored = StoredIndex(path)
         self._engine_path = engine
+        self._quantised: dict[str, Any] = {}
 
     @cached_property
     def engine(self) -> Engine:
@@ -92,10 +94,12 @@ class Index:
         fields = self.stored.manifest.get("calibration")
         return Calibration(**fields) if fields else None
 
-    @cached_property
-    def _quantised(self) -> dict[str, Any]:
-        files = self.stored.manifest["quantised"]
-        return {kind: read_quantised(self.stored.folder / name) for kind, name in files.items()}
+    def quantised(self, kind: str) -> Any | None:
+        """The quantised vectors of "tracks" or "crops", read once; None where there are few enough to compare all."""
+        name = self.stored.manifest["quantised"].get(kind)
+        if name is not None and kind not in self._quantised:
+            self._quantised[kind] = read_quantised(self.stored.folder / name)
+        return self._quantised.get(kind)
 
     def search(
         self, audio: NDArray[Any], sample_rate: int, *, top: int = 10, by: str = "track", where: str | None = None
@@ -157,13 +161,13 @@ class Index:
 
     def _by_track(self, whole: Vectors, top: int, allowed: NDArray[np.bool_]) -> list[tuple[int, float]]:
         vectors = self.stored.vectors["tracks"]
-        rows, scores = nearest(vectors, whole[np.newaxis], top, allowed, self._quantised.get("tracks"))
+        rows, scores = nearest(vectors, whole[np.newaxis], top, allowed, self.quantised("tracks"))
         return [(int(row), float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
 
     def _by_crop(self, crops: Vectors, top: int, allowed: NDArray[np.bool_]) -> list[tuple[int, float]]:
         of_crop = self.stored.track_of_crop
         vectors = self.stored.vectors["crops"]
-        rows, scores = nearest(vectors, crops, top * _CROPS_A_TRACK, allowed[of_crop], self._quantised.get("crops"))
+        rows, scores = nearest(vectors, crops, top * _CROPS_A_TRACK, allowed[of_crop], self.quantised("crops"))
         best: dict[int, float] = {}
         for row, score in zip(rows.ravel(), scores.ravel(), strict=True):
             if row >= 0:
@@ -174,8 +178,8 @@ class Index:
     def _found_track(self, number: int, score: float, crops: Vectors, start: NDArray[np.float64]) -> FoundTrack:
         row = self.stored.tracks.slice(number, 1)
         return FoundTrack(
-            _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singers[number],
-            self._matches(number, crops, start), self._copies.get(number, []),
+            _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singer(number),
+            self._matches(number, crops, start), self._copies.get(number, []), number,
         )  # fmt: skip
 
     def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
@@ -195,15 +199,15 @@ class Index:
         if self.stored.singer_column is None:
             return []
         profiles = self.stored.profiles
-        total, counts = profiles.total, profiles.n_tracks
-        own = self.stored.singers[itself] if itself is not None else ""
+        score, counts = profiles.scores(whole[np.newaxis])[0], profiles.n_tracks
+        own = self.stored.singer(itself) if itself is not None else ""
         if own:
-            total, counts = total.copy(), counts.copy()
             number = profiles.names.index(own)
-            total[number] -= self.stored.vectors["tracks"].take(np.array([itself]))[0]
+            rest = profiles.total[number] - self.stored.vectors["tracks"].take(np.array([itself]))[0]
+            score[number] = rest @ whole / max(float(np.linalg.norm(rest)), MIN_LENGTH)
+            counts = counts.copy()
             counts[number] -= 1
-        length = np.linalg.norm(total, axis=1)
-        score = np.where((counts > 0) & (length > 1e-6), total @ whole / np.maximum(length, 1e-6), -1.0)
+        score[counts == 0] = -1.0
         chances = self.chances(score[np.newaxis], counts)
         order = [i for i in np.argsort(-score, kind="stable")[:top] if counts[i] > 0]
         return [
@@ -218,15 +222,13 @@ class Index:
 
         `counts`: tracks of each singer, [singers] or [queries, singers]; those without any are not in the index.
 
-        That the query is sung by somebody in the index has the prior chance PRIOR_KNOWN, shared equally by singers with
-        a track; that it is sung by nobody in it has the rest, and the likelihood ratio 1.
         """
         if self.calibration is None:
             return None
+        ratios = self.calibration.ratios(score)
         here = np.broadcast_to(counts, score.shape) > 0
-        prior = PRIOR_KNOWN / np.maximum(1, here.sum(axis=1, keepdims=True))
-        weight = np.where(here, prior * np.exp(np.minimum(self.calibration.llr(score), 300.0)), 0.0)
-        return np.asarray(weight / (weight.sum(axis=1, keepdims=True) + 1 - PRIOR_KNOWN))
+        np.multiply(ratios, here, out=ratios)
+        return chances_of(ratios, ratios.sum(axis=1, keepdims=True), here.sum(axis=1, keepdims=True))
 
     @cached_property
     def _replaced(self) -> set[int]:
@@ -263,6 +265,16 @@ class Index:
         mask = np.zeros(len(rows), bool)
         mask[found["row number"].astype(np.int64)] = True
         return mask
+
+
+def chances_of(ratios: NDArray[np.float64], total: NDArray[np.float64], n_singers: Any) -> NDArray[np.float64]:
+    """Return the chances of singers from their likelihood ratios, and from the sum of all singers' ratios, `total`.
+
+    That the query is sung by somebody in the index has the prior chance PRIOR_KNOWN, shared equally by its `n_singers`
+    singers; that it is sung by nobody in it has the rest, and the likelihood ratio 1. The shapes are broadcast.
+    """
+    prior = PRIOR_KNOWN / np.maximum(1, n_singers)
+    return np.asarray(ratios * prior / (total * prior + 1 - PRIOR_KNOWN))
 
 
 def _rounded(score: Any) -> float:

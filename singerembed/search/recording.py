@@ -41,12 +41,19 @@ def open_engine_of(index: StoredIndex, path: str | None) -> Engine:
     return open_engine(file)
 
 
-def embed_recording(path: str, engine: Engine) -> QueryCrops:
-    """Embed all consecutive crops of the recording `path`.
+class TooLong(UsageError):
+    """A recording is longer than whoever looks it up allows."""
 
-    Raises UsageError if it cannot be decoded, is shorter than a crop, or is silent.
+
+def embed_recording(
+    path: str, engine: Engine, *, name: str | None = None, max_seconds: float = float("inf")
+) -> QueryCrops:
+    """Embed all consecutive crops of the recording `path`. `name`: what errors call it (default: `path`).
+
+    Raises UsageError if it cannot be decoded, is shorter than a crop, or is silent, and TooLong, which is one, if it is
+    longer than `max_seconds`.
     """
-    spec = engine.spec
+    spec, name = engine.spec, name or path
     start, embedding = list[float](), list[NDArray[np.float32]]()
     n_crops, seconds = 0, 0.0
     try:
@@ -57,15 +64,17 @@ def embed_recording(path: str, engine: Engine) -> QueryCrops:
                 seconds = float(block.stop[-1]) / spec.sample_rate
                 start += (block.start[result.state == LOUD] / spec.sample_rate).tolist()
                 embedding.append(result.embedding)
+                if seconds > max_seconds:
+                    raise TooLong(f"{name} is longer than {max_seconds / 60:g} minutes. Give a part of it")
     except TrackError as exc:
         if not start:
-            raise UsageError(f"{path} cannot be looked up: {exc}") from exc
+            raise UsageError(f"{name} cannot be looked up: {exc}") from exc
     if seconds < spec.crop_seconds:
         raise UsageError(
-            f"{path} is too short: {seconds:.1f} s, and a crop takes {spec.crop_seconds:g} s. Give a longer recording"
+            f"{name} is too short: {seconds:.1f} s, and a crop takes {spec.crop_seconds:g} s. Give a longer recording"
         )
     if not start:
         raise UsageError(
-            f"{path} is silent: none of its {n_crops} crops is louder than -60 dBFS. Give another recording"
+            f"{name} is silent: none of its {n_crops} crops is louder than -60 dBFS. Give another recording"
         )
     return QueryCrops(np.array(start), np.concatenate(embedding))

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.errors import UsageError
 from singerembed.search.build import track_vector
+from singerembed.search.calibration import Calibration
 from singerembed.search.library import Library, check_engine
-from singerembed.search.query import Index
-from singerembed.search.store import Vectors
+from singerembed.search.query import Index, chances_of
+from singerembed.search.store import MIN_LENGTH, Vectors
 
-_BATCH = 512  # tracks that are compared at a time
+_MAX_BATCH = 512  # tracks that are compared with all singers at a time
+_MAX_SCORES = 4_000_000  # that are held at a time
 _SAMPLE = 5_000  # tracks of the index that false alarms are counted on
 
 
@@ -52,12 +53,12 @@ def screen(index: Index, output: str, min_chance: float, n_singers: int = 3) -> 
     column = index.stored.singer_column or ""
     profiles = index.stored.profiles
     tracks = library.tracks()
-    while batch := list(islice(tracks, _BATCH)):
+    while batch := list(islice(tracks, _batch_size(len(profiles.names)))):
         whole = np.stack([track_vector(index.stored.scoring.vectors(track.embedding)) for track in batch])
-        score = _scores(whole, profiles.total)
+        score = profiles.scores(whole)
         chance = index.chances(score, profiles.n_tracks)
         assert chance is not None
-        order = np.argsort(-score, axis=1, kind="stable")[:, :n_singers]
+        order = _highest(score, n_singers)
         for i, track in enumerate(batch):
             credited = str(track.columns.get(column) or "")
             best = order[i, 0]
@@ -68,49 +69,52 @@ def screen(index: Index, output: str, min_chance: float, n_singers: int = 3) -> 
 
 def false_alarms(index: Index, min_chance: float, seed: int = 0) -> FalseAlarms:
     """Count, on tracks of the index, how often a singer is named at `min_chance` who is not theirs."""
-    _check_calibrated(index)
+    calibration = _check_calibrated(index)
     stored, profiles = index.stored, index.stored.profiles
     number = {name: i for i, name in enumerate(profiles.names)}
     singer = np.array([number.get(name, -1) for name in stored.singers])
     singer[~stored.active] = -1
     tracks = np.flatnonzero(singer >= 0)
     tracks = np.sort(np.random.default_rng(seed).choice(tracks, min(len(tracks), _SAMPLE), replace=False))
+    here = profiles.n_tracks > 0
+    n_singers, size = int(here.sum()), _batch_size(len(here))
     unknown = known = found = n_known = 0
-    for first in range(0, len(tracks), _BATCH):
-        block = tracks[first : first + _BATCH]
+    for first in range(0, len(tracks), size):
+        block = tracks[first : first + size]
         own, each = singer[block], np.arange(len(block))
         vectors = stored.vectors["tracks"].take(block)
-        score = _scores(vectors, profiles.total)
-        score[each, own] = -1.0
-        counts = np.broadcast_to(profiles.n_tracks, score.shape).copy()
-        counts[each, own] = 0
-        unknown += int((_chances(index, score, counts).max(axis=1) >= min_chance).sum())
+        others = calibration.ratios(profiles.scores(vectors))
+        others[:, ~here] = 0.0
+        others[each, own] = 0.0
+        best, total = others.max(axis=1), others.sum(axis=1)
+        unknown += int((chances_of(best, total, n_singers - 1) >= min_chance).sum())
         rest = profiles.total[own] - vectors
-        length = np.maximum(np.linalg.norm(rest, axis=1), 1e-6)
+        length = np.maximum(np.linalg.norm(rest, axis=1), MIN_LENGTH)
         several = profiles.n_tracks[own] > 1
-        score[each, own] = np.where(several, np.einsum("ij,ij->i", rest, vectors) / length, -1.0)
-        counts[each, own] = profiles.n_tracks[own] - 1
-        chance = _chances(index, score, counts)
-        best = chance.argmax(axis=1)
-        named = (chance.max(axis=1) >= min_chance) & several
+        ratio = calibration.ratios(np.einsum("ij,ij->i", rest, vectors) / length)
+        chance = chances_of(np.maximum(best, ratio), total + ratio, n_singers)
+        named = (chance >= min_chance) & several
         n_known += int(several.sum())
-        known += int((named & (best != own)).sum())
-        found += int((named & (best == own)).sum())
+        known += int((named & (best > ratio)).sum())
+        found += int((named & (best <= ratio)).sum())
     per_mille = 1000 / max(1, n_known)
     return FalseAlarms(len(tracks), 1000 * unknown / max(1, len(tracks)), known * per_mille, found * per_mille)
 
 
-def _chances(index: Index, score: NDArray[Any], counts: NDArray[np.int64]) -> NDArray[np.float64]:
-    chance = index.chances(score, counts)
-    assert chance is not None
-    return chance
+def _batch_size(n_singers: int) -> int:
+    """How many tracks are compared with all singers at a time."""
+    return max(1, min(_MAX_BATCH, _MAX_SCORES // max(1, n_singers)))
 
 
-def _scores(vectors: Vectors, total: Vectors) -> Vectors:
-    return np.asarray(vectors @ (total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-6)).T)
+def _highest(score: Vectors, k: int) -> NDArray[np.int64]:
+    """Return the columns of the `k` highest scores of each row, [rows, k], highest first; fewer columns, fewer."""
+    k = min(k, score.shape[1])
+    found = np.sort(np.argpartition(score, -k, axis=1)[:, -k:], axis=1)
+    order = np.argsort(-np.take_along_axis(score, found, axis=1), axis=1, kind="stable")
+    return np.asarray(np.take_along_axis(found, order, axis=1))
 
 
-def _check_calibrated(index: Index) -> None:
+def _check_calibrated(index: Index) -> Calibration:
     if index.stored.singer_column is None:
         raise UsageError(
             f"{index.stored.folder} has no column of singers, and screening names singers. Make the index with "
@@ -121,3 +125,4 @@ def _check_calibrated(index: Index) -> None:
             f"{index.stored.folder} has fewer than four singers with two tracks or more: chances cannot be calibrated "
             "on it. Add labelled tracks"
         )
+    return index.calibration

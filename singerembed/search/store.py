@@ -1,9 +1,10 @@
 """An index on disk: a folder whose `index.json` names the files that count.
 
 `index.json` is written last and by rename, so an index is whole or not there, and one that grows stays as it was until
-then. A segment is what one call of `singerembed index` added: NUMBER.tracks.parquet (a row a track: the catalogue's
-columns, and its vector), NUMBER.crops.parquet (a row a crop), and their vectors as raw float16, row after row, in
-NUMBER.tracks.f16 and NUMBER.crops.f16, which are memory-mapped. Tracks and crops are numbered through all segments.
+then. A segment is what one call of `singerembed index` added: NUMBER.tracks.arrow (a row a track: the catalogue's
+columns), NUMBER.crops.arrow (a row a crop), and their vectors as raw float16, row after row, in NUMBER.tracks.f16 and
+NUMBER.crops.f16. All four are memory-mapped. Tracks and crops are numbered through all segments. NUMBER.tracks.parquet,
+with the vectors as a column, is for other programs.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed import storage
 from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.scoring import Scoring
 
-MANIFEST, SCORING, SINGERS = "index.json", "scoring.npz", "singers.npz"
-FORMAT_VERSION = 1
+MANIFEST, SCORING = "index.json", "scoring.npz"
+FORMAT_VERSION = 2
+MIN_LENGTH = 1e-6  # of a sum of vectors; what is shorter points nowhere
 KINDS = ("tracks", "crops")
 Vectors = NDArray[np.float32]
 
@@ -57,7 +58,14 @@ class Profiles:
 
     names: list[str]
     n_tracks: NDArray[np.int64]  # [singers]
-    total: Vectors  # [singers, dim]
+    total: Vectors  # [singers, dim], memory-mapped
+    length: Vectors  # [singers], of `total`
+
+    def scores(self, vectors: Vectors) -> Vectors:
+        """Return the scores of vectors [n, dim] of length 1 against each singer, float32 [n, singers]."""
+        found = vectors @ self.total.T
+        found /= np.maximum(self.length, MIN_LENGTH)
+        return np.asarray(found)
 
 
 class StoredIndex:
@@ -89,13 +97,12 @@ class StoredIndex:
             self.scoring = Scoring(str(arrays["kind"]), arrays["mean"], projection)
         dim = self.scoring.dim
         self.vectors = {kind: StoredVectors([self.folder / f"{n}.{kind}.f16" for n in names], dim) for kind in KINDS}
-        tables = [pq.ParquetFile(self.folder / f"{name}.tracks.parquet") for name in names]
-        kept = [[column for column in file.schema_arrow.names if column != "vector"] for file in tables]
-        self.tracks = pa.concat_tables(
-            [file.read(columns=columns) for file, columns in zip(tables, kept, strict=True)],
-            promote_options="permissive",
-        ).combine_chunks()
-        self.crops = pa.concat_tables([pq.read_table(self.folder / f"{name}.crops.parquet") for name in names])
+        self.tracks, self.crops = (
+            pa.concat_tables(
+                [_mapped_table(self.folder / f"{name}.{kind}.arrow") for name in names], promote_options="permissive"
+            )
+            for kind in KINDS
+        )
         if len(self.vectors["tracks"]) != self.tracks.num_rows or len(self.vectors["crops"]) != self.crops.num_rows:
             raise ValueError("its tables and vectors are not of one length")
 
@@ -135,15 +142,31 @@ class StoredIndex:
             return [""] * self.tracks.num_rows
         return ["" if name is None else str(name) for name in self.tracks[self.singer_column].to_pylist()]
 
+    def singer(self, track: int) -> str:
+        """The singer of one track; empty if there is none."""
+        name = self.tracks[self.singer_column][track].as_py() if self.singer_column is not None else None
+        return "" if name is None else str(name)
+
     @cached_property
     def profiles(self) -> Profiles:
         """The singers, in the order of their names."""
-        with np.load(self.folder / self.manifest["singers"]) as arrays:
-            return Profiles(arrays["names"].tolist(), arrays["n_tracks"], arrays["total"])
+        total = np.load(self.folder / f"{self.manifest['singers']}.npy", mmap_mode="r")
+        with np.load(self.folder / f"{self.manifest['singers']}.npz") as arrays:
+            return Profiles(arrays["names"].tolist(), arrays["n_tracks"], total, arrays["length"])
 
     def crops_of(self, track: int) -> slice:
         """Numbers of the crops of a track."""
         return slice(int(self.first_crop[track]), int(self.first_crop[track + 1]))
+
+
+def _mapped_table(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def write_mapped_table(path: Path, table: pa.Table) -> None:
+    """Write `table` as an Arrow file without compression, which is opened in no time whatever its size."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def publish_manifest(folder: Path, manifest: dict[str, Any]) -> None:

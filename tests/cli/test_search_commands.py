@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+import browser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -98,6 +99,28 @@ def test_verify_writes_a_table_and_a_page(output: str, tmp_path: Path) -> None:
         invoke("verify", output, "-o", str(page), "--audio-root", str(EXAMPLES)).exit_code == 0
     )  # replaced by a new one
     assert invoke("verify", output, "--singer-column", "artist").exit_code == 2
+
+
+@pytest.mark.skipif(bool(browser.missing()), reason=browser.missing())
+def test_the_page_of_verify_plays_in_a_browser(output: str, tmp_path: Path) -> None:
+    page = tmp_path / "audit.html"
+    invoke("verify", output, "-o", str(page), "--audio-root", str(EXAMPLES), "--max-chance", "1")
+    with browser.chromium() as driver:
+        driver.get(page.as_uri())
+        rows = driver.find_elements("css selector", "table tr")
+        assert len(rows) == 13
+        players = driver.find_elements("css selector", "audio")
+        assert len(players) >= 24
+        driver.execute_script("document.querySelectorAll('audio').forEach(player => { player.preload = 'metadata' })")
+        browser.wait(driver, "[...document.querySelectorAll('audio')].every(player => player.duration > 4)")
+        source = players[0].get_attribute("src")
+        start = float(source.partition("#t=")[2].partition(",")[0])
+        assert rows[1].find_element("css selector", "td:nth-child(2)").text in source
+        player = "document.querySelector('audio')"
+        driver.execute_cdp_cmd("Runtime.evaluate", {"expression": f"{player}.play()", "userGesture": True})
+        browser.wait(driver, f"!{player}.paused && {player}.currentTime > {start}")
+        assert {url.partition(":")[0] for url in browser.requested(driver)} <= {"file", "data"}
+        assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
 
 
 def test_cluster_prints_groups(output: str, tmp_path: Path) -> None:

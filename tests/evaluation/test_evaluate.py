@@ -307,9 +307,7 @@ def test_report_page(output: Path, tmp_path: Path) -> None:
             time.sleep(0.1)
         errors = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
         assert not errors
-        sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-        urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-        assert {url.partition(":")[0] for url in urls} <= {"file", "data", "blob"}
+        assert {url.partition(":")[0] for url in browser.requested(driver)} <= {"file", "data", "blob"}
         assert not driver.find_element("css selector", "details pre").is_displayed()
         width = "return document.querySelector('table').scrollWidth <= document.body.clientWidth"
         assert driver.execute_script(width)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,7 @@ import browser
 import numpy as np
 import pytest
 import soundfile
+from browser import wait
 from matplotlib.image import imread
 from numpy.typing import NDArray
 
@@ -80,13 +79,6 @@ def few(evaluation: Evaluation, tmp_path_factory: pytest.TempPathFactory) -> str
 def driver() -> Iterator[Any]:
     with browser.chromium() as driver:
         yield driver
-
-
-def wait(driver: Any, condition: str) -> None:
-    deadline = time.monotonic() + 60
-    while not driver.execute_script(f"return {condition}"):
-        assert time.monotonic() < deadline, (condition, driver.get_log("browser"))
-        time.sleep(0.05)
 
 
 def open_map(driver: Any, page: str, *, still: bool = True) -> Any:
@@ -294,9 +286,7 @@ def test_five_thousand_points(driver: Any, evaluation: Evaluation, tmp_path: Pat
         driver.get_log(log)  # of earlier tests
     canvas = open_map(driver, page)
     assert not [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
-    sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
-    assert {url.partition(":")[0] for url in urls} <= {"file", "data", "blob"}
+    assert {url.partition(":")[0] for url in browser.requested(driver)} <= {"file", "data", "blob"}
     colours = inks(driver)
     for singer in (0, 7, 30):  # a hundred points, in this colour and no other
         driver.execute_script("maps.map0.pick(arguments[0])", singer)

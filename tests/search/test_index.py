@@ -106,6 +106,20 @@ def test_the_next_nights_output_is_added(tracks: list[MadeTrack], tmp_path: Path
     assert open_index(path).search_track("s4-3", top=3) == answer
 
 
+def test_a_copy_outlives_the_first_of_its_recording(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    copy = dataclasses.replace(tracks[0], track_id="copy")
+    build_index([write_output(tmp_path / "one.parquet", [*tracks, copy])], path)
+    changed = dataclasses.replace(tracks[0], crops=made_tracks(1, 1, 3, seed=3)[0].crops)
+    done = build_index([write_output(tmp_path / "two.parquet", [changed, *tracks[1:], copy])], path)
+    assert (done.replaced, done.n_doubled, done.n_tracks) == (2, 0, 21)
+    index = open_index(path)
+    assert index.search_track("copy").tracks[0].track_id in {"s0-1", "s0-2", "s0-3"}
+    assert "copy" in [found.track_id for found in index.search_track("s0-1").tracks]
+    again = build_index([str(tmp_path / "two.parquet")], path)
+    assert (again.known, again.added_tracks) == (21, 0)
+
+
 def test_where_takes_columns_of_the_catalogue(output: str, tmp_path: Path) -> None:
     path = str(tmp_path / "i.index")
     build_index([output], path)
@@ -138,11 +152,11 @@ def test_quantised_vectors_find_what_exact_search_finds(
     crops = index.stored.vectors["crops"]
     allowed = np.random.default_rng(0).random(len(crops)) < allowed_share
     queries = crops.take(np.arange(0, len(crops), 40)) + 0.01
-    found = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    found = nearest(crops, queries, 10, allowed, index.quantised("crops"))
     exact = nearest(crops, queries, 10, allowed)
     same = [len(set(a.tolist()) & set(b.tolist())) / 10 for a, b in zip(found[0], exact[0], strict=True)]
     assert np.mean(same) >= 0.98
-    again = nearest(crops, queries, 10, allowed, index._quantised["crops"])
+    again = nearest(crops, queries, 10, allowed, index.quantised("crops"))
     assert np.array_equal(found[0], again[0])
     assert np.array_equal(found[1], again[1])
     assert allowed[found[0]].all()
@@ -191,7 +205,29 @@ def test_an_index_killed_while_it_grows_stays_as_it_was(output: str, tmp_path: P
         build_index([more], str(path), advance=kill)
     assert open_index(str(path)).search_track("s0-0") == answer
     assert build_index([more], str(path)).n_tracks == 40
-    assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "scorin"}
+    assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "lock", "scorin"}
+
+
+def test_one_process_adds_to_an_index_at_a_time(output: str, tmp_path: Path) -> None:
+    path = tmp_path / "i.index"
+    build_index([output], str(path))
+    more = write_output(tmp_path / "more.parquet", made_tracks(5, 4, 3, seed=1, first=10))
+    refused = list[str]()
+
+    def add_too() -> None:
+        with pytest.raises(OutputError) as raised:
+            build_index([more], str(path))
+        refused.append(str(raised.value))
+
+    build_index([more], str(path), advance=add_too)
+    assert len(refused) == 20
+    assert f"another run is writing {path} (process {os.getpid()})" in refused[0]
+    assert open_index(str(path)).stored.active.sum() == 40
+    new = str(tmp_path / "new.index")
+    with pytest.raises(OutputError, match=r"cannot write the index .*new\.index"):  # two make it: the first one counts
+        build_index([more], new, advance=lambda: Path(new).exists() or build_index([output], new))
+    assert [found.track_id[:2] for found in open_index(new).search_track("s0-0", top=3).tracks] == ["s0"] * 3
+    assert not list(tmp_path.glob(".new.index.*"))
 
 
 def test_plain_messages(output: str, tmp_path: Path) -> None:
@@ -221,7 +257,7 @@ def test_plain_messages(output: str, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is damaged"):
         open_index(path)
     (Path(path) / MANIFEST).write_text('{"format": 99}', encoding="utf-8")
-    with pytest.raises(OutputError, match="format 99, but this singerembed reads 1"):
+    with pytest.raises(OutputError, match="format 99, but this singerembed reads 2"):
         open_index(path)
 
 

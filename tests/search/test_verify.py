@@ -9,12 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from made_library import MadeTrack, made_tracks, write_output
+from numpy.typing import NDArray
 
 from singerembed.errors import UsageError
 from singerembed.evaluation.metrics import error_curve
 from singerembed.search.audit_page import make_audit
 from singerembed.search.build import build_index, index_of
-from singerembed.search.calibration import cllr, expected_calibration_error
+from singerembed.search.calibration import cllr, expected_calibration_error, singer_sums
 from singerembed.search.cluster import group_tracks, write_groups
 from singerembed.search.query import open_index
 from singerembed.search.screening import false_alarms, screen
@@ -131,6 +132,37 @@ def test_screening_names_those_that_sound_like_others(tmp_path: Path) -> None:
     build_index([write_output(tmp_path / "few.parquet", made_tracks(2, 3, 1))], str(tmp_path / "few.index"))
     with pytest.raises(UsageError, match="fewer than four singers"):
         list(screen(open_index(str(tmp_path / "few.index")), output, 0.5))
+
+
+def test_false_alarms_are_those_of_an_index_without_the_singer_or_the_track(tmp_path: Path) -> None:
+    min_chance, path = 0.3, str(tmp_path / "i.index")
+    tracks = [*made_tracks(8, 5, 2, spread=SPREAD), *made_tracks(3, 1, 2, spread=SPREAD, seed=5, first=9)]
+    tracks[-1] = dataclasses.replace(tracks[-1], singer="alone")
+    build_index([write_output(tmp_path / "o.parquet", tracks)], path)
+    index = open_index(path)
+    vectors = index.stored.vectors["tracks"].take(np.arange(len(tracks)))
+    names = index.stored.profiles.names
+    singer = np.array([names.index(track.singer or "") for track in tracks])
+
+    def named(kept: NDArray[np.bool_], vector: NDArray[np.float32]) -> int:
+        """The singer who is named when only the tracks `kept` are there; -1: nobody."""
+        counts = np.bincount(singer[kept], minlength=len(names))
+        total = singer_sums(vectors[kept], singer[kept], len(names))
+        score = total @ vector / np.maximum(np.linalg.norm(total, axis=1), 1e-6)
+        chance = index.chances(score[np.newaxis], counts)
+        assert chance is not None
+        return int(chance.argmax()) if chance.max() >= min_chance else -1
+
+    number = np.arange(len(tracks))
+    several = np.bincount(singer)[singer] > 1
+    unknown = np.array([named(singer != singer[i], vectors[i]) for i in number])
+    known = np.array([named(number != i, vectors[i]) for i in number])[several]
+    wrong = (known != -1) & (known != singer[several])
+    assert 0 < wrong.sum() < (known != -1).sum()
+    alarms = false_alarms(index, min_chance)
+    assert alarms.unknown == pytest.approx(1000 * (unknown != -1).mean())
+    assert alarms.known == pytest.approx(1000 * wrong.mean())
+    assert alarms.found == pytest.approx(1000 * (known == singer[several]).mean())
 
 
 def test_chances_add_up_to_less_than_one(tmp_path: Path) -> None:

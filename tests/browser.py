@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,3 +35,17 @@ def chromium() -> Iterator[Any]:
         yield driver
     finally:
         driver.quit()
+
+
+def wait(driver: Any, condition: str) -> None:
+    """Wait until a condition in JavaScript holds."""
+    deadline = time.monotonic() + 60
+    while not driver.execute_script(f"return {condition}"):
+        assert time.monotonic() < deadline, (condition, driver.get_log("browser"))
+        time.sleep(0.05)
+
+
+def requested(driver: Any) -> list[str]:
+    """The addresses that were asked for since the last call."""
+    sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
+    return [m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"]
