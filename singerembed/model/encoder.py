@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm, _csrc
+from singerembed import _csrc
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
 from singerembed.model.spec import ModelSpec
 
 
