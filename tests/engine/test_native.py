@@ -147,7 +147,7 @@ def test_threads_share_one_engine(engine: NativeEngine, golden: Golden) -> None:
 
 
 def test_silent_and_invalid_crops_are_left_out(engine: NativeEngine, golden: Golden) -> None:
-    loud = golden.pcm[:2].astype(np.float32) / 32768
+    loud = (golden.pcm[:2] / 32768).astype(np.float32)
     silent = np.zeros_like(loud[0])
     crops = np.stack([silent, loud[0], silent, loud[1]]).astype(np.float32)
     crops[2] = np.nan
