@@ -56,6 +56,8 @@ class Encoder::Loan {
       if (!encoder.idle_.empty()) {
         workspace_ = std::move(encoder.idle_.back());
         encoder.idle_.pop_back();
+      } else {
+        encoder.idle_.reserve(++encoder.workspaces_);  // so that the destructor need not allocate
       }
     }
     if (!workspace_) workspace_ = encoder.new_workspace();
@@ -105,7 +107,7 @@ std::unique_ptr<Encoder::Workspace> Encoder::new_workspace() const {
     if (i + 1 == first_late_) at->entry = map;
     ring = std::max(ring, s.padded_row() * s.size * std::max(kernels_->panel_blocks, blocks_of(kStemChannels)));
     row = std::max(row, s.padded_row());
-    gated = std::max(gated, static_cast<std::size_t>(s.expanded) * padded(s.out));
+    if (i < first_late_) gated = std::max(gated, static_cast<std::size_t>(s.expanded) * padded(s.out));
     widest = std::max(widest, padded(s.expanded));
   }
   const BottleneckShape& last = network_.bottlenecks.back().shape;

@@ -69,6 +69,7 @@ class Encoder {
   std::size_t first_late_;  // bottlenecks from here on run for several crops together
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Workspace>> idle_;
+  mutable std::size_t workspaces_ = 0;  // idle and lent
 };
 
 }  // namespace singerembed
