@@ -122,7 +122,9 @@ nb::tuple embed(const Encoder& encoder, const MelPlan& plan, Crops<Sample> pcm) 
 
 void check_size(const Encoder& encoder, std::size_t n_mels, std::size_t n_frames) {
   const EncoderOptions& options = encoder.options();
-  if (n_mels == static_cast<std::size_t>(options.n_mels) && n_frames == static_cast<std::size_t>(options.n_frames)) return;
+  const auto wanted_mels = static_cast<std::size_t>(options.n_mels);
+  const auto wanted_frames = static_cast<std::size_t>(options.n_frames);
+  if (n_mels == wanted_mels && n_frames == wanted_frames) return;
   throw nb::value_error(("this encoder takes spectrograms of " + std::to_string(options.n_mels) + " x " +
                          std::to_string(options.n_frames))
                             .c_str());

@@ -30,9 +30,9 @@ class Encoder {
   const EncoderOptions& options() const { return options_; }
   const char* isa() const { return kernels_->name; }
 
-  // Calls `source(crop, log_mel)` for each of `crops` crops, which writes [n_mels][n_frames] and returns true, or returns
-  // false for a crop to be left out. Writes the embeddings of the others, [embedding_dim] each, one after another, and
-  // returns their number. The embedding of a crop has the same bits whatever the others are.
+  // Calls `source(crop, log_mel)` for each of `crops` crops, which writes [n_mels][n_frames] and returns true, or
+  // returns false for a crop to be left out. Writes the embeddings of the others, [embedding_dim] each, one after
+  // another, and returns their number. The embedding of a crop has the same bits whatever the others are.
   using Source = std::function<bool(std::size_t crop, float* log_mel)>;
   std::size_t embed(std::size_t crops, const Source& source, float* embeddings) const;
 

@@ -4,8 +4,8 @@
 // A map is stored in blocks of 16 channels: [block][pixel][16]. Channels after the last are zero.
 //
 // Scales: a convolution before a SiLU or a sigmoid computes z = -log2(e) x, and what is stored after a SiLU is
-// z / (1 + 2^z), which is SiLU(x) without the factor -ln 2. Both factors are in the weights: one multiplication less for
-// each of five million activations of a crop.
+// z / (1 + 2^z), which is SiLU(x) without the factor -ln 2. Both factors are in the weights: one multiplication less
+// for each of five million activations of a crop.
 #pragma once
 
 #include <cstddef>

@@ -106,7 +106,8 @@ EncoderNetwork pack_network(const EncoderOptions& options, const float* weights,
   EncoderNetwork network;
   const float* stem = reader.take(kStemChannels, kStemTaps);
   network.stem.weights = pack(stem, kStemChannels, kStemTaps, blocks_of(kStemChannels), kBeforeSilu);
-  network.stem.bias = pack(reader.take(kStemPositions, kStemChannels), kStemPositions * kStemChannels, 1, 1, kBeforeSilu);
+  const float* bias = reader.take(kStemPositions, kStemChannels);
+  network.stem.bias = pack(bias, kStemPositions * kStemChannels, 1, 1, kBeforeSilu);
   for (const BottleneckShape& s : shapes((options.n_mels - 1) / 2 + 1, (options.n_frames - 1) / 2 + 1)) {
     Bottleneck b{s, {}, {}, {}, {}, {}};
     if (!s.first) b.expand = read_pointwise(reader, s.expanded, s.in, panel_blocks, 1, kBeforeSilu);

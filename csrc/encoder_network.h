@@ -38,7 +38,7 @@ struct Bottleneck {
 };
 
 struct EncoderNetwork {
-  Convolution stem;  // 3 x 3; a bias for each of 3 x 3 positions: at the upper or left border, inside, at the lower or right
+  Convolution stem;  // 3 x 3; biases for 3 x 3 positions: at the upper or left border, inside, at the lower or right
   std::vector<Bottleneck> bottlenecks;
   Convolution head, classifier;
 };

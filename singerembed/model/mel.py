@@ -1,4 +1,4 @@
-"""The Python interface of the compiled mel extension; other modules do not import it directly."""
+"""The Python interface of the compiled mel kernels. Only `encoder.py` imports the extension besides."""
 
 from __future__ import annotations
 

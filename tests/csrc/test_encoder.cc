@@ -41,8 +41,9 @@ std::vector<float> make_weights(std::mt19937& random) {
   struct Stage {
     int expansion, taps, in, out, n;
   };
-  for (const Stage& s : {Stage{1, 9, 32, 16, 1}, Stage{6, 9, 16, 24, 2}, Stage{6, 25, 24, 40, 2}, Stage{6, 9, 40, 80, 3},
-                         Stage{6, 25, 80, 112, 3}, Stage{6, 25, 112, 192, 4}, Stage{6, 9, 192, 320, 1}}) {
+  constexpr Stage kStages[] = {{1, 9, 32, 16, 1},    {6, 9, 16, 24, 2},     {6, 25, 24, 40, 2}, {6, 9, 40, 80, 3},
+                               {6, 25, 80, 112, 3}, {6, 25, 112, 192, 4}, {6, 9, 192, 320, 1}};
+  for (const Stage& s : kStages) {
     for (int i = 0; i < s.n; ++i) {
       const int in = i == 0 ? s.in : s.out, expanded = in * s.expansion;
       if (s.expansion > 1) add(expanded, in);
