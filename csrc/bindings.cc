@@ -6,11 +6,13 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "encoder.h"
 #include "mel.h"
 #include "mel_device.h"
 #ifdef SINGEREMBED_CUDA
@@ -23,6 +25,8 @@ using singerembed::CropState;
 using singerembed::DeviceMel;
 using singerembed::DeviceOutput;
 using singerembed::EmulatedMel;
+using singerembed::Encoder;
+using singerembed::EncoderOptions;
 using singerembed::MelOptions;
 using singerembed::MelOutput;
 using singerembed::MelPlan;
@@ -35,6 +39,9 @@ using singerembed::CapturedGraph;
 
 template <class Sample>
 using Crops = nb::ndarray<const Sample, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // [crops, crop_samples]
+using Spectrograms = nb::ndarray<const float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // [n, n_mels, n_frames]
+using Spectrogram = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Weights = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Interleaved = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // [frames, channels]
 
 template <class T>
@@ -49,15 +56,18 @@ std::unique_ptr<T[]> allocate(std::size_t n) {
   return std::unique_ptr<T[]>(new T[n]);
 }
 
+void check_samples(const MelOptions& options, std::size_t samples) {
+  if (samples == static_cast<std::size_t>(options.crop_samples)) return;
+  throw nb::value_error(("crops have " + std::to_string(samples) + " samples each; this plan takes " +
+                         std::to_string(options.crop_samples))
+                            .c_str());
+}
+
 template <class Sample>
 nb::tuple run(const MelPlan& plan, Crops<Sample> pcm, bool power) {
   const MelOptions& options = plan.options();
   const std::size_t crops = pcm.shape(0);
-  if (pcm.shape(1) != static_cast<std::size_t>(options.crop_samples)) {
-    throw nb::value_error(("crops have " + std::to_string(pcm.shape(1)) + " samples each; this plan takes " +
-                           std::to_string(options.crop_samples))
-                              .c_str());
-  }
+  check_samples(options, pcm.shape(1));
   auto mel = allocate<float>(crops * options.mel_size());
   auto peak = allocate<float>(crops);
   auto rms = allocate<float>(crops);
@@ -79,6 +89,88 @@ nb::tuple run(const MelPlan& plan, Crops<Sample> pcm, bool power) {
   const auto n_frames = static_cast<std::size_t>(options.n_frames());
   return nb::make_tuple(to_numpy(std::move(mel), {loud, n_mels, n_frames}), to_numpy(std::move(peak), {crops}),
                         to_numpy(std::move(rms), {crops}), to_numpy(std::move(state), {crops}));
+}
+
+// Log-mel and embedding of one crop after the other, so that its spectrogram stays in the cache.
+template <class Sample>
+nb::tuple embed(const Encoder& encoder, const MelPlan& plan, Crops<Sample> pcm) {
+  const MelOptions& options = plan.options();
+  if (options.n_mels != encoder.options().n_mels || options.n_frames() != encoder.options().n_frames) {
+    throw nb::value_error("the plan's spectrograms are not of the encoder's size");
+  }
+  check_samples(options, pcm.shape(1));
+  const std::size_t crops = pcm.shape(0), dim = encoder.options().embedding_dim;
+  auto embedding = allocate<float>(crops * dim);
+  auto peak = allocate<float>(crops);
+  auto rms = allocate<float>(crops);
+  auto state = allocate<std::uint8_t>(crops);
+  std::size_t loud = 0;
+  {
+    nb::gil_scoped_release release;
+    const auto log_mel = [&](std::size_t i, float* mel) {
+      const auto level = plan.run(pcm.data() + i * pcm.shape(1), MelOutput::kLog, mel);
+      peak[i] = level.peak;
+      rms[i] = level.rms;
+      state[i] = static_cast<std::uint8_t>(level.state);
+      return level.state == CropState::kLoud;
+    };
+    loud = encoder.embed(crops, log_mel, embedding.get());
+  }
+  return nb::make_tuple(to_numpy(std::move(embedding), {loud, dim}), to_numpy(std::move(peak), {crops}),
+                        to_numpy(std::move(rms), {crops}), to_numpy(std::move(state), {crops}));
+}
+
+void check_size(const Encoder& encoder, std::size_t n_mels, std::size_t n_frames) {
+  const EncoderOptions& options = encoder.options();
+  const auto wanted_mels = static_cast<std::size_t>(options.n_mels);
+  const auto wanted_frames = static_cast<std::size_t>(options.n_frames);
+  if (n_mels == wanted_mels && n_frames == wanted_frames) return;
+  throw nb::value_error(("this encoder takes spectrograms of " + std::to_string(options.n_mels) + " x " +
+                         std::to_string(options.n_frames))
+                            .c_str());
+}
+
+nb::ndarray<nb::numpy, float> encode(const Encoder& encoder, Spectrograms log_mel) {
+  check_size(encoder, log_mel.shape(1), log_mel.shape(2));
+  const std::size_t n = log_mel.shape(0), size = log_mel.shape(1) * log_mel.shape(2);
+  const std::size_t dim = encoder.options().embedding_dim;
+  auto embedding = allocate<float>(n * dim);
+  {
+    nb::gil_scoped_release release;
+    const auto copy = [&](std::size_t i, float* mel) {
+      std::copy_n(log_mel.data() + i * size, size, mel);
+      return true;
+    };
+    encoder.embed(n, copy, embedding.get());
+  }
+  return to_numpy(std::move(embedding), {n, dim});
+}
+
+// For each bottleneck its output [channels, height, width] and the seconds that it took.
+nb::list trace(const Encoder& encoder, Spectrogram log_mel) {
+  check_size(encoder, log_mel.shape(0), log_mel.shape(1));
+  using Clock = std::chrono::steady_clock;
+  nb::list stages;
+  auto embedding = allocate<float>(encoder.options().embedding_dim);
+  auto start = Clock::now();
+  encoder.trace(
+      log_mel.data(),
+      [&](const singerembed::BottleneckShape& shape, const float* map) {
+        const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
+        const std::size_t channels = shape.out, pixels = shape.out_pixels();
+        auto plain = allocate<float>(channels * pixels);
+        for (std::size_t c = 0; c < channels; ++c) {
+          const float* block = map + c / singerembed::kBlock * pixels * singerembed::kBlock + c % singerembed::kBlock;
+          for (std::size_t p = 0; p < pixels; ++p) plain[c * pixels + p] = block[p * singerembed::kBlock];
+        }
+        stages.append(nb::make_tuple(
+            to_numpy(std::move(plain), {channels, static_cast<std::size_t>(shape.out_height),
+                                        static_cast<std::size_t>(shape.out_width)}),
+            seconds));
+        start = Clock::now();
+      },
+      embedding.get());
+  return stages;
 }
 
 nb::tuple mix_down(Interleaved pcm, std::size_t segment) {
@@ -145,6 +237,19 @@ NB_MODULE(_csrc, m) {
       .def_prop_ro("mel_basis", &mel_basis, nb::rv_policy::automatic)
       .def("run", &run<std::int16_t>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false)
       .def("run", &run<float>, "pcm"_a.noconvert(), nb::kw_only(), "power"_a = false);
+
+  nb::class_<Encoder>(m, "Encoder")
+      .def(
+          "__init__",
+          [](Encoder* self, Weights weights, int n_mels, int n_frames, int embedding_dim, const std::string& isa) {
+            new (self) Encoder({n_mels, n_frames, embedding_dim}, weights.data(), weights.shape(0), isa.c_str());
+          },
+          "weights"_a.noconvert(), nb::kw_only(), "n_mels"_a, "n_frames"_a, "embedding_dim"_a, "isa"_a = "")
+      .def_prop_ro("isa", &Encoder::isa)
+      .def("embed", &embed<std::int16_t>, "plan"_a, "pcm"_a.noconvert())
+      .def("embed", &embed<float>, "plan"_a, "pcm"_a.noconvert())
+      .def("encode", &encode, "log_mel"_a.noconvert())
+      .def("trace", &trace, "log_mel"_a.noconvert());
 
   nb::class_<DeviceMel>(m, "DeviceMel")
       .def("scratch_bytes", &DeviceMel::scratch_bytes, "crops"_a)

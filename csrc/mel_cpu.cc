@@ -1,11 +1,10 @@
 #include <algorithm>
-#include <memory>
-#include <new>
-#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "aligned.h"
+#include "isa.h"
 #include "mel.h"
 #include "mel_isa.h"
 #include "mel_math.h"
@@ -13,58 +12,40 @@
 namespace singerembed {
 namespace {
 
-constexpr std::align_val_t kVectorAlignment{64};
-
-struct AlignedDelete {
-  void operator()(float* p) const noexcept { ::operator delete[](p, kVectorAlignment); }
-};
-
 // One buffer per thread, reused: a crop takes half a millisecond, and page faults would add a tenth.
 float* thread_scratch(std::size_t floats) {
-  thread_local std::unique_ptr<float[], AlignedDelete> buffer;
+  thread_local AlignedFloats buffer;
   thread_local std::size_t size = 0;
   if (size < floats) {
-    buffer.reset(static_cast<float*>(::operator new[](floats * sizeof(float), kVectorAlignment)));
+    buffer = allocate_floats(floats);
     size = floats;
   }
   return buffer.get();
 }
 
-std::vector<const IsaKernels*> supported_kernels() {  // narrowest first
-  std::vector<const IsaKernels*> kernels{&kPortableKernels};
+std::vector<const IsaKernels*> all_supported() {  // narrowest first
 #ifdef SE_X86
-  for (const IsaKernels* wider : {&kAvx2Kernels, &kAvx512Kernels}) {
-    if (wider->supported()) kernels.push_back(wider);
-  }
+  return supported_kernels({&kPortableKernels, &kAvx2Kernels, &kAvx512Kernels});
+#else
+  return supported_kernels({&kPortableKernels});
 #endif
-  return kernels;
 }
 
 const IsaKernels* widest_kernels() {
-  static const IsaKernels* const widest = supported_kernels().back();
+  static const IsaKernels* const widest = all_supported().back();
   return widest;
-}
-
-const IsaKernels* find_kernels(const std::string& isa) {
-  if (isa.empty()) return widest_kernels();
-  std::string known;
-  for (const IsaKernels* kernels : supported_kernels()) {
-    if (isa == kernels->name) return kernels;
-    known += known.empty() ? kernels->name : std::string(", ") + kernels->name;
-  }
-  throw std::invalid_argument("isa \"" + isa + "\" is not available here; there are: " + known);
 }
 
 }  // namespace
 
 std::vector<const char*> available_isas() {
   std::vector<const char*> names;
-  for (const IsaKernels* kernels : supported_kernels()) names.push_back(kernels->name);
+  for (const IsaKernels* kernels : all_supported()) names.push_back(kernels->name);
   return names;
 }
 
 MelPlan::MelPlan(const MelOptions& options, const char* isa)
-    : options_(options), tables_(make_tables(options)), kernels_(find_kernels(isa)) {}
+    : options_(options), tables_(make_tables(options)), kernels_(find_kernels(all_supported(), isa)) {}
 
 const char* MelPlan::isa() const { return kernels_->name; }
 

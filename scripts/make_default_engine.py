@@ -6,7 +6,7 @@ The weights of checkpoint and engine are stored in FP16, which halves the downlo
 from dataclasses import replace
 from pathlib import Path
 
-from singerembed.engine.build import TOLERANCES, build_engine, compare, verification_crops
+from singerembed.engine.build import TOLERANCES, BuildOptions, build_engine, compare, verification_crops
 from singerembed.engine.load import bundled_engine_path, open_engine
 from singerembed.engine.precision import store_halved
 from singerembed.engine.torch import TorchEngine
@@ -16,7 +16,8 @@ from singerembed.model.checkpoint import load_checkpoint
 CHECKPOINT = Path(__file__).parent.parent / "training" / "recipes" / "free_voices.pt"
 
 target = bundled_engine_path()
-engine = build_engine(str(CHECKPOINT), target, force=True, say=lambda what, text: print(f"{what:<12}{text}"))
+options = BuildOptions("native")  # ONNX Runtime where there are no kernels for the processor
+engine = build_engine(str(CHECKPOINT), target, options, force=True, say=lambda what, text: print(f"{what:<12}{text}"))
 engine = replace(engine, payload=store_halved(engine.payload), build=engine.build | {"stored": "weights in FP16"})
 crops = verification_crops(engine.spec)
 reached = compare(

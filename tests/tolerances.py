@@ -15,6 +15,12 @@ MEL_BETWEEN_ISAS = 1e-6
 # Embeddings against the official pipeline's, FP32: what independent implementations reach is 2.5e-6 of the norm.
 EMBEDDING_COSINE = 0.999999
 EMBEDDING_DIFFERENCE = 1e-3
+# The encoder in C++ against torch: sums in another order. Where the network magnifies
+# rounding most, 9e-6 of the norm (ONNX Runtime too), else 4e-7.
+NATIVE_COSINE = 0.9999999
+NATIVE_DIFFERENCE = 2e-5
+# The map after each of its bottlenecks, share of the map's largest value.
+NATIVE_MAP = 1e-5
 # Samples read by seeking against samples of a full read, full scale 1: soxr's filter starts anew, in float32; mpg123's
 # synthesis too. Without either they are the same bits.
 SEEK = 2e-6

@@ -29,7 +29,7 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="onnxruntime, tensorrt, tensorrt-rtx, or auto: the best for this machine.",
+    help="native, onnxruntime, tensorrt, tensorrt-rtx, or auto: the best for this machine.",
 )
 @click.option(
     "--precision",

@@ -37,7 +37,7 @@ class StoredNetwork(Generic[SpecT]):
     """The contents of an engine file."""
 
     spec: SpecT
-    backend: str  # "onnxruntime", "tensorrt" or "tensorrt-rtx"
+    backend: str  # "onnxruntime", "native", "tensorrt" or "tensorrt-rtx"
     payload: bytes  # an ONNX model, or a TensorRT plan
     build: dict[str, Any]  # versions, target device, batch profile, metadata of the checkpoint
     verification: dict[str, Any]  # differences from the reference in torch, and the input they were measured on

@@ -9,6 +9,9 @@ from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.errors import EngineError
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
+# Of engines that run anywhere: their payload is an ONNX model.
+PORTABLE_BACKENDS = ("onnxruntime", "native")
+
 
 def bundled_engine_path() -> str:
     """Return the path of the engine that ships with the package."""
@@ -18,13 +21,16 @@ def bundled_engine_path() -> str:
 def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> Engine:
     """Start the back end of `file`, on CUDA device `device` if it uses a GPU. Raises EngineError if it cannot run here.
 
-    An ONNX Runtime engine uses a GPU if there is one, with onnxruntime-gpu, the extra gpu and the CUDA kernels.
+    An engine of ONNX Runtime or the native back end uses a GPU if there is one, with onnxruntime-gpu, the extra gpu and
+    the CUDA kernels. A native engine runs on ONNX Runtime where the processor has none of its instruction sets.
     """
-    if file.backend == "onnxruntime":
-        from singerembed.engine import onnxruntime, onnxruntime_cuda
+    if file.backend in PORTABLE_BACKENDS:
+        from singerembed.engine import native, onnxruntime, onnxruntime_cuda
 
         if onnxruntime_cuda.is_usable():
             return onnxruntime_cuda.open_onnxruntime_cuda(file, silence_dbfs, device)
+        if file.backend == "native" and native.has_kernels():
+            return native.NativeEngine(file, silence_dbfs)
         return onnxruntime.OnnxRuntimeEngine(file, silence_dbfs)
     if file.backend in {"tensorrt", "tensorrt-rtx"}:
         from singerembed.engine.tensorrt import open_tensorrt
@@ -38,7 +44,7 @@ def devices_for(backend: str) -> int:
     from singerembed.engine import onnxruntime_cuda
     from singerembed.engine.tensorrt import cuda_devices
 
-    return cuda_devices() if backend != "onnxruntime" or onnxruntime_cuda.is_usable() else 0
+    return cuda_devices() if backend not in PORTABLE_BACKENDS or onnxruntime_cuda.is_usable() else 0
 
 
 def load_engine(path: str | None = None, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> Engine:

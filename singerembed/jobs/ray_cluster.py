@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from singerembed.engine.load import PORTABLE_BACKENDS
 from singerembed.engine.machine import available_cores
 from singerembed.errors import ClusterError, MissingDependencyError, SingerEmbedError
 from singerembed.jobs.ray_worker import ClusterJob, unpack
@@ -67,7 +68,7 @@ def slots_of(nodes: Sequence[dict[str, Any]], backend: str, threads: int | None)
     slots = []
     for node in nodes:
         cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-        if not node["Alive"] or (not gpus and backend != "onnxruntime"):
+        if not node["Alive"] or (not gpus and backend not in PORTABLE_BACKENDS):
             continue
         groups = gpus or (cores // min(threads, cores or 1) if threads else -(-cores // _CORES_A_WORKER))
         for number in range(groups):

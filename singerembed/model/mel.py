@@ -1,4 +1,4 @@
-"""The Python interface of the compiled mel extension; other modules do not import it directly."""
+"""The Python interface of the compiled mel kernels. Only `encoder.py` imports the extension besides."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ class MelExtractor:
         `silence_dbfs`: a crop whose peak is not above it is silent. `isa`: one of `available_isas()`, or empty for the
         widest that this processor supports. Raises ValueError for a spec that the kernels were not compiled for.
         """
-        self._plan = _csrc.MelPlan(_options(spec, silence_dbfs), isa=isa)
+        self.plan = _csrc.MelPlan(_options(spec, silence_dbfs), isa=isa)  # for the compiled encoder
 
     @property
     def isa(self) -> str:
         """The instruction set in use."""
-        return self._plan.isa
+        return self.plan.isa
 
     @property
     def basis(self) -> NDArray[np.float32]:
         """The mel basis, [n_mels, n_fft / 2 + 1], in 1/Hz."""
-        return self._plan.mel_basis
+        return self.plan.mel_basis
 
     def log_mel(self, crops: Pcm) -> MelBatch:
         """Compute normalised log-mel spectrograms of `crops`, int16 or float32 [n, crop_samples], C-contiguous."""
-        return MelBatch(*self._plan.run(crops))
+        return MelBatch(*self.plan.run(crops))
 
     def power(self, crops: Pcm) -> MelBatch:
         """Compute mel power spectrograms: as `log_mel`, but before the logarithm."""
-        return MelBatch(*self._plan.run(crops, power=True))
+        return MelBatch(*self.plan.run(crops, power=True))
 
 
 def _options(spec: ModelSpec, silence_dbfs: float) -> _csrc.MelOptions:

@@ -1,8 +1,8 @@
 """Says of a crop whether it seems to hold accompaniment beside a voice: logistic regression on levels of its mel bands.
 
 Weights are those of scripts/make_mixture_detector.py. A band plays where no voice is: below its pitch, above its
-consonants, and in its pauses. So the quiet, the middle and the loud frames are looked at, mel band by mel band, relative
-to the crop's own level.
+consonants, and in its pauses. So the quiet, the middle and the loud frames are looked at, mel band by mel band,
+relative to the crop's own level.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +130,8 @@ def test_the_cpu_serves_where_the_provider_is_missing() -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("onnxruntime-gpu is installed here; tests/gpu covers it")
     assert not is_usable()
-    assert isinstance(open_engine(read_engine_file(bundled_engine_path())), OnnxRuntimeEngine)
+    bundled = replace(read_engine_file(bundled_engine_path()), backend="onnxruntime")
+    assert isinstance(open_engine(bundled), OnnxRuntimeEngine)
 
 
 def test_a_provider_without_the_rest_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -199,7 +199,7 @@ def test_a_broken_engine_ends_the_run(
     def fail(_self: object, _crops: object) -> None:
         raise EngineError("the device fell off the bus")
 
-    monkeypatch.setattr("singerembed.engine.onnxruntime.OnnxRuntimeEngine.embed", fail)
+    monkeypatch.setattr(type(load_engine(reference_engine)), "embed", fail)
     with pytest.raises(EngineError, match="fell off the bus"):
         run(str(library / "catalog.csv"), str(tmp_path / "o.parquet"), engine=reference_engine)
     assert not (tmp_path / "o.parquet").exists()

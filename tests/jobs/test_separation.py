@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from singerembed.catalog.read import Columns
 from singerembed.cli.main import cli
-from singerembed.engine import load, onnxruntime
+from singerembed.engine import load
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
 from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError
@@ -91,7 +91,7 @@ def test_the_same_bits_whatever_is_embedded_together(
     options = {"separate": separator_path, "min_vocals_db": ALL}
     one = rows_of(folder, reference_engine, "1.parquet", lines, workers=1, **options)
     two = rows_of(folder, reference_engine, "2.parquet", lines, workers=2, **options)
-    monkeypatch.setattr(onnxruntime.OnnxRuntimeEngine, "batch", 1)
+    monkeypatch.setattr(type(load.load_engine(reference_engine)), "batch", 1)
     small = rows_of(folder, reference_engine, "3.parquet", lines, workers=1, **options)
     assert one.equals(two)
     assert one.equals(small)

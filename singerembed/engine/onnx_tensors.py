@@ -1,0 +1,97 @@
+"""Reads the weights of an ONNX model without the package onnx, which only building an engine may need.
+
+An ONNX model is a protobuf message; of its schema (onnx.proto) a handful of fields are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from singerembed.errors import EngineError
+
+_GRAPH, _INITIALIZER = 7, 5  # of ModelProto, of GraphProto
+_DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 1, 2, 8, 9  # of TensorProto
+_TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2")}
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
+_HALVED = "_fp16"  # the suffix that precision.store_halved gives a weight
+
+
+def read_tensors(model: bytes) -> dict[str, NDArray[np.float32]]:
+    """Return the floating-point weights of an ONNX model by name, as float32. Raises EngineError if it is damaged."""
+    try:
+        tensors: dict[str, NDArray[np.float32]] = {}
+        for graph in _messages(memoryview(model), _GRAPH):
+            for encoded in _messages(graph, _INITIALIZER):
+                _add_tensor(encoded, tensors)
+        return tensors
+    except (ValueError, IndexError, TypeError) as exc:
+        raise EngineError(f"the engine's network cannot be read: {exc}") from exc
+
+
+def _add_tensor(encoded: memoryview, tensors: dict[str, NDArray[np.float32]]) -> None:
+    name, kind, shape, raw = "", 0, [], memoryview(b"")
+    for field, value in _fields(encoded):
+        if field == _DIMS:
+            shape += [value] if isinstance(value, int) else list(_varints(value))
+        elif field == _DATA_TYPE and isinstance(value, int):
+            kind = value
+        elif field == _NAME and not isinstance(value, int):
+            name = bytes(value).decode()
+        elif field == _RAW_DATA and not isinstance(value, int):
+            raw = value
+    if kind not in _TYPES:
+        return
+    if len(raw) != math.prod(shape) * _TYPES[kind].itemsize:
+        raise ValueError(f"{len(raw)} bytes in {name}, which is {shape}")
+    values = np.frombuffer(raw, _TYPES[kind]).astype(np.float32)
+    tensors[name.removesuffix(_HALVED)] = values.reshape(shape)
+
+
+def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
+    for field, value in _fields(message):
+        if field == wanted and not isinstance(value, int):
+            yield value
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Yield number and value of each field: an integer, or the bytes of a string, message or packed list."""
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        wire = key & 7
+        if wire == _VARINT:
+            value, at = _varint(message, at)
+            yield key >> 3, value
+            continue
+        if wire == _BYTES:
+            size, at = _varint(message, at)
+        elif wire in {_FIXED64, _FIXED32}:
+            size = 8 if wire == _FIXED64 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + size > len(message):
+            raise ValueError("it is cut short")
+        yield key >> 3, message[at : at + size]
+        at += size
+
+
+def _varints(packed: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(packed):
+        value, at = _varint(packed, at)
+        yield value
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
