@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,12 @@ RATE = 44_100
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 sys.path.append(str(GOLDEN.parent.parent))  # for `training`; behind the installed package, which is what is tested
+
+
+def pytest_configure() -> None:
+    """Let the commands that tests start end on SIGINT, which a shell has its jobs in the background ignore."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:

@@ -13,7 +13,7 @@ _MANY = 0.5  # of them hold accompaniment; of voices alone one in twenty is take
 
 
 class MixtureWatch(Listener):
-    """A `Listener` that counts what `TrackRows.seems_mixed` says; the workers of several GPUs or of Ray say nothing."""
+    """A `Listener` that counts what `TrackRows.seems_mixed` says."""
 
     def __init__(self, say: Callable[[str, str], None]) -> None:
         self._say = say
