@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=["mel", "encoder", "decode", "job", "growth"], action="append", help="May be repeated."
     )
-    parser.add_argument("--quick", action="store_true", help="Short rounds: results within about 10 %.")
+    parser.add_argument("--quick", action="store_true", help="Short rounds: results within about 10 %%.")
     parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE.")
     arguments = parser.parse_args()
     seconds, rounds = (0.5, 3) if arguments.quick else (2.0, 7)
