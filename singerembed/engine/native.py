@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.engine.file import EngineFile
-from singerembed.engine.onnx_tensors import read_tensors
+from singerembed.engine.onnx_tensors import read_layers
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
 from singerembed.errors import EngineError
 from singerembed.model.encoder import CompiledEncoder
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, Pcm, available_isas
 from singerembed.model.spec import ModelSpec
 
-_BOTTLENECKS = {1: 1, 2: 2, 3: 2, 4: 3, 5: 3, 6: 4, 7: 1}  # torchvision's stages: bottlenecks
 _TRIAL_ROUNDS = 7
 
 
@@ -69,27 +68,11 @@ def flat_weights(model: bytes, spec: ModelSpec) -> NDArray[np.float32]:
     """Return the weights of the ONNX model in the order of csrc/encoder_network.h. Raises EngineError for another."""
     if spec.precision != "fp32" or spec.backbone != "efficientnet_b0":
         raise EngineError(f"the native back end runs efficientnet_b0 in fp32, not {spec.backbone} in {spec.precision}")
-    tensors = read_tensors(model)
-    try:
-        stem = _stem(tensors["net.features.0.0.weight"], tensors["net.features.0.0.bias"], spec)
-        layers = [*_layers(), "net.features.8.0", "net.classifier.1"]
-        rest = [tensors[f"{layer}.{kind}"].ravel() for layer in layers for kind in ("weight", "bias")]
-    except KeyError as exc:
-        raise EngineError(f"this is not the encoder's network: it has no weights {exc}") from exc
-    return np.concatenate([*stem, *rest]).astype(np.float32)
-
-
-def _layers() -> list[str]:
-    """Return the names of the convolutions of the bottlenecks: expansion, depthwise, two dense ones, projection."""
-    names = []
-    for stage, bottlenecks in _BOTTLENECKS.items():
-        parts = ("1.0", "2.fc1", "2.fc2", "3.0")
-        for i in range(bottlenecks):
-            block = f"net.features.{stage}.{i}.block"
-            # The first has no expansion, so that its parts have lower numbers.
-            shifted = ("0.0", "1.fc1", "1.fc2", "2.0") if stage == 1 else ("0.0", *parts)
-            names += [f"{block}.{part}" for part in shifted]
-    return names
+    layers = read_layers(model)
+    if not layers or layers[0][0].shape[1:] != (3, 3, 3):
+        raise EngineError("this is not the encoder's network: it does not begin with a convolution of three channels")
+    flat = [part.ravel() for layer in layers[1:] for part in layer]
+    return np.concatenate([*_stem(*layers[0], spec), *flat]).astype(np.float32)
 
 
 def _stem(

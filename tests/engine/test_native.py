@@ -20,7 +20,7 @@ from singerembed.engine.build import BuildOptions, build_engine, compare, export
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import bundled_engine_path, open_engine
 from singerembed.engine.native import NativeEngine, flat_weights
-from singerembed.engine.onnx_tensors import read_tensors
+from singerembed.engine.onnx_tensors import read_layers, read_tensors
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
 from singerembed.engine.torch import TorchEngine, load_encoder
 from singerembed.errors import EngineError, UsageError
@@ -213,8 +213,21 @@ def test_what_it_cannot_run(release_folder: Path, file: EngineFile, tmp_path: Pa
         NativeEngine(replace(file, spec=replace(file.spec, embedding_dim=1001)))
     with pytest.raises(EngineError, match="cannot be read"):
         NativeEngine(replace(file, payload=file.payload[:-1000]))
-    with pytest.raises(EngineError, match="no weights"):
+    with pytest.raises(EngineError, match="not the encoder's network"):
         NativeEngine(replace(file, payload=b""))
+
+
+def test_equal_weights_that_the_exporter_stores_once(checkpoint: Checkpoint, log_mel: NDArray[np.float32]) -> None:
+    """As in a network whose biases have not been trained."""
+    import torch
+
+    state = {name: torch.zeros_like(t) if name.endswith("bias") else t for name, t in checkpoint.state_dict.items()}
+    state |= {name: torch.zeros_like(t) for name, t in state.items() if name.endswith("running_mean")}
+    untrained = replace(checkpoint, state_dict=state)
+    model = export_onnx(untrained)
+    assert len(read_tensors(model)) < len(read_layers(model)) * 2
+    encoder = NativeEngine(EngineFile(checkpoint.spec, "native", model, {}, {})).encoder
+    check(encoder.encode(log_mel[:2]), TorchEngine(untrained).encode(log_mel[:2]))
 
 
 @pytest.mark.parametrize("halved", [False, True])
