@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.errors import EngineError
+from singerembed.model.protobuf import fields, varint
 
 _GRAPH, _NODE, _INITIALIZER = 7, 1, 5  # of ModelProto, of GraphProto
 _INPUT, _OUTPUT, _OPERATOR = 1, 2, 4  # of NodeProto
 _DIMS, _DATA_TYPE, _NAME, _RAW_DATA = 1, 2, 8, 9  # of TensorProto
 _TYPES: dict[int, np.dtype[Any]] = {1: np.dtype("<f4"), 10: np.dtype("<f2")}
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types
 _LAYERS, _COPIES = {"Conv", "Gemm"}, {"Identity", "Cast"}
 _Node = tuple[str, list[str], list[str]]  # operator, inputs, outputs
 _HALVED = "_fp16"  # the suffix that precision.store_halved gives a weight
@@ -64,7 +64,7 @@ def _read(model: bytes) -> tuple[dict[str, NDArray[np.float32]], list[_Node]]:
 
 def _node(encoded: memoryview) -> _Node:
     texts: dict[int, list[str]] = {_INPUT: [], _OUTPUT: [], _OPERATOR: []}
-    for field, value in _fields(encoded):
+    for field, value in fields(encoded):
         if field in texts and not isinstance(value, int):
             texts[field].append(bytes(value).decode())
     return "".join(texts[_OPERATOR]), texts[_INPUT], texts[_OUTPUT]
@@ -72,7 +72,7 @@ def _node(encoded: memoryview) -> _Node:
 
 def _add_tensor(encoded: memoryview, tensors: dict[str, NDArray[np.float32]]) -> None:
     name, kind, shape, raw = "", 0, [], memoryview(b"")
-    for field, value in _fields(encoded):
+    for field, value in fields(encoded):
         if field == _DIMS:
             shape += [value] if isinstance(value, int) else list(_varints(value))
         elif field == _DATA_TYPE and isinstance(value, int):
@@ -90,45 +90,13 @@ def _add_tensor(encoded: memoryview, tensors: dict[str, NDArray[np.float32]]) ->
 
 
 def _messages(message: memoryview, wanted: int) -> Iterator[memoryview]:
-    for field, value in _fields(message):
+    for field, value in fields(message):
         if field == wanted and not isinstance(value, int):
             yield value
-
-
-def _fields(message: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Yield number and value of each field: an integer, or the bytes of a string, message or packed list."""
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        wire = key & 7
-        if wire == _VARINT:
-            value, at = _varint(message, at)
-            yield key >> 3, value
-            continue
-        if wire == _BYTES:
-            size, at = _varint(message, at)
-        elif wire in {_FIXED64, _FIXED32}:
-            size = 8 if wire == _FIXED64 else 4
-        else:
-            raise ValueError(f"wire type {wire}")
-        if at + size > len(message):
-            raise ValueError("it is cut short")
-        yield key >> 3, message[at : at + size]
-        at += size
 
 
 def _varints(packed: memoryview) -> Iterator[int]:
     at = 0
     while at < len(packed):
-        value, at = _varint(packed, at)
+        value, at = varint(packed, at)
         yield value
-
-
-def _varint(message: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = message[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at

@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.errors import CheckpointError
+from singerembed.model.protobuf import fields, varint
 
 _MAGIC = 0xDB4775248B80FB57
 _FOOTER_BYTES = 48
 _BLOCK_TRAILER_BYTES = 5  # a type (0: not compressed) and a checksum
 _FLOAT = 1  # DataType.DT_FLOAT
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protocol buffers
 _MAX_INDEX_BYTES = 1 << 26
 
 
@@ -60,8 +60,8 @@ def _table(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 def _handle(data: bytes, at: int) -> tuple[tuple[int, int], int]:
     """The offset and size of a block, and where the next field begins."""
-    offset, at = _varint(data, at)
-    size, at = _varint(data, at)
+    offset, at = varint(data, at)
+    size, at = varint(data, at)
     return (offset, size), at
 
 
@@ -76,44 +76,20 @@ def _block(data: bytes, offset: int, size: int) -> Iterator[tuple[bytes, bytes]]
     end = len(block) - 4 * (restarts + 1)
     at, key = 0, b""
     while at < end:
-        shared, at = _varint(block, at)
-        fresh, at = _varint(block, at)
-        length, at = _varint(block, at)
+        shared, at = varint(block, at)
+        fresh, at = varint(block, at)
+        length, at = varint(block, at)
         key = key[:shared] + block[at : at + fresh]
         yield key, block[at + fresh : at + fresh + length]
         at += fresh + length
 
 
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-
-
 def _fields(message: bytes) -> dict[int, list[Any]]:
     """The fields of a protocol-buffer message by number: integers, or bytes that are not looked into."""
-    fields: dict[int, list[Any]] = {}
-    at = 0
-    while at < len(message):
-        tag, at = _varint(message, at)
-        kind = tag & 7
-        if kind == _VARINT:
-            value: Any
-            value, at = _varint(message, at)
-        elif kind == _BYTES:
-            size, at = _varint(message, at)
-            value, at = message[at : at + size], at + size
-        elif kind in (_FIXED32, _FIXED64):
-            size = 4 if kind == _FIXED32 else 8
-            value, at = message[at : at + size], at + size
-        else:
-            raise ValueError(f"a field of unknown type {kind}")
-        fields.setdefault(tag >> 3, []).append(value)
-    return fields
+    found: dict[int, list[Any]] = {}
+    for number, value in fields(memoryview(message)):
+        found.setdefault(number, []).append(value if isinstance(value, int) else bytes(value))
+    return found
 
 
 def _first(fields: dict[int, list[Any]], number: int, default: Any) -> Any:
