@@ -12,21 +12,13 @@
 #include <vector>
 
 #include "encoder.h"
+#include "require.h"
 
 using namespace singerembed;
 
 namespace {
 
 constexpr int kDim = 37;  // neither a whole block nor a whole panel
-int checks = 0;
-
-void require(bool ok, const std::string& what) {
-  ++checks;
-  if (!ok) {
-    std::fprintf(stderr, "failed: %s\n", what.c_str());
-    std::exit(1);
-  }
-}
 
 // Of layers whose sums keep the variance of their inputs, so that activations stay in range.
 std::vector<float> make_weights(std::mt19937& random) {

@@ -14,20 +14,11 @@
 #include <vector>
 
 #include "mel.h"
+#include "require.h"
 
 using namespace singerembed;
 
 namespace {
-
-int checks = 0;
-
-void require(bool ok, const std::string& what) {
-  ++checks;
-  if (!ok) {
-    std::fprintf(stderr, "failed: %s\n", what.c_str());
-    std::exit(1);
-  }
-}
 
 MelOptions options_for(int crop_samples, float divisor) {
   return {crop_samples, 128, 22050, 0, 11025, 1e-8f, divisor, 1e-3f};
