@@ -19,10 +19,10 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from benchmarks.bands import RATE, band, mixed
 from singerembed.evaluation.metrics import equal_error_rate
 from singerembed.jobs.options import DEFAULT_MIN_VOCALS_DB, RunOptions
 from singerembed.jobs.run import run
+from training.recipes.bands import RATE, band, mixed
 
 LEVELS = {"clean": None, "+6 dB": 6.0, "0 dB": 0.0, "-6 dB": -6.0}
 EVERY_CROP_DB = -199.0

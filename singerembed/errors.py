@@ -46,8 +46,10 @@ class UsageError(SingerEmbedError):
 class MissingDependencyError(SingerEmbedError):
     """An optional package is needed and not installed."""
 
-    def __init__(self, purpose: str, package: str, extra: str) -> None:
-        super().__init__(f"{purpose} needs the package {package}: pip install 'singerembed[{extra}]'")
+    def __init__(self, purpose: str, package: str, extra: str = "", *, install: str = "") -> None:
+        """`extra`: that brings the package; or `install`, the command that does."""
+        install = install or f"pip install 'singerembed[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package}: {install}")
 
 
 class CatalogError(SingerEmbedError):

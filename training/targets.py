@@ -40,6 +40,9 @@ class Targets:
         """Dimension of the teacher's embedding."""
         return len(self._mean)
 
+    def __contains__(self, path: str) -> bool:
+        return path in self._windows
+
     def of_crop(self, path: str, start: float, seconds: float) -> Floats:
         """Return the target of a crop, [dim]: of the windows centred in it, or else of the nearest one.
 

@@ -75,7 +75,7 @@ def train(config: TrainConfig, out: Path) -> None:
     except OSError as exc:
         raise OutputError(f"{out} cannot be made a folder: {exc.strerror}. Give another --out") from exc
     _remove_half_checkpoints(out)
-    _keep_freed_memory()
+    keep_freed_memory()
     if config.trainer.threads:
         torch.set_num_threads(config.trainer.threads)
     # torch uses TF32 in convolutions by default. In matrix products it would round the mel spectrogram, which must
@@ -111,7 +111,7 @@ def _remove_half_checkpoints(out: Path) -> None:
         leftover.unlink()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Make glibc keep freed memory. Otherwise a step on a CPU spends half of its time on page faults."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

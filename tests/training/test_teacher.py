@@ -13,6 +13,7 @@ from training_audio import RATE, tone, write
 from training_config import small_config
 
 from singerembed.errors import SingerEmbedError, UsageError
+from singerembed.evaluation.baselines.campplus import CamPlusPlus
 from training import losses, teacher
 from training.config import TrainConfig
 from training.data import PairBatch, PairDataset, PairKey
@@ -174,7 +175,9 @@ def test_the_command_embeds_what_can_be_read_and_is_not_silent(tmp_path: Path, m
     write(tmp_path / "data" / "a" / "0.wav", tone(2))
     write(tmp_path / "data" / "a" / "silent.wav", np.zeros(RATE))
     (tmp_path / "data" / "a" / "broken.wav").write_bytes(b"RIFF")
-    done = CliRunner().invoke(teacher.main, [str(tmp_path / "data"), str(tmp_path / "t.parquet"), "--jobs", "1"])
+    done = CliRunner().invoke(
+        teacher.main, [str(tmp_path / "data"), str(tmp_path / "t.parquet"), "--jobs", "1", "--teacher", "ge2e"]
+    )
     assert done.exit_code == 0, done.output
     assert "4 windows of 1 of 2 files" in done.output
     targets = read_targets(str(tmp_path / "t.parquet"))
@@ -195,3 +198,21 @@ def test_ge2e_embeds_overlapping_windows_on_the_unit_sphere() -> None:
     short = made.windows(voice[: made.sample_rate // 2])
     assert short is not None
     assert len(short.centres) == 1
+
+
+def test_campplus_embeds_windows_and_keeps_both_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(teacher, "load_campplus", lambda: CamPlusPlus().eval())
+    made = teacher.CamPlusPlusTeacher(0.5, 1.0)
+    voice = np.random.default_rng(0).standard_normal(2 * made.sample_rate).astype(np.float32)
+    voice[: made.sample_rate] = 0
+    found = made.windows(voice)
+    assert found is not None
+    np.testing.assert_allclose(found.centres, [1.0, 1.5])  # the first window is silent
+    assert found.embeddings.shape == (2, 384)
+    assert (found.embeddings >= 0).all()
+    assert not (found.embeddings[:, :192] * found.embeddings[:, 192:]).any()
+    short = made.windows(voice[-made.sample_rate // 2 :])
+    assert short is not None
+    np.testing.assert_allclose(short.centres, [0.25])
+    assert made.windows(np.zeros(made.sample_rate, np.float32)) is None

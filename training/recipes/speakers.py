@@ -84,6 +84,11 @@ def _festival(package: str, voice: str, text: str) -> Speaker:
     return Speaker(f"festival-{voice}", package, festival=voice, text=text)
 
 
+_HEDGEWARS_FOLDER = "usr/share/games/hedgewars/Data/Sounds/voices"
+_HEDGEWARS = (
+    "British", "Classic", "Default", "Default_es", "Default_pl", "Default_ru", "Default_uk", "HillBilly", "Mobster",
+    "Pirate", "Russian", "Russian_pl", "Singer", "Surfer",
+)  # fmt: skip
 _KLETTRES = (
     "ar", "cs", "de", "en", "en_GB", "es", "he", "hu", "it", "lt", "ml", "nb", "nds", "nl", "pt_BR", "tn", "uk",
 )  # fmt: skip
@@ -116,6 +121,8 @@ SPEAKERS = (
     *map(_tuxpaint, ("be", "bg", "da", "el", "es", "ro", "ru")),  # not fr and ca: of those speakers are held out
     *(_fillets("cs", role) for role in ("c", "hs", "m", "pap", "v", "x")),
     *(_fillets("nl", role) for role in ("m", "v")),
+    # Some of these are of one actor: no harm where a teacher's embedding is the target.
+    *(Speaker(f"hedgewars-{name}", "hedgewars-data", f"{_HEDGEWARS_FOLDER}/{name}") for name in _HEDGEWARS),
 )
 PACKAGES = tuple(dict.fromkeys(["festival", *(speaker.package for speaker in SPEAKERS)]))
 

@@ -30,6 +30,12 @@ def _ge2e(name: str, _weights: str, _options: ModelOptions) -> Model:
     return Ge2eModel(name)
 
 
+def _campplus(name: str, weights: str, _options: ModelOptions) -> Model:
+    from singerembed.evaluation.baselines.campplus import CamPlusPlusModel
+
+    return CamPlusPlusModel(name, weights)
+
+
 def _mfcc(name: str, _weights: str, _options: ModelOptions) -> Model:
     from singerembed.evaluation.baselines.mfcc import MfccModel
 
@@ -67,6 +73,7 @@ BASELINES: dict[str, tuple[Callable[[str, str, ModelOptions], Model], bool]] = {
     "untrained": (_untrained, False),
     "mfcc": (_mfcc, False),
     "ge2e": (_ge2e, False),
+    "campplus": (_campplus, True),
     "fast-resnet34": (_voxceleb, True),
     "h-asp": (_voxceleb, True),
     "wav2vec2-base": (_wav2vec2, True),

@@ -1,6 +1,9 @@
 """Accompaniment to mix voices with: made General MIDI, rendered by fluidsynth with a free sound font.
 
-apt install fluidsynth fluid-soundfont-gm
+    apt install fluidsynth fluid-soundfont-gm
+    python -m training.recipes.bands bands --count 200
+
+writes `bands/0000.flac` and so on, to train with (`--backing`). Bands of seeds below 1000 are left for tests.
 """
 
 from __future__ import annotations
@@ -10,9 +13,14 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import click
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
+from tqdm import tqdm
+
+from singerembed.errors import MissingDependencyError
+from training.command import command
 
 SOUND_FONT = "/usr/share/sounds/sf2/FluidR3_GM.sf2"
 RATE = 44_100
@@ -26,6 +34,7 @@ _PROGRESSIONS = [
 _MINOR = {2, 4, 9}  # roots, above the key's, whose chord is minor
 _KICKS = [[0.0, 2.0], [0.0, 1.0, 2.0, 3.0], [0.0, 2.5], [0.0, 1.5, 2.0]]  # beats of a bar
 _DRUMS = 9  # channel
+_FIRST_SEED = 1000  # to train with
 
 
 class _Song:
@@ -92,13 +101,20 @@ def _compose(seconds: float, rng: np.random.Generator) -> _Song:
 
 
 def band(seconds: float, seed: int) -> NDArray[np.float32]:
-    """Return a band in stereo, float32 [samples, 2] at 44.1 kHz. Needs fluidsynth."""
+    """Return a band in stereo, float32 [samples, 2] at 44.1 kHz.
+
+    Raises MissingDependencyError without fluidsynth.
+    """
     rng = np.random.default_rng(seed)
     with tempfile.TemporaryDirectory() as folder:
         midi, wav = Path(folder) / "band.mid", Path(folder) / "band.wav"
         _compose(seconds + 2, rng).write(midi)
         command = ["fluidsynth", "-ni", "-q", "-g", "0.4", "-r", str(RATE), "-F", str(wav), SOUND_FONT, str(midi)]
-        subprocess.run(command, check=True, capture_output=True)
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+        except FileNotFoundError as exc:
+            install = "apt install fluidsynth fluid-soundfont-gm"
+            raise MissingDependencyError("a band", "fluidsynth", install=install) from exc
         pcm, _ = soundfile.read(wav, dtype="float32", always_2d=True)
     start = round(RATE * rng.uniform(0, 2))
     part: NDArray[np.float32] = pcm[start : start + round(seconds * RATE)]
@@ -112,4 +128,20 @@ def mixed(voice: NDArray[np.float32], band_: NDArray[np.float32], voice_db: floa
     singing = power[power > power.max() * 1e-3].mean()
     gain = np.sqrt(singing / (band_.mean(axis=1).astype(np.float64) ** 2).mean() * 10 ** (-voice_db / 10))
     mix = voice[:, np.newaxis] + gain * band_[: len(voice)]
-    return (0.9 * mix / np.abs(mix).max()).astype(np.float32)
+    return np.asarray(0.9 * mix / np.abs(mix).max(), np.float32)
+
+
+@command
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--count", default=200, help="Of bands.")
+@click.option("--seconds", default=15.0, help="Of each.")
+def main(folder: Path, count: int, seconds: float) -> None:
+    """Render bands into FOLDER, mono FLAC."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in tqdm(range(count), unit=" bands", disable=None):
+        pcm = band(seconds, _FIRST_SEED + number).mean(axis=1)
+        soundfile.write(folder / f"{number:04d}.flac", 0.9 * pcm / np.abs(pcm).max(), RATE)
+
+
+if __name__ == "__main__":
+    main()

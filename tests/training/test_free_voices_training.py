@@ -1,0 +1,114 @@
+"""The recipe of the bundled checkpoint, on the CPU: what is drawn, and what it writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from training_audio import RATE, write
+
+from singerembed.model.checkpoint import load_checkpoint
+from training.recipes.free_voices_training import main
+from training.recipes.memory_corpus import Corpus, Recordings, through_channel
+from training.synthetic import draw_singer, sing
+from training.targets import Windows, read_targets, write_targets
+
+CPU = torch.device("cpu")
+DIM = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three singers, two recordings each, a table of targets of all but one, and a band."""
+    folder, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    windows = {}
+    for name in "abc":
+        singer = draw_singer(rng)
+        for i in range(2):
+            write(folder / "voices" / name / f"{i}.flac", sing(singer, 3.0, rng))
+            windows[f"{name}/{i}.flac"] = Windows(np.array([1.5]), rng.standard_normal((1, DIM)).astype(np.float32))
+    del windows["c/1.flac"]
+    write_targets(folder / "targets.parquet", windows, "made")
+    write(folder / "bands" / "0.flac", np.sin(2 * np.pi * 220 / RATE * np.arange(4 * RATE)))
+    return folder
+
+
+def corpus(folder: Path, backing: str | None = None) -> Corpus:
+    return Corpus(
+        folder / "voices", read_targets(str(folder / "targets.parquet")), folder / backing if backing else None, CPU
+    )
+
+
+def test_crops_come_with_the_targets_of_their_recordings(folder: Path) -> None:
+    torch.manual_seed(0)
+    voices = corpus(folder)
+    assert voices.seconds == pytest.approx(15.0, abs=0.1)  # the recording without a target is left out
+    pcm, targets = voices.draw(32, 22_050)
+    assert pcm.shape == (32, 22_050)
+    table = read_targets(str(folder / "targets.parquet"))
+    known = np.stack([table.of_crop(f"{name}.flac", 0, 3.0) for name in ("a/0", "a/1", "b/0", "b/1", "c/0")])
+    nearest = (targets.numpy() @ known.T).argmax(axis=1)
+    np.testing.assert_allclose(targets.numpy(), known[nearest], rtol=1e-6)
+    assert set(nearest.tolist()) == {0, 1, 2, 3, 4}
+    peaks = pcm.abs().amax(1)
+    assert (peaks <= 1 + 1e-6).all()
+    assert (peaks >= 10 ** (-12 / 20) - 1e-6).all()
+
+
+def test_a_crop_longer_than_the_recording_ends_in_silence(folder: Path) -> None:
+    recordings = Recordings(sorted((folder / "voices").rglob("*.flac")), CPU)
+    pcm = recordings.cut(torch.tensor([0, 3]), 5 * RATE)
+    assert (pcm[:, -RATE // 4 :] == 0).all()
+    assert (pcm[:, : RATE // 2].abs().amax(1) > 0).all()
+    torch.testing.assert_close(pcm.abs().amax(1), torch.ones(2))
+
+
+def test_each_crop_goes_through_a_channel_of_its_own(folder: Path) -> None:
+    recordings = Recordings(sorted((folder / "voices").rglob("*.flac")), CPU)
+    pcm = recordings.cut(recordings.draw(8), 22_050)
+    once, again = through_channel(pcm), through_channel(pcm)
+    assert torch.isfinite(once).all()
+    assert ((once - again).abs().amax(1) > 0.01).all()
+
+
+def test_a_band_plays_under_some_crops(folder: Path) -> None:
+    torch.manual_seed(0)
+    with_band, _ = corpus(folder, "bands").draw(64, 22_050)
+    torch.manual_seed(0)
+    without, _ = corpus(folder).draw(64, 22_050)
+
+    def share_of_220_hz(pcm: torch.Tensor) -> torch.Tensor:
+        spectrum: torch.Tensor = torch.fft.rfft(pcm * torch.hann_window(22_050)).abs().square()
+        return spectrum[:, 108:113].sum(1) / spectrum.sum(1).clamp(min=1e-9)
+
+    assert (share_of_220_hz(with_band) > 0.1).float().mean() > (share_of_220_hz(without) > 0.1).float().mean() + 0.15
+
+
+def test_a_checkpoint_that_the_encoder_reads_and_starts_from(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "voices.pt"
+    arguments = [str(folder / "voices"), str(folder / "targets.parquet"), "--device", "cpu", "--minutes", "0.05"]
+    arguments += ["--batch-seconds", "6.5", "--backing", str(folder / "bands")]
+    result = CliRunner().invoke(main, [*arguments[:2], str(target), *arguments[2:]])
+    assert result.exit_code == 0, result.output
+    checkpoint = load_checkpoint(str(target))
+    assert checkpoint.facts["step"] >= 1
+    assert checkpoint.spec.normalise == 9.2
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint.state_dict.values())
+    result = CliRunner().invoke(
+        main, [*arguments[:2], str(tmp_path / "on.pt"), *arguments[2:], "--initial", str(target)]
+    )
+    assert result.exit_code == 0, result.output
+
+
+def test_what_is_no_corpus_is_said(folder: Path, tmp_path: Path) -> None:
+    targets = str(folder / "targets.parquet")
+    result = CliRunner().invoke(main, [str(tmp_path), targets, str(tmp_path / "voices.pt"), "--device", "cpu"])
+    assert result.exit_code == 2
+    assert "is in the table of targets" in result.output
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.flac").write_bytes(b"junk")
+    result = CliRunner().invoke(main, [str(tmp_path), targets, str(tmp_path / "voices.pt"), "--device", "cpu"])
+    assert "0.flac cannot be read" in result.output

@@ -1,0 +1,180 @@
+"""A corpus in memory, of the host or of a GPU, where crops and channels are drawn batch by batch.
+
+The data loaders of `training.data` draw some hundred crops a second and core; a GPU trains on thousands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from torch import Tensor
+
+from singerembed.errors import UsageError
+from training.recipes.speakers import SAMPLE_RATE
+from training.targets import Targets
+
+_QUIET = 1e-3  # root mean square, full scale 1, below which a crop is drawn again
+_DRAWS = 3
+_KNOTS_HZ = np.geomspace(60, 18_000, 9)
+_ROOM_SECONDS = 0.5
+_WITH_BAND = 0.4  # share of the crops
+_VOICE_OVER_BAND_DB = (0.0, 20.0)
+_GAIN_DB = 12.0  # with constant normalisation the encoder sees the level
+
+
+class Recordings:
+    """Recordings as int16 samples on a device."""
+
+    def __init__(self, paths: Sequence[Path], device: torch.device) -> None:
+        """Raises UsageError for one that cannot be read, or has another sample rate than 44.1 kHz."""
+        with ThreadPoolExecutor() as pool:
+            pcm = list(pool.map(_read, paths))
+        lengths = np.array([len(one) for one in pcm])
+        self.seconds = lengths / SAMPLE_RATE
+        self._pcm = torch.from_numpy(np.concatenate(pcm)).to(device)
+        self._first = torch.from_numpy(np.cumsum(lengths) - lengths).to(device)
+        self._length = torch.from_numpy(lengths).to(device)
+
+    def draw(self, n: int) -> Tensor:
+        """Draw the numbers of `n` recordings."""
+        return torch.randint(len(self._length), (n,), device=self._length.device)
+
+    def cut(self, recording: Tensor, samples: int) -> Tensor:
+        """Return a crop of each recording from a random place, [n, samples] with a peak of 1; zeros after its end."""
+        device = recording.device
+        best = torch.zeros(len(recording), samples, device=device)
+        loud = torch.zeros(len(recording), 1, dtype=torch.bool, device=device)
+        for _ in range(_DRAWS):
+            room = (self._length[recording] - samples + 1).clamp(min=1)
+            start = (torch.rand(len(recording), device=device, dtype=torch.float64) * room).long()
+            at = start[:, None] + torch.arange(samples, device=device)
+            inside = at < self._length[recording][:, None]
+            drawn = torch.where(inside, self._pcm[torch.where(inside, self._first[recording][:, None] + at, 0)], 0)
+            best = torch.where(loud, best, drawn / 32768)
+            loud = best.square().mean(1, keepdim=True).sqrt() > _QUIET
+            if loud.all():
+                break
+        return peak_normalised(best)
+
+
+class Corpus:
+    """Recordings with the teacher's embedding of each, and accompaniment."""
+
+    def __init__(self, folder: Path, targets: Targets, backing: Path | None, device: torch.device) -> None:
+        """Read the recordings below `folder` that `targets` has windows of, and those in the folder `backing`.
+
+        Raises UsageError if there are none.
+        """
+        names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.flac"))]
+        names = [name for name in names if name in targets]
+        bands = sorted(backing.glob("*.flac")) if backing else []
+        if not names or (backing and not bands):
+            raise UsageError(f"no recording of {folder} is in the table of targets, or none is in {backing}")
+        self._voices = Recordings([folder / name for name in names], device)
+        lengths = self._voices.seconds
+        self._targets = torch.from_numpy(
+            np.stack([targets.of_crop(*each) for each in zip(names, 0 * lengths, lengths, strict=True)])
+        ).to(device)
+        self._bands = Recordings(bands, device) if bands else None
+        self.seconds = float(lengths.sum())
+
+    def draw(self, n: int, samples: int) -> tuple[Tensor, Tensor]:
+        """Draw crops of `n` recordings, each through a channel of its own. Return [n, samples], and targets [n, dim].
+
+        The target of a crop is that of its whole recording.
+        """
+        recording = self._voices.draw(n)
+        pcm = through_channel(self._voices.cut(recording, samples))
+        if self._bands:
+            band = self._bands.cut(self._bands.draw(n), samples)
+            ratio = (pcm.square().mean(1, keepdim=True) / band.square().mean(1, keepdim=True).clamp(min=1e-12)).sqrt()
+            level = ratio * 10 ** (-_between(n, *_VOICE_OVER_BAND_DB, pcm) / 20)
+            pcm = pcm + torch.where(_chance(n, _WITH_BAND, pcm), band * level, 0.0)
+        return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), self._targets[recording]
+
+
+def _read(path: Path) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
+    try:
+        pcm, rate = soundfile.read(path, dtype="int16")
+    except soundfile.LibsndfileError as exc:
+        raise UsageError(f"{path} cannot be read: {exc}. Remove it, or build the corpus again") from exc
+    if pcm.ndim > 1:
+        pcm = pcm[:, 0]
+    if rate == 48_000:  # Opus
+        import soxr
+
+        pcm = soxr.resample(pcm, rate, SAMPLE_RATE)
+    elif rate != SAMPLE_RATE:
+        raise UsageError(f"{path} has {rate} Hz; resample it to {SAMPLE_RATE} Hz")
+    return np.asarray(pcm)
+
+
+def peak_normalised(pcm: Tensor) -> Tensor:
+    """Divide each row by its largest magnitude."""
+    return pcm / pcm.abs().amax(1, keepdim=True).clamp(min=1e-9)
+
+
+def through_channel(pcm: Tensor) -> Tensor:
+    """Return `pcm`, [crops, samples], each through a channel of its own: equaliser, room, limits, noise, saturation.
+
+    As `training.recipes.channel`, less accompaniment and codecs; and with an erased stretch.
+    """
+    n, samples = pcm.shape
+    tail = round(_ROOM_SECONDS * SAMPLE_RATE)
+    length = samples + tail
+    spectrum = torch.fft.rfft(pcm, length)
+    spectrum *= _gains(n, length, pcm.device)
+    in_room = torch.rand(n, device=pcm.device) < 0.4
+    if in_room.any():
+        spectrum[in_room] *= _rooms(int(in_room.sum()), tail, length, pcm.device)
+    out = torch.fft.irfft(spectrum, length)[:, :samples]
+    out = torch.where(_chance(n, 0.2, pcm), torch.tanh(peak_normalised(out) * _between(n, 1, 4, pcm)), out)
+    rms = out.square().mean(1, keepdim=True).sqrt()
+    noise = torch.randn_like(out) * rms * 10 ** (-_between(n, 15, 70, pcm) / 20)
+    out = peak_normalised(out + torch.where(_chance(n, 0.6, pcm), noise, 0.0))
+    first = _between(n, 0, samples, pcm)
+    width = _between(n, 0, samples / 8, pcm) * _chance(n, 0.3, pcm)
+    at = torch.arange(samples, device=pcm.device)
+    erased = (at >= first) & (at < first + width)
+    return torch.where(erased, 0.0, out)
+
+
+def _gains(n: int, length: int, device: torch.device) -> Tensor:
+    """Draw the gains of equaliser and band limits at the frequencies of a real transform, [n, length // 2 + 1]."""
+    hertz = torch.fft.rfftfreq(length, 1 / SAMPLE_RATE, device=device).clamp(min=1)
+    place = np.interp(np.log(hertz.cpu().numpy()), np.log(_KNOTS_HZ), np.arange(len(_KNOTS_HZ)))
+    between = torch.from_numpy(np.maximum(0, 1 - np.abs(place - np.arange(len(_KNOTS_HZ))[:, None]))).float().to(device)
+    like = torch.empty(1, device=device)
+    decibels = torch.randn(n, len(_KNOTS_HZ), device=device) * _between(n, 0, 6, like)
+    gains = 10 ** (decibels @ between / 20)
+    lowest = torch.where(_chance(n, 0.4, like), torch.exp(_between(n, math.log(3400), math.log(16_000), like)), 1e6)
+    highest = torch.where(_chance(n, 0.4, like), _between(n, 40, 250, like), 1e-3)
+    limited: Tensor = gains / ((1 + (hertz / lowest) ** 8) * (1 + (highest / hertz) ** 4)).sqrt()
+    return limited
+
+
+def _rooms(n: int, tail: int, length: int, device: torch.device) -> Tensor:
+    """Draw transforms of impulse responses: the direct sound and noise that decays exponentially."""
+    like = torch.empty(1, device=device)
+    seconds = torch.exp(_between(n, math.log(0.1), math.log(1.5), like))  # to -60 dB
+    at = torch.arange(tail, device=device) / SAMPLE_RATE
+    response = torch.randn(n, tail, device=device) * 10 ** (-3 * at / seconds)
+    response *= at > _between(n, 0, 0.02, like)
+    response *= 10 ** (-_between(n, 0, 20, like) / 20) / response.square().sum(1, keepdim=True).sqrt()
+    response[:, 0] = 1
+    spectrum: Tensor = torch.fft.rfft(response, length)
+    return spectrum
+
+
+def _between(n: int, low: float, high: float, like: Tensor) -> Tensor:
+    return torch.empty(n, 1, device=like.device).uniform_(low, high)
+
+
+def _chance(n: int, probability: float, like: Tensor) -> Tensor:
+    return torch.rand(n, 1, device=like.device) < probability
