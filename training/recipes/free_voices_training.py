@@ -31,7 +31,7 @@ from training.recipes.memory_corpus import Corpus
 from training.targets import read_targets
 from training.train import keep_freed_memory
 
-NORMALISE = 9.2  # constant, so that the encoder sees the level of a band; see free_voices.yaml
+NORMALISE = 9.2  # constant, so that the encoder sees the level of a band, which differs between catalogues
 # Share of the time, seconds of a crop.
 PHASES = ((0.5, 1.6), (0.8, 2.4), (1.0, 4.0))
 AVERAGED_STEPS = 200  # of the exponential moving average of the weights, which is what is written
