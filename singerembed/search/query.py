@@ -23,6 +23,10 @@ BY = ("track", "crop")
 _MATCHES = 2  # pairs of crops that are named for a track
 # Crops that are looked up for each crop of a query before tracks are ranked by them: several may be of one track.
 _CROPS_A_TRACK = 20
+_LOOKED_UP = 2  # tracks for each one wanted: some may be copies of others
+# Two tracks are one recording in two formats if the crops at each place of both are at least as similar as this. Copies
+# in lossy formats and other recordings as long are told apart by it (docs/search.md, benchmarks.copies).
+NEAR_COPY = 0.97
 # That a query is sung by somebody in the index at all; each of its singers is then as likely as the other.
 PRIOR_KNOWN = 0.5
 
@@ -45,7 +49,7 @@ class FoundTrack:
     path: str
     singer: str  # empty if not known
     matches: list[Match]  # the most similar pairs of crops, in order of time
-    also: list[str]  # paths of further copies of the same recording
+    also: list[str]  # paths of further copies of the same recording, also in other formats
     number: int  # of the track in the index, from 0
 
 
@@ -138,9 +142,8 @@ class Index:
         same_as = self.stored.tracks["same_as"][found[0]].as_py()
         number = found[0] if same_as is None else same_as
         part = self.stored.crops_of(number)
-        crops = self.stored.vectors["crops"].take(np.arange(part.start, part.stop))
         start = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
-        return self._answer(crops, start, top, by, where, number)
+        return self._answer(self._crops_of(number), start, top, by, where, number)
 
     def search_crops(self, query: QueryCrops, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up embedded crops; arguments as `search`."""
@@ -155,9 +158,32 @@ class Index:
         if itself is not None:
             allowed[itself] = False
         whole = track_vector(crops)
-        ranked = self._by_track(whole, top, allowed) if by == "track" else self._by_crop(crops, top, allowed)
-        tracks = [self._found_track(number, score, crops, start) for number, score in ranked]
+        find = self._by_track if by == "track" else self._by_crop
+        ranked = find(whole if by == "track" else crops, _LOOKED_UP * top, allowed)
+        if itself is not None:
+            ranked = [(number, score) for number, score in ranked if not is_near_copy(self._crops_of(number), crops)]
+        tracks = [
+            self._found_track(number, score, also, crops, start) for number, score, also in self._folded(ranked)[:top]
+        ]
         return Answer(tracks, self._singers(whole, top, itself))
+
+    def _folded(self, ranked: list[tuple[int, float]]) -> list[tuple[int, float, list[str]]]:
+        """Return the recordings among tracks: number and score of the first track, and the paths of its copies."""
+        kept: list[tuple[int, float, list[str]]] = []
+        of_kept: list[Vectors] = []
+        for number, score in ranked:
+            crops, known = self._crops_of(number), self._copies.get(number, [])
+            same = next((i for i, other in enumerate(of_kept) if is_near_copy(crops, other)), None)
+            if same is None:
+                kept.append((number, score, list(known)))
+                of_kept.append(crops)
+            else:
+                kept[same][2].extend([self.stored.tracks["path"][number].as_py(), *known])
+        return kept
+
+    def _crops_of(self, number: int) -> Vectors:
+        part = self.stored.crops_of(number)
+        return self.stored.vectors["crops"].take(np.arange(part.start, part.stop))
 
     def _by_track(self, whole: Vectors, top: int, allowed: NDArray[np.bool_]) -> list[tuple[int, float]]:
         vectors = self.stored.vectors["tracks"]
@@ -175,18 +201,20 @@ class Index:
                 best[track] = max(float(score), best.get(track, -2.0))
         return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top]
 
-    def _found_track(self, number: int, score: float, crops: Vectors, start: NDArray[np.float64]) -> FoundTrack:
+    def _found_track(
+        self, number: int, score: float, also: list[str], crops: Vectors, start: NDArray[np.float64]
+    ) -> FoundTrack:
         row = self.stored.tracks.slice(number, 1)
         return FoundTrack(
             _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singer(number),
-            self._matches(number, crops, start), self._copies.get(number, []), number,
+            self._matches(number, crops, start), also, number,
         )  # fmt: skip
 
     def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
         """Return the `n` most similar pairs of crops of a query and of track `number`, no crop twice."""
         part = self.stored.crops_of(number)
         # float16 rounds the length of a vector: the score of a crop with itself may come out above 1.
-        score = crops @ self.stored.vectors["crops"].take(np.arange(part.start, part.stop)).T
+        score = crops @ self._crops_of(number).T
         times = self.stored.crops["start"].slice(part.start, part.stop - part.start).to_numpy()
         found = []
         for _ in range(min(n, *score.shape)):
@@ -265,6 +293,11 @@ class Index:
         mask = np.zeros(len(rows), bool)
         mask[found["row number"].astype(np.int64)] = True
         return mask
+
+
+def is_near_copy(one: Vectors, other: Vectors) -> bool:
+    """Return whether crops [n, dim] and [m, dim] are those of one recording: as many, and similar place by place."""
+    return len(one) == len(other) and bool(np.einsum("ij,ij->i", one, other).min() >= NEAR_COPY)
 
 
 def chances_of(ratios: NDArray[np.float64], total: NDArray[np.float64], n_singers: Any) -> NDArray[np.float64]:

@@ -79,6 +79,31 @@ def test_silent_crops_and_copies_do_not_count(tracks: list[MadeTrack], tmp_path:
         index.search_track("silent")
 
 
+def test_a_recording_in_two_formats_counts_once_in_an_answer(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    def coded(name: str, noise: float) -> MadeTrack:
+        rng = np.random.default_rng(0)
+        crops = [crop + noise * np.std(crop) * rng.standard_normal(len(crop)) for crop in _stacked(tracks[0])]
+        return dataclasses.replace(tracks[0], track_id=name, crops=[crop.astype(np.float32) for crop in crops])
+
+    shorter = dataclasses.replace(tracks[0], track_id="shorter", crops=tracks[0].crops[:2])
+    library = [*tracks, coded("mp3", 0.02), coded("other take", 1.0), shorter]
+    path = str(tmp_path / "i.index")
+    done = build_index([write_output(tmp_path / "o.parquet", library)], path)
+    assert done.n_doubled == 0  # their embeddings are not the same bits
+    index = open_index(path)
+    for by in ("track", "crop"):
+        answer = index.search_track("s0-1", top=8, by=by)
+        also = {found.track_id: found.also for found in answer.tracks}
+        first, second = sorted(["s0-0", "mp3"], key=lambda name: name not in also)
+        assert also[first] == [f"{second}.wav"]
+        assert second not in also
+        assert {"other take", "shorter"} <= also.keys()
+        assert len(also) == 8
+    found = [track.track_id for track in index.search_track("mp3", top=20).tracks]
+    assert "s0-0" not in found
+    assert "other take" in found
+
+
 def test_by_crop_finds_the_one_crop_of_a_duet(tracks: list[MadeTrack], tmp_path: Path) -> None:
     duet = MadeTrack("duet", None, [*tracks[0].crops[:1], *tracks[8].crops, *tracks[12].crops])
     path = str(tmp_path / "i.index")
