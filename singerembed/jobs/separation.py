@@ -27,7 +27,7 @@ from singerembed.model.spec import ModelSpec
 if TYPE_CHECKING:
     from singerembed.engine.separator import Separator
 
-MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB
+MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB in windows of 6 s
 VOICELESS = 3  # a state of a crop beside those of mel
 _NEVER_DB = -200.0  # the ratio of a crop whose separated voice is digital silence
 
@@ -45,7 +45,10 @@ class Separation:
         self.description = separator.description
         self._separator = separator
         self._crop_samples = spec.crop_samples
-        self._window = separator.spec.segment_samples(spec.crop_samples)
+        try:
+            self._window = separator.spec.segment_samples(spec.crop_samples)
+        except ValueError as exc:
+            raise EngineError(f"{exc}. Build it with longer segments, or with less context") from exc
         self._context = (self._window - spec.crop_samples) // 2  # samples before and after each crop
         self._mixing_segment = segment_samples(spec.sample_rate)
         self._min_vocals_db, self._silence_peak = min_vocals_db, 10 ** (silence_dbfs / 20)
@@ -70,9 +73,10 @@ class Separation:
         peak, rms, ratio = (np.full(n, np.nan, np.float32) for _ in range(3))
         state = np.full(n, mel.INVALID, np.uint8)
         voices = np.zeros((n, self._crop_samples), np.float32)
-        for i, window in enumerate(block.pcm):
+        for i, pcm in enumerate(block.pcm):
+            window = mel.as_float(pcm).reshape(-1, self.channels)
             samples = slice(self._context, self._context + int(stop[i] - block.start[i]))
-            mixture: NDArray[np.float32] = np.ascontiguousarray(window[samples], np.float32)
+            mixture: NDArray[np.float32] = np.ascontiguousarray(window[samples])
             if not np.isfinite(mixture).all():
                 continue
             mono = self._mono(mixture)

@@ -26,7 +26,6 @@ from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
 from singerembed.model import mel
-from singerembed.model.mel import Pcm
 from singerembed.model.mixture import MixtureDetector
 from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows
 from singerembed.storage import Facts
@@ -221,7 +220,7 @@ class _EmbeddedTrack:
 
     def add(self, block: CropBlock) -> None:
         if self._hash is not None:
-            self._hash.update(_as_float(block.pcm).data)
+            self._hash.update(mel.as_float(block.pcm).data)
         if self.separation is None:
             embedded = self.engine.embed(block.pcm)
         else:
@@ -271,11 +270,6 @@ class _EmbeddedTrack:
         )
         rows = _in_order(rows)
         return _pooled(rows) if self.options.pool == "mean" and len(rows.crop) else rows
-
-
-def _as_float(pcm: Pcm) -> Pcm:
-    """`pcm` as float32, full scale 1: decoders of one recording give one or the other."""
-    return pcm.astype(np.float32) / np.float32(32768) if pcm.dtype == np.int16 else pcm
 
 
 def _concatenate(arrays: list[Any], dtype: Any) -> Any:
