@@ -136,7 +136,7 @@ def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) 
 def crops_with_voice(n_crops: int, count: int, found: Callable[[], int], put_off: Mapping[int, float]) -> Iterator[int]:
     """Yield the indices of `count` crops of `n_crops`, evenly spaced, and further ones until `found()` reaches `count`.
 
-    The further ones lie between; at most twice `count` are tried in all. Whoever looks at a crop may put it off, with
+    The further ones lie between, at twice the density. Whoever looks at a crop may put it off, with
     a score: where the others are too few, those are yielded again at the end, the highest score first, until
     `patience(count)` of them in a row have not raised `found()`.
     """
