@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from singerembed.engine.build_separator import difference_db, made_mixture
 from singerembed.engine.file import MAX_PAYLOAD_BYTES, SeparatorFile
 from singerembed.engine.onnxruntime import new_session
-from singerembed.engine.separator import Separator
+from singerembed.engine.separator import Separator, voice_of
 from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError, UsageError
 from singerembed.model.separator_spec import WaveformSpec
 from singerembed.model.spec import ModelSpec
@@ -60,7 +60,7 @@ def build_waveform_separator(
     force: bool = False,
     say: Callable[[str, str], None] = lambda _what, _text: None,
 ) -> SeparatorFile:
-    """Build a separator engine from the ONNX model at `model_path`, told apart by the TOML file at `spec_path`.
+    """Build a separator engine from the ONNX model at `model_path`, and what the TOML file at `spec_path` says of it.
 
     `say(what, text)` is called after each step. Raises UsageError and CheckpointError where model and file do not fit
     each other or what a separator is, MissingDependencyError, EngineError if the model's voice is not finite or
@@ -82,7 +82,7 @@ def build_waveform_separator(
     build = {
         "checkpoint": Path(model_path).name,
         "layout": "ONNX model from samples to samples",
-        "versions": {name: version(name) for name in ("singerembed", "onnx", "onnxruntime")},
+        "versions": {name: version(name) for name in ("singerembed", "onnx")},
     }
     found = _verify(Separator(SeparatorFile(spec, "onnxruntime", model, build, {})), spec, model_path, say)
     verified = SeparatorFile(spec, "onnxruntime", model, build, found)
@@ -129,17 +129,18 @@ def _read_model(path: str) -> bytes:
     try:
         content = Path(path).read_bytes()
         model = onnx.load_model_from_string(content)
-        tensors = model.graph.initializer
-        if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors):
+        is_apart = any(one.data_location == onnx.TensorProto.EXTERNAL for one in model.graph.initializer)
+        if is_apart:
             onnx.load_external_data_for_model(model, str(Path(path).parent))
-            content = model.SerializeToString() if model.ByteSize() <= MAX_PAYLOAD_BYTES else b""
     except OSError as exc:
         raise CheckpointError(f"cannot read {path}: {exc.strerror or exc}") from exc
     except Exception as exc:  # protobuf's and onnx's exceptions have no common base class
         raise CheckpointError(f"{path} is not an ONNX model that can be read: {exc}") from exc
-    if not 0 < len(content) <= MAX_PAYLOAD_BYTES:
+    if not content:
+        raise CheckpointError(f"{path} is empty")
+    if model.ByteSize() > MAX_PAYLOAD_BYTES:
         raise CheckpointError(f"{path} is too large for an engine file, which holds {MAX_PAYLOAD_BYTES >> 20} MiB")
-    return content
+    return bytes(model.SerializeToString()) if is_apart else content
 
 
 # --- what model and spec say together -------------------------------------------------------------------------------
@@ -257,10 +258,11 @@ def _voice(
 ) -> NDArray[np.float32]:
     """Separate `segment`, and raise what keeps the model from being a separator."""
     try:
-        _check_shape(list(separator.waveforms(segment, spec).shape), spec, model_path)
+        output = separator.waveforms(segment, spec)
     except EngineError as exc:
         raise CheckpointError(f"{model_path} does not run on {spec.channels} x {spec.segment} samples: {exc}") from exc
-    vocals = separator.vocals(segment)
+    _check_shape(list(output.shape), spec, model_path)
+    vocals = voice_of(output, spec)
     if not np.isfinite(vocals).all():
         raise EngineError(
             f"{model_path} gives NaN or infinity for {what}. Export it in float32, with a small number added to "

@@ -34,10 +34,7 @@ class Separator:
         `samples` is a result of `SeparatorSpec.segment_samples`. Raises EngineError.
         """
         if isinstance(self.spec, WaveformSpec):
-            output = self.waveforms(segment, self.spec)
-            stems = output[0] if self.spec.batch_axis else output
-            vocals: NDArray[np.float32] = stems if self.spec.stem is None else stems[self.spec.stem]
-            return vocals.T
+            return voice_of(self.waveforms(segment, self.spec), self.spec)
         assert isinstance(self.spec, SpectrogramSpec)
         return self._masked(segment, self.spec)
 
@@ -61,6 +58,13 @@ class Separator:
             return self._session.run([output_name], {input_name: values})[0]
         except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
+
+
+def voice_of(output: NDArray[np.float32], spec: WaveformSpec) -> NDArray[np.float32]:
+    """Return the voice in what `Separator.waveforms` gave, [samples, channels]."""
+    stems = output[0] if spec.batch_axis else output
+    vocals: NDArray[np.float32] = stems if spec.stem is None else stems[spec.stem]
+    return vocals.T
 
 
 def stft(segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.complex64]:

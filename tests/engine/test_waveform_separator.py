@@ -35,7 +35,7 @@ RATE = 44_100
 CROP = 4 * RATE
 SEGMENT = 6 * RATE
 ALL = -199.0  # dB: every voice counts
-KERNEL = np.hanning(201).astype(np.float32) / 100  # a low pass of 100 samples on either side
+KERNEL = np.hanning(41).astype(np.float32) / 20  # a low pass of 20 samples on either side
 
 Node = onnx.NodeProto
 Voice = Callable[..., NDArray[np.float32]]
@@ -66,7 +66,7 @@ def stems_model(path: Path, length: int | str = SEGMENT, channels: int | str = 2
     """Write a model of two stems: each channel low-passed, and what that leaves."""
     nodes = [
         helper.make_node("Transpose", ["mix"], ["channels"], perm=[1, 0, 2]),
-        helper.make_node("Conv", ["channels", "kernel"], ["filtered"], pads=[100, 100]),
+        helper.make_node("Conv", ["channels", "kernel"], ["filtered"], pads=[20, 20]),
         helper.make_node("Transpose", ["filtered"], ["low"], perm=[1, 0, 2]),
         helper.make_node("Sub", ["mix", "low"], ["high"]),
         helper.make_node("Unsqueeze", ["low", "one"], ["low_stem"]),
@@ -126,9 +126,9 @@ def test_what_a_model_leaves_open_is_given(tmp_path: Path, shape: dict[str, Any]
 
 def test_what_it_does_to_a_recording_is_in_its_hash(tmp_path: Path) -> None:
     path = stems_model(tmp_path / "m.onnx")
-    texts = ["stem = 1", "stem = 1", "stem = 0", "stem = 1\ncontext_seconds = 0.5"]
+    texts = ["stem = 1", "stem = 1", "stem = 0"]
     hashes = [built(tmp_path, path, f"sample_rate = 44100\n{text}").sha256 for text in texts]
-    assert len(set(hashes)) == 3
+    assert len(set(hashes)) == 2
     assert hashes[0] == hashes[1]
 
 
@@ -217,7 +217,7 @@ def _of_bytes(content: bytes) -> Callable[[Path], str]:
         (_of_shape(1, 2, 5 * RATE), "", UsageError, "takes 5 s at a time, and crops of 4 s with 1 s on either side"),
         (_of_shape(1, 2, SEGMENT, kind=TensorProto.FLOAT16), "", CheckpointError, r"tensor\(float16\). Export it with"),
         (_of_bytes(b"no model"), "", CheckpointError, "is not an ONNX model that can be read"),
-        (_of_bytes(b""), "", CheckpointError, "onnx"),
+        (_of_bytes(b""), "", CheckpointError, "m.onnx is empty"),
         (str, "", CheckpointError, "cannot read .*m.onnx: No such file"),
     ],
 )
