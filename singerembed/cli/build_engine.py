@@ -57,7 +57,7 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
 )
 @click.option(
     "--separator",
-    metavar="FILE",
+    metavar="FILE.toml",
     help="What an ONNX model of a separator does not say of itself, in TOML: sample_rate, stem, ...",
 )
 @click.option("--force", is_flag=True, help="Replace an existing engine.")

@@ -22,7 +22,6 @@ from singerembed.engine.file import SeparatorFile
 from singerembed.errors import EngineError, TrackError
 from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
-from singerembed.model.crop_classifier import CropClassifier
 from singerembed.model.spec import ModelSpec
 from singerembed.model.vocal_activity import VocalDetector
 
@@ -53,7 +52,7 @@ class Separation:
             raise EngineError(f"{exc}. Build it with longer segments, or with less context") from exc
         self._context = (self._window - spec.crop_samples) // 2  # samples before and after each crop
         self._mixing_segment = segment_samples(spec.sample_rate)
-        self._detector = VocalDetector(spec) if CropClassifier.fits(spec) else None
+        self._detector = VocalDetector(spec) if VocalDetector.fits(spec) else None
         self._min_vocals_db, self._silence_peak = min_vocals_db, 10 ** (silence_dbfs / 20)
 
     def surrounded(self, reader: PcmReader, plan: CropPlan) -> tuple[PcmReader, CropPlan]:
@@ -65,7 +64,7 @@ class Separation:
     def vocal_score(self, block: CropBlock) -> float | None:
         """How much the single crop of `block`, of a surrounded plan, seems to hold a voice: above 0, it does.
 
-        None where it cannot be said: the crop is silent, invalid, or not whole, or the encoder's mel bands are unusual.
+        None where it cannot be said: the crop is silent, invalid, or not whole, or the encoder's crops or mel bands are unusual.
         """
         if self._detector is None or block.stop[0] - block.start[0] != self._crop_samples + 2 * self._context:
             return None
@@ -136,9 +135,9 @@ def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) 
 def crops_with_voice(n_crops: int, count: int, found: Callable[[], int], put_off: Mapping[int, float]) -> Iterator[int]:
     """Yield the indices of `count` crops of `n_crops`, evenly spaced, and further ones until `found()` reaches `count`.
 
-    The further ones lie between, at twice the density. Whoever looks at a crop may put it off, with
-    a score: where the others are too few, those are yielded again at the end, the highest score first, until
-    `patience(count)` of them in a row have not raised `found()`.
+    The further ones lie between, at twice the density. Whoever looks at a crop may put it off, with a score: where the
+    others are too few, those are yielded again at the end, the highest score first, until `patience(count)` of them in
+    a row have not raised `found()`.
     """
     count = min(count, n_crops)
     first = spaced_indices(n_crops, count)

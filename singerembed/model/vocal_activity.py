@@ -22,6 +22,11 @@ _FAST = 0.9  # quantile of a band's changes
 class VocalDetector(CropClassifier):
     """Thread-safe. `score` is above 0 where somebody seems to sing."""
 
+    @staticmethod
+    def fits(spec: ModelSpec) -> bool:
+        """Whether the crops of `spec`, and their mel bands, are those that the weights are for."""
+        return CropClassifier.fits(spec) and spec.crop_samples == ModelSpec(name="", method="").crop_samples
+
     def __init__(self, spec: ModelSpec) -> None:
         """`spec`: of the encoder whose crops are looked at, which `fits`."""
         super().__init__(spec, "vocal_activity.npz", activity_features)

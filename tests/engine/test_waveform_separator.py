@@ -375,7 +375,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "(separator)" in shown
     assert "a made mixture against itself" in shown
     for arguments, message in (
-        ([path], "give --separator FILE, with sample_rate = 44100"),
+        ([path], "give --separator FILE.toml, with sample_rate = 44100"),
         ([path, "--separator", said, "--precision", "fp16"], "leave --backend, --precision and --normalise out"),
         (["byol", "--separator", said], "--separator is for ONNX models, and byol is not named .onnx"),
         ([path, "--separator", str(tmp_path / "none.toml")], "none.toml: No such file"),

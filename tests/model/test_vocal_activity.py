@@ -70,6 +70,7 @@ def test_features_of_crops_do_not_depend_on_each_other() -> None:
         np.testing.assert_array_equal(activity_features(mel[i : i + 1])[0], together[i])
 
 
-def test_other_mel_bands_are_not_for_it() -> None:
+def test_other_crops_and_mel_bands_are_not_for_it() -> None:
     assert VocalDetector.fits(ModelSpec(name="", method=""))
     assert not VocalDetector.fits(ModelSpec(name="", method="", n_mels=64))
+    assert not VocalDetector.fits(ModelSpec(name="", method="", crop_samples=CROP // 2))
