@@ -67,9 +67,7 @@ def build_waveform_separator(
     changes from call to call, and OutputError if `output` exists without `force`.
     """
     if spec_path is None:
-        raise UsageError(
-            f"{model_path} does not say all that a separator needs: give --separator FILE.toml, with {_NEEDED}"
-        )
+        raise UsageError(f"{model_path} does not say all that is needed: give --separator FILE.toml, with {_NEEDED}")
     if Path(output).exists() and not force:
         raise OutputError(f"{output} exists. Give another name with -o, or --force to replace it")
     said = _read_spec(spec_path)

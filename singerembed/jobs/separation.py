@@ -64,7 +64,8 @@ class Separation:
     def vocal_score(self, block: CropBlock) -> float | None:
         """How much the single crop of `block`, of a surrounded plan, seems to hold a voice: above 0, it does.
 
-        None where it cannot be said: the crop is silent, invalid, or not whole, or the encoder's crops or mel bands are unusual.
+        None where it cannot be said: the crop is silent, invalid or not whole, or the encoder has other crops or mel
+        bands than the usual ones.
         """
         if self._detector is None or block.stop[0] - block.start[0] != self._crop_samples + 2 * self._context:
             return None
