@@ -36,6 +36,7 @@ SUFFIX = ".onnx"
 _FLOAT32 = "tensor(float)"
 _NEEDED = "sample_rate = 44100, and stem = N where the model gives several stems (docs/mixes.md)"
 _MAX_CHANNELS = 2
+_MAX_SEGMENT_SECONDS = 60
 _COUNTED = {"channels": "channels", "segment_seconds": "samples"}
 
 
@@ -176,6 +177,11 @@ def _fit_together(said: _Said, session: Any, model_path: str, spec_path: str, sh
         raise CheckpointError(f"{model_path} takes {channels} channels, and recordings are read in 1 or 2")
     of_spec = None if said.segment_seconds is None else round(said.segment_seconds * said.sample_rate)
     segment = _one_of("segment_seconds", shape[-1], of_spec, model_path, spec_path)
+    if segment > _MAX_SEGMENT_SECONDS * said.sample_rate:
+        raise CheckpointError(
+            f"{model_path} takes {segment / said.sample_rate:.4g} s at a time, and {_MAX_SEGMENT_SECONDS} s at most are "
+            "kept in memory. Export it for shorter segments"
+        )
     context = round(said.context_seconds * said.sample_rate)
     if usual.crop_samples + 2 * context > segment:
         raise UsageError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -215,6 +216,7 @@ def _of_bytes(content: bytes) -> Callable[[Path], str]:
         (_of_shape(SEGMENT), "", CheckpointError, r"is \[264600\], and must be"),
         (_of_shape(1, 6, SEGMENT), "", CheckpointError, "takes 6 channels"),
         (_of_shape(1, 2, 5 * RATE), "", UsageError, "takes 5 s at a time, and crops of 4 s with 1 s on either side"),
+        (_of_shape(1, 2, "n"), "segment_seconds = 61", CheckpointError, "takes 61 s at a time, and 60 s at most"),
         (_of_shape(1, 2, SEGMENT, kind=TensorProto.FLOAT16), "", CheckpointError, r"tensor\(float16\). Export it with"),
         (_of_bytes(b"no model"), "", CheckpointError, "is not an ONNX model that can be read"),
         (_of_bytes(b""), "", CheckpointError, "m.onnx is empty"),
@@ -264,7 +266,9 @@ def test_a_network_of_torch_becomes_one(tmp_path: Path) -> None:
     torch.manual_seed(1)
     net = Net().eval()
     path = str(tmp_path / "net.onnx")
-    torch.onnx.export(net, (torch.zeros(1, 2, SEGMENT),), path, input_names=["mix"], opset_version=18, dynamo=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter warns that it is deprecated
+        torch.onnx.export(net, (torch.zeros(1, 2, SEGMENT),), path, input_names=["mix"], opset_version=18, dynamo=False)
     separator = Separator(built(tmp_path, path, "sample_rate = 44100\nstem = 0"))
     mixture = made_mixture(SEGMENT, RATE)
     with torch.inference_mode():
