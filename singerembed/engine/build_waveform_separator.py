@@ -179,8 +179,8 @@ def _fit_together(said: _Said, session: Any, model_path: str, spec_path: str, sh
     segment = _one_of("segment_seconds", shape[-1], of_spec, model_path, spec_path)
     if segment > _MAX_SEGMENT_SECONDS * said.sample_rate:
         raise CheckpointError(
-            f"{model_path} takes {segment / said.sample_rate:.4g} s at a time, and {_MAX_SEGMENT_SECONDS} s at most are "
-            "kept in memory. Export it for shorter segments"
+            f"{model_path} takes {segment / said.sample_rate:.4g} s at a time, and {_MAX_SEGMENT_SECONDS} s at most "
+            "are kept in memory. Export it for shorter segments"
         )
     context = round(said.context_seconds * said.sample_rate)
     if usual.crop_samples + 2 * context > segment:
