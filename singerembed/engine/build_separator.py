@@ -1,4 +1,4 @@
-"""Builds a separator's engine file from a checkpoint of Spleeter: export, verify, write. Needs torch and onnx."""
+"""Builds Spleeter's engine file from a checkpoint of it: export, verify, write. Needs torch and onnx."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from singerembed.engine.file import SeparatorFile
 from singerembed.engine.separator import INPUT_NAME, OUTPUT_NAME, Separator, inverse_stft, stft
 from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError
 from singerembed.model.checkpoint import weights_sha256
-from singerembed.model.separator_spec import SeparatorSpec
+from singerembed.model.separator_spec import SpectrogramSpec
 from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def build_separator(
     tensors = read_tensorflow_checkpoint(prefix)
     network = load_spleeter(tensors)
     sha256 = weights_sha256({name: torch.from_numpy(value.copy()) for name, value in tensors.items()})
-    spec = SeparatorSpec(name="spleeter-2stems", weights_sha256=sha256)
+    spec = SpectrogramSpec(name="spleeter-2stems", weights_sha256=sha256)
     n_values = sum(value.size for value in tensors.values())
     say("checkpoint", f"{prefix}: Spleeter, two stems, {n_values:,} values, sha256 {sha256[:12]}")
     build = {
@@ -88,7 +88,7 @@ def build_separator(
         "versions": {name: version(name) for name in ("singerembed", "torch", "onnx")},
     }
     file = SeparatorFile(spec, "onnxruntime", _export(network), build, {})
-    verified = SeparatorFile(spec, file.backend, file.payload, build, _verify(file, network, say))
+    verified = SeparatorFile(spec, file.backend, file.payload, build, _verify(file, spec, network, say))
     verified.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return verified
@@ -117,16 +117,20 @@ def _export(network: SpleeterNet) -> bytes:
 # --- verification ---------------------------------------------------------------------------------------------------
 
 
-def verification_segment(spec: SeparatorSpec) -> NDArray[np.float32]:
-    """Return a made mixture, [samples of 512 frames, 2]: a gliding voice over chords, beats and noise in stereo.
+def verification_segment(spec: SpectrogramSpec) -> NDArray[np.float32]:
+    """Return `made_mixture` of 512 frames after n_fft zeros, as TensorFlow's implementation puts them before it."""
+    silence = np.zeros((spec.n_fft, spec.channels), np.float32)
+    return np.concatenate([silence, made_mixture((_VERIFY_FRAMES - 1) * spec.hop_samples, spec.sample_rate)])
 
-    It begins with n_fft zeros, as TensorFlow's implementation puts them before a recording. It is made without random
-    numbers, so that it stays the same.
+
+def made_mixture(n: int, sample_rate: int) -> NDArray[np.float32]:
+    """Return a mixture, [n, 2]: a gliding voice over chords, beats and noise in stereo.
+
+    It is made without random numbers, so that it stays the same.
     """
-    n = (_VERIFY_FRAMES - 1) * spec.hop_samples
-    t = np.arange(n) / spec.sample_rate
+    t = np.arange(n) / sample_rate
     pitch = 220 * 2 ** (np.round(4 * np.sin(2 * np.pi * 0.21 * t)) / 12)
-    phase = 2 * np.pi * np.cumsum(pitch * (1 + 0.012 * np.sin(2 * np.pi * 5.5 * t))) / spec.sample_rate
+    phase = 2 * np.pi * np.cumsum(pitch * (1 + 0.012 * np.sin(2 * np.pi * 5.5 * t))) / sample_rate
     formants = [1, 0.9, 0.7, 1.1, 0.5, 0.25, 0.3, 0.4, 0.2, 0.1, 0.1, 0.08]
     voice = sum(a * np.sin(k * phase) for k, a in enumerate(formants, 1)) * (np.sin(2 * np.pi * 0.35 * t) > -0.5)
     chord = sum(np.sin(2 * np.pi * f * t) + 0.5 * np.sin(4 * np.pi * f * t) for f in (110.0, 138.6, 164.8))
@@ -135,8 +139,7 @@ def verification_segment(spec: SeparatorSpec) -> NDArray[np.float32]:
     noise = (hash_ ^ (hash_ >> np.uint64(13))).astype(np.float64) / 2**32 - 0.5
     left = 0.06 * voice + 0.05 * chord + 0.2 * beat + 0.03 * noise * np.exp(-20 * (t * 4 % 1))
     right = 0.06 * voice + 0.04 * chord + 0.2 * beat + 0.03 * noise[::-1] * np.exp(-20 * (t * 4 % 1))
-    silence = np.zeros((spec.n_fft, spec.channels))
-    return np.concatenate([silence, np.stack([left, right], axis=1)]).astype(np.float32)
+    return np.stack([left, right], axis=1).astype(np.float32)
 
 
 def difference_db(signal: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -145,10 +148,11 @@ def difference_db(signal: NDArray[np.float32], expected: NDArray[np.float32]) ->
     return float(10 * np.log10(max(1e-30, np.sum(error**2)) / max(1e-30, np.sum(expected.astype(np.float64) ** 2))))
 
 
-def _verify(file: SeparatorFile, network: SpleeterNet, say: Callable[[str, str], None]) -> dict[str, object]:
+def _verify(
+    file: SeparatorFile, spec: SpectrogramSpec, network: SpleeterNet, say: Callable[[str, str], None]
+) -> dict[str, object]:
     import torch
 
-    spec = file.spec
     segment = verification_segment(spec)
     vocals = Separator(file).vocals(segment)
     spectrum = stft(segment, spec)
@@ -171,6 +175,6 @@ def _verify(file: SeparatorFile, network: SpleeterNet, say: Callable[[str, str],
     return {"what": "the engine", "against": ", ".join(found), "difference_db": max(found.values())}
 
 
-def kept_samples(vocals: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.float32]:
+def kept_samples(vocals: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.float32]:
     """The samples of TensorFlow's output that the package keeps: those whose frames lie in the segment, thinned."""
     return vocals[spec.n_fft : _VERIFY_FRAMES * spec.hop_samples : _EVERY]

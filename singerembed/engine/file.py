@@ -24,7 +24,7 @@ MAGIC = b"\x89SGR\r\n\x1a\n"
 FORMAT_VERSION = 1
 _PREFIX = struct.Struct("<8sII")
 _MAX_HEADER_BYTES = 1 << 20
-_MAX_PAYLOAD_BYTES = 1 << 30
+MAX_PAYLOAD_BYTES = 1 << 30
 SEPARATOR = "separator"
 _REBUILD = "Build it again, or copy it again"
 
@@ -93,7 +93,7 @@ def read_any_engine_file(path: str) -> EngineFile | SeparatorFile:
     """Read and check an engine file of either kind. Raises EngineError with the reason if it is damaged or foreign."""
     try:
         with storage.open_input(path) as file:
-            content = file.read(_PREFIX.size + _MAX_HEADER_BYTES + _MAX_PAYLOAD_BYTES + 1)
+            content = file.read(_PREFIX.size + _MAX_HEADER_BYTES + MAX_PAYLOAD_BYTES + 1)
     except OSError as exc:
         raise EngineError(f"cannot read the engine {path}: {exc.strerror or exc}") from exc
     if not is_engine(content):

@@ -1,4 +1,4 @@
-"""Separate the voice from a mixture: an ONNX network that masks a spectrogram, on the CPU."""
+"""Separate the voice from a mixture on the CPU: an ONNX network masks a spectrogram, or maps samples to samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from singerembed.engine.file import SeparatorFile
 from singerembed.engine.onnxruntime import new_session
 from singerembed.errors import EngineError
-from singerembed.model.separator_spec import SeparatorSpec
+from singerembed.model.separator_spec import SpectrogramSpec, WaveformSpec
 
 INPUT_NAME = "magnitude"
 OUTPUT_NAME = "mask"
@@ -33,18 +33,41 @@ class Separator:
 
         `samples` is a result of `SeparatorSpec.segment_samples`. Raises EngineError.
         """
-        spectrum = stft(segment, self.spec)
-        magnitude = np.abs(spectrum[:, :, : self.spec.n_bins])[np.newaxis]
+        if isinstance(self.spec, WaveformSpec):
+            return voice_of(self.waveforms(segment, self.spec), self.spec)
+        assert isinstance(self.spec, SpectrogramSpec)
+        return self._masked(segment, self.spec)
+
+    def waveforms(self, segment: NDArray[np.float32], spec: WaveformSpec) -> NDArray[np.float32]:
+        """Return what a network from samples to samples gives for `segment`, with all stems. Raises EngineError."""
+        channels: NDArray[np.float32] = np.ascontiguousarray(segment.T)
+        output: NDArray[np.float32] = self._run(
+            spec.output_name, spec.input_name, channels[np.newaxis] if spec.batch_axis else channels
+        )
+        return output
+
+    def _masked(self, segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.float32]:
+        spectrum = stft(segment, spec)
+        magnitude = np.abs(spectrum[:, :, : spec.n_bins])[np.newaxis]
+        spectrum[:, :, : spec.n_bins] *= self._run(OUTPUT_NAME, INPUT_NAME, magnitude)[0]
+        spectrum[:, :, spec.n_bins :] = 0
+        return inverse_stft(spectrum, spec)
+
+    def _run(self, output_name: str, input_name: str, values: NDArray[np.float32]) -> Any:
         try:
-            mask = self._session.run([OUTPUT_NAME], {INPUT_NAME: magnitude})[0][0]
+            return self._session.run([output_name], {input_name: values})[0]
         except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
-        spectrum[:, :, : self.spec.n_bins] *= mask
-        spectrum[:, :, self.spec.n_bins :] = 0
-        return inverse_stft(spectrum, self.spec)
 
 
-def stft(segment: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.complex64]:
+def voice_of(output: NDArray[np.float32], spec: WaveformSpec) -> NDArray[np.float32]:
+    """Return the voice in what `Separator.waveforms` gave, [samples, channels]."""
+    stems = output[0] if spec.batch_axis else output
+    vocals: NDArray[np.float32] = stems if spec.stem is None else stems[spec.stem]
+    return vocals.T
+
+
+def stft(segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.complex64]:
     """Transform [samples, channels] to [channels, frames, n_fft / 2 + 1]; the first frame begins with the segment."""
     channels: Any = np.ascontiguousarray(segment.T)
     frames = np.lib.stride_tricks.sliding_window_view(channels, spec.n_fft, axis=1)[:, :: spec.hop_samples]
@@ -52,7 +75,7 @@ def stft(segment: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.comple
     return spectrum
 
 
-def inverse_stft(spectrum: NDArray[np.complex64], spec: SeparatorSpec) -> NDArray[np.float32]:
+def inverse_stft(spectrum: NDArray[np.complex64], spec: SpectrogramSpec) -> NDArray[np.float32]:
     """Transform back by adding overlapping frames; exact but for the first and the last n_fft - hop samples."""
     frames = np.fft.irfft(spectrum, spec.n_fft).astype(np.float32, copy=False)
     # The squares of the window, added at this hop, are a constant.
@@ -66,5 +89,5 @@ def inverse_stft(spectrum: NDArray[np.complex64], spec: SeparatorSpec) -> NDArra
     return signal.reshape(channels, -1).T
 
 
-def _window(spec: SeparatorSpec) -> NDArray[np.float32]:
+def _window(spec: SpectrogramSpec) -> NDArray[np.float32]:
     return (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(spec.n_fft) / spec.n_fft)).astype(np.float32)

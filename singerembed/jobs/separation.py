@@ -6,7 +6,7 @@ which crops are wanted, nor on what was read before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,11 +23,12 @@ from singerembed.errors import EngineError, TrackError
 from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
 from singerembed.model.spec import ModelSpec
+from singerembed.model.vocal_activity import VocalDetector
 
 if TYPE_CHECKING:
     from singerembed.engine.separator import Separator
 
-MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB
+MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB in windows of 6 s
 VOICELESS = 3  # a state of a crop beside those of mel
 _NEVER_DB = -200.0  # the ratio of a crop whose separated voice is digital silence
 
@@ -45,9 +46,13 @@ class Separation:
         self.description = separator.description
         self._separator = separator
         self._crop_samples = spec.crop_samples
-        self._window = separator.spec.segment_samples(spec.crop_samples)
+        try:
+            self._window = separator.spec.segment_samples(spec.crop_samples)
+        except ValueError as exc:
+            raise EngineError(f"{exc}. Build it with longer segments, or with less context") from exc
         self._context = (self._window - spec.crop_samples) // 2  # samples before and after each crop
         self._mixing_segment = segment_samples(spec.sample_rate)
+        self._detector = VocalDetector(spec) if VocalDetector.fits(spec) else None
         self._min_vocals_db, self._silence_peak = min_vocals_db, 10 ** (silence_dbfs / 20)
 
     def surrounded(self, reader: PcmReader, plan: CropPlan) -> tuple[PcmReader, CropPlan]:
@@ -55,6 +60,20 @@ class Separation:
         stop = None if plan.stop is None else plan.stop + 2 * self._context
         crop_samples = plan.crop_samples + 2 * self._context
         return PaddedReader(reader, self._context), replace(plan, crop_samples=crop_samples, stop=stop)
+
+    def vocal_score(self, block: CropBlock) -> float | None:
+        """How much the single crop of `block`, of a surrounded plan, seems to hold a voice: above 0, it does.
+
+        None where it cannot be said: the crop is silent, invalid or not whole, or the encoder has other crops or mel
+        bands than the usual ones.
+        """
+        if self._detector is None or block.stop[0] - block.start[0] != self._crop_samples + 2 * self._context:
+            return None
+        mixture = mel.as_float(block.pcm[0]).reshape(-1, self.channels)[self._context :][: self._crop_samples]
+        mono = self._mono(mixture)
+        if not self._silence_peak < np.abs(mono).max() < np.inf:  # so that NaN is not looked at either
+            return None
+        return self._detector.score(mono)
 
     def embed(self, block: CropBlock, engine: Engine) -> tuple[CropBlock, EmbeddedCrops, NDArray[np.float32]]:
         """Separate and embed the crops of a surrounded plan.
@@ -70,9 +89,10 @@ class Separation:
         peak, rms, ratio = (np.full(n, np.nan, np.float32) for _ in range(3))
         state = np.full(n, mel.INVALID, np.uint8)
         voices = np.zeros((n, self._crop_samples), np.float32)
-        for i, window in enumerate(block.pcm):
+        for i, pcm in enumerate(block.pcm):
+            window = mel.as_float(pcm).reshape(-1, self.channels)
             samples = slice(self._context, self._context + int(stop[i] - block.start[i]))
-            mixture: NDArray[np.float32] = np.ascontiguousarray(window[samples], np.float32)
+            mixture: NDArray[np.float32] = np.ascontiguousarray(window[samples])
             if not np.isfinite(mixture).all():
                 continue
             mono = self._mono(mixture)
@@ -113,15 +133,30 @@ def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) 
     return max(_NEVER_DB, 10 * np.log10(of_vocals / of_mixture)) if of_vocals > 0 else _NEVER_DB
 
 
-def crops_with_voice(n_crops: int, count: int, found: Callable[[], int]) -> Iterator[int]:
+def crops_with_voice(n_crops: int, count: int, found: Callable[[], int], put_off: Mapping[int, float]) -> Iterator[int]:
     """Yield the indices of `count` crops of `n_crops`, evenly spaced, and further ones until `found()` reaches `count`.
 
-    The further ones lie between; at most twice `count` are tried in all.
+    The further ones lie between, at twice the density. Whoever looks at a crop may put it off, with a score: where the
+    others are too few, those are yielded again at the end, the highest score first, until `patience(count)` of them in
+    a row have not raised `found()`.
     """
+    count = min(count, n_crops)
     first = spaced_indices(n_crops, count)
     yield from first
     for index in spaced_indices(n_crops, 2 * count):
-        if found() >= min(count, n_crops):
+        if found() >= count:
             return
         if index not in first:
             yield index
+    in_vain = 0
+    for index in sorted(put_off, key=lambda index: (-put_off[index], index)):
+        if found() >= count or in_vain == patience(count):
+            return
+        before = found()
+        yield index
+        in_vain = 0 if found() > before else in_vain + 1
+
+
+def patience(count: int) -> int:
+    """How many crops that seem to hold no voice are separated in vain, one after another, where `count` are wanted."""
+    return max(2, count // 2)

@@ -28,11 +28,11 @@ from singerembed.engine.machine import available_cores
 from singerembed.engine.separator import Separator
 from singerembed.errors import InterruptedRun, OutputError, TrackError
 from singerembed.jobs.ordered_map import ordered_map
+from singerembed.model.mel import as_float
 
 CATALOG_NAME = "catalog.csv"
 VOCALS, ERROR = "vocals", "separate_error"  # columns of the new catalogue
 _IDENTITY = "separator.json"
-_WANTED_SECONDS = 10.0  # of a segment; with what lies around it, 512 frames of Spleeter's
 _TASKS_A_WORKER = 4
 _NAME_CHARACTERS = 60
 
@@ -157,8 +157,7 @@ def _stem_of(
 def separated_blocks(location: str, separator: Separator, limit: TimeLimit) -> Iterator[NDArray[np.float32]]:
     """Yield the voice of a whole recording, float32 [n, channels], a segment at a time. Raises TrackError."""
     spec = separator.spec
-    window = spec.segment_samples(round(_WANTED_SECONDS * spec.sample_rate))
-    context = (spec.n_fft - spec.hop_samples) // 2 + spec.context_frames * spec.hop_samples
+    window, context = spec.stem_segment_samples, spec.context_samples
     wanted = window - 2 * context
     with open_recording(location, spec.sample_rate, limit, channels=spec.channels) as recording:
         reader = PaddedReader(recording, context)
@@ -166,7 +165,7 @@ def separated_blocks(location: str, separator: Separator, limit: TimeLimit) -> I
             held = reader.read(window)
         while (n := min(wanted, len(held) - 2 * context)) > 0:
             segment = np.zeros((window, spec.channels), np.float32)
-            segment[: len(held)] = np.nan_to_num(held, posinf=0, neginf=0)
+            segment[: len(held)] = np.nan_to_num(as_float(held), posinf=0, neginf=0).reshape(-1, spec.channels)
             yield separator.vocals(segment)[context : context + n]
             if len(held) < window:
                 break

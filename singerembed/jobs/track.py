@@ -26,7 +26,6 @@ from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
 from singerembed.model import mel
-from singerembed.model.mel import Pcm
 from singerembed.model.mixture import MixtureDetector
 from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows
 from singerembed.storage import Facts
@@ -212,6 +211,7 @@ class _EmbeddedTrack:
         self._mixtures = mixtures
         self._seems_mixed: bool | None = None
         self._n_embedded = 0
+        self._put_off: dict[int, float] = {}  # crops of which it seemed that nobody sings, and their scores
         self._ratio: list[NDArray[np.float32]] = []
         self._index: list[int] = []
         self._start: list[NDArray[np.int64]] = []
@@ -220,8 +220,10 @@ class _EmbeddedTrack:
         self._hash = hashlib.sha256() if options.audio_hash else None
 
     def add(self, block: CropBlock) -> None:
+        if self._is_put_off(block):
+            return
         if self._hash is not None:
-            self._hash.update(_as_float(block.pcm).data)
+            self._hash.update(mel.as_float(block.pcm).data)
         if self.separation is None:
             embedded = self.engine.embed(block.pcm)
         else:
@@ -245,7 +247,17 @@ class _EmbeddedTrack:
 
     def choose(self, n_crops: int) -> Iterator[int]:
         """Which of `n_crops` crops to read: those wanted, and others where there is no voice in them."""
-        return crops_with_voice(n_crops, self.options.crops or n_crops, lambda: self._n_embedded)
+        return crops_with_voice(n_crops, self.options.crops or n_crops, lambda: self._n_embedded, self._put_off)
+
+    def _is_put_off(self, block: CropBlock) -> bool:
+        """Whether nobody seems to sing in the only crop of `block`, which is separated at the end if at all."""
+        if self.separation is None or self.options.crops is None or block.index[0] in self._put_off:
+            return False
+        score = self.separation.vocal_score(block)
+        if score is None or score > 0:
+            return False
+        self._put_off[block.index[0]] = score
+        return True
 
     def rows(self, error: TrackError | None, seconds: float) -> TrackRows:
         spec = self.engine.spec
@@ -271,11 +283,6 @@ class _EmbeddedTrack:
         )
         rows = _in_order(rows)
         return _pooled(rows) if self.options.pool == "mean" and len(rows.crop) else rows
-
-
-def _as_float(pcm: Pcm) -> Pcm:
-    """`pcm` as float32, full scale 1: decoders of one recording give one or the other."""
-    return pcm.astype(np.float32) / np.float32(32768) if pcm.dtype == np.int16 else pcm
 
 
 def _concatenate(arrays: list[Any], dtype: Any) -> Any:

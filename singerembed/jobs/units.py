@@ -25,6 +25,7 @@ from singerembed.jobs.separation import open_separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.todays_tracks import TodaysTracks
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
+from singerembed.model.crop_classifier import CropClassifier
 from singerembed.model.mixture import MixtureDetector
 from singerembed.model.spec import ModelSpec
 from singerembed.output.finished import FinishedOutput
@@ -124,7 +125,7 @@ class EngineThreads:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
             self._separation = open_separation(separator_file, opened.spec, options) if separator_file else None
-            looks = separator_file is None and MixtureDetector.fits(opened.spec)
+            looks = separator_file is None and CropClassifier.fits(opened.spec)
             self._mixtures = MixtureDetector(opened.spec) if looks else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)
             # A thread that is left behind keeps its slot in the journal.

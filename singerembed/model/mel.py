@@ -125,6 +125,11 @@ def mel_basis(spec: ModelSpec) -> NDArray[np.float32]:
     return MelExtractor(spec).basis
 
 
+def as_float(pcm: Pcm) -> NDArray[np.float32]:
+    """Return `pcm` as float32, full scale 1: decoders of one recording give one or the other."""
+    return pcm.astype(np.float32) / np.float32(32768) if pcm.dtype == np.int16 else pcm  # type: ignore[return-value]
+
+
 def mix_down(pcm: NDArray[np.float32], segment: int) -> tuple[NDArray[np.float32], int]:
     """Average the channels, or take the loudest if they cancel: float32 [frames, channels] to float32 [frames].
 

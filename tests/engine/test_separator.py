@@ -20,7 +20,7 @@ from singerembed.engine.file import read_engine_file, read_separator_file
 from singerembed.engine.separator import Separator, inverse_stft, stft
 from singerembed.errors import CheckpointError, EngineError, OutputError
 from singerembed.jobs.describe import describe
-from singerembed.model.separator_spec import SeparatorSpec
+from singerembed.model.separator_spec import SeparatorSpec, SpectrogramSpec
 from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
 CHECKPOINT = Path(__file__).parent / "data" / "spleeter-tiny"
@@ -33,16 +33,24 @@ def separator(separator_path: str) -> Separator:
 
 
 @pytest.fixture
-def segment(separator: Separator) -> NDArray[np.float32]:
-    return building.verification_segment(separator.spec)
+def spec(separator: Separator) -> SpectrogramSpec:
+    assert isinstance(separator.spec, SpectrogramSpec)
+    return separator.spec
 
 
-def test_the_voice_is_that_of_tensorflow(separator: Separator, segment: NDArray[np.float32]) -> None:
+@pytest.fixture
+def segment(spec: SpectrogramSpec) -> NDArray[np.float32]:
+    return building.verification_segment(spec)
+
+
+def test_the_voice_is_that_of_tensorflow(
+    separator: Separator, spec: SpectrogramSpec, segment: NDArray[np.float32]
+) -> None:
     expected = np.load(CHECKPOINT / "reference.npz")
-    assert separator.spec.weights_sha256 == str(expected["weights_sha256"])
-    found = kept_samples(separator.vocals(segment), separator.spec)
+    assert spec.weights_sha256 == str(expected["weights_sha256"])
+    found = kept_samples(separator.vocals(segment), spec)
     assert difference_db(found, expected["vocals"]) < tolerances.SEPARATED_DB
-    assert difference_db(kept_samples(segment, separator.spec), expected["vocals"]) > -3  # not the mixture itself
+    assert difference_db(kept_samples(segment, spec), expected["vocals"]) > -3  # not the mixture itself
 
 
 def test_another_network_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,22 +60,22 @@ def test_another_network_is_found_out(tmp_path: Path, monkeypatch: pytest.Monkey
     assert not (tmp_path / "x.engine").exists()
 
 
-def test_a_segment_is_long_enough_and_its_middle_is_exact(separator: Separator) -> None:
+def test_a_segment_is_long_enough_and_its_middle_is_exact(spec: SpectrogramSpec) -> None:
     rng = np.random.default_rng(0)
     for wanted in (1, 44_100, 176_400, 455_680):
-        n = separator.spec.segment_samples(wanted)
-        frames = (n - separator.spec.n_fft) // separator.spec.hop_samples + 1
-        assert frames % separator.spec.frame_multiple == 0
-        edge = separator.spec.n_fft - separator.spec.hop_samples
-        assert n - 2 * (edge // 2 + separator.spec.context_frames * separator.spec.hop_samples) >= wanted
+        n = spec.segment_samples(wanted)
+        frames = (n - spec.n_fft) // spec.hop_samples + 1
+        assert frames % spec.frame_multiple == 0
+        edge = spec.n_fft - spec.hop_samples
+        assert n - 2 * (edge // 2 + spec.context_frames * spec.hop_samples) >= wanted
     noise = rng.standard_normal((n, 2)).astype(np.float32)
-    back = inverse_stft(stft(noise, separator.spec), separator.spec)
+    back = inverse_stft(stft(noise, spec), spec)
     assert back.shape == noise.shape
     np.testing.assert_allclose(back[edge:-edge], noise[edge:-edge], atol=tolerances.STFT_ROUND_TRIP)
 
 
-def test_channels_are_not_exchanged(separator: Separator) -> None:
-    n = separator.spec.segment_samples(1000)
+def test_channels_are_not_exchanged(separator: Separator, spec: SpectrogramSpec) -> None:
+    n = spec.segment_samples(1000)
     left = np.zeros((n, 2), np.float32)
     left[:, 0] = np.sin(np.arange(n) / 20)
     assert np.abs(separator.vocals(left)[:, 1]).max() == 0
@@ -84,7 +92,7 @@ def test_each_kind_of_engine_refuses_the_other(separator_path: str, reference_en
 
 
 def test_a_spec_that_cannot_be_is_refused() -> None:
-    good = SeparatorSpec(name="x", weights_sha256="").to_dict()
+    good = SpectrogramSpec(name="x", weights_sha256="").to_dict()
     assert SeparatorSpec.from_dict(good).to_dict() == good
     for change in ({"hop_samples": 0}, {"n_bins": 4000}, {"other": 1}):
         with pytest.raises(ValueError, match="separator spec"):

@@ -31,10 +31,11 @@ from singerembed.engine.separator import Separator
 from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
-from singerembed.jobs.separation import Separation, crops_with_voice
+from singerembed.jobs.separation import Separation, crops_with_voice, patience
 from singerembed.jobs.units import Listener
 from singerembed.model.mel import mix_down
 from singerembed.model.spec import ModelSpec
+from singerembed.model.vocal_activity import VocalDetector
 from singerembed.output.finished import FinishedOutput
 
 RATE = 44_100
@@ -104,9 +105,13 @@ def test_the_same_bits_whatever_is_embedded_together(
 
 
 def test_crops_without_voice_are_no_ok_rows(
-    mix: tuple[Path, NDArray[np.float32]], reference_engine: str, separator_path: str
+    mix: tuple[Path, NDArray[np.float32]],
+    reference_engine: str,
+    separator_path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder, _ = mix
+    monkeypatch.setattr(VocalDetector, "score", lambda _self, _crop: 1.0)  # none is put off
     rows = rows_of(folder, reference_engine, "a.parquet", ["a,@mix.wav,,"], separate=separator_path, min_vocals_db=ALL)
     ratio = np.array(rows["vocal_ratio"].to_pylist())
     limit = float(np.sort(ratio)[3:5].mean())
@@ -147,15 +152,82 @@ def test_the_mean_of_a_track(mix: tuple[Path, NDArray[np.float32]], reference_en
 
 
 def test_which_crops_are_tried() -> None:
-    assert list(crops_with_voice(100, 4, lambda: 4)) == [12, 37, 62, 87]
-    none = list(crops_with_voice(100, 4, lambda: 0))
+    assert list(crops_with_voice(100, 4, lambda: 4, {})) == [12, 37, 62, 87]
+    none = list(crops_with_voice(100, 4, lambda: 0, {}))
     assert none[:4] == [12, 37, 62, 87]
     assert len(none) == len(set(none)) <= 12
-    assert list(crops_with_voice(3, 8, lambda: 0)) == [0, 1, 2]
+    assert list(crops_with_voice(3, 8, lambda: 0, {})) == [0, 1, 2]
     tried: list[int] = []
-    for index in crops_with_voice(100, 4, lambda: sum(index > 50 for index in tried)):
+    for index in crops_with_voice(100, 4, lambda: sum(index > 50 for index in tried), {}):
         tried.append(index)  # noqa: PERF402  (the generator looks at what there is)
     assert sum(index > 50 for index in tried) == 4
+
+
+def test_crops_that_seem_to_hold_no_voice_are_tried_last() -> None:
+    score = {index: -float(index % 7) for index in range(0, 100, 2)}  # of those where nobody seems to sing
+
+    def tried(count: int, sung: Callable[[int], bool], n_crops: int = 100) -> tuple[list[int], list[int]]:
+        """The crops that were looked at, and those that were separated."""
+        looked_at: list[int] = []
+        separated: list[int] = []
+        put_off: dict[int, float] = {}
+        for index in crops_with_voice(n_crops, count, lambda: sum(map(sung, separated)), put_off):
+            looked_at.append(index)
+            if index in score and index not in put_off:
+                put_off[index] = score[index]
+            else:
+                separated.append(index)
+        return looked_at, separated
+
+    looked_at, separated = tried(4, lambda index: index % 2 == 1)  # it seems as it is
+    assert separated == [37, 87, *(i for i in looked_at[4:] if i % 2)]
+    assert len(separated) == 4
+    _, separated = tried(4, lambda index: index % 2 == 0)  # it is the other way round: none is lost
+    assert sum(index % 2 == 0 for index in separated) == 4
+    _, separated = tried(8, lambda _index: False)  # nobody sings: given up after four of those put off
+    put_off = [index for index in separated if index % 2 == 0]
+    assert len(put_off) == patience(8) == 4
+    assert [score[index] for index in put_off] == sorted((score[index] for index in put_off), reverse=True)
+    assert tried(8, lambda _index: False, n_crops=1) == ([0, 0], [0])  # a short recording has a row all the same
+
+
+def test_separation_is_spent_where_somebody_sings(
+    tmp_path: Path, reference_engine: str, separator_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_sung = np.repeat([False, True, False, True, False], np.array([3, 4, 5, 3, 3]) * CROP)
+    noise = 0.05 * np.random.default_rng(3).standard_normal(len(is_sung))
+    soundfile.write(tmp_path / "song.wav", noise + is_sung * 0.4 * np.sin(np.arange(len(is_sung)) / 20), RATE)
+
+    def holds_voice(mono: NDArray[np.float32]) -> bool:
+        return float((mono.astype(np.float64) ** 2).mean()) > 0.02
+
+    separated: list[bool] = []
+
+    def vocals(_self: Separator, segment: NDArray[np.float32]) -> NDArray[np.float32]:
+        separated.append(holds_voice(segment[2 * RATE : -2 * RATE, 0]))
+        return segment if separated[-1] else np.zeros_like(segment)
+
+    monkeypatch.setattr(Separator, "vocals", vocals)
+
+    def rows(name: str, score: Callable[[Any, NDArray[np.float32]], float], **options: Any) -> pa.Table:
+        monkeypatch.setattr(VocalDetector, "score", score)
+        separated.clear()
+        lines = ["a,@song.wav,,"]
+        return rows_of(tmp_path, reference_engine, name, lines, separate=separator_path, **options)
+
+    plain = rows("plain.parquet", lambda _self, _crop: 1.0, crops=5)
+    assert plain["crop"].to_pylist() == [0, 1, 2, 4, 5, 6, 8, 9, 11, 12, 13, 16]
+    heard = rows("heard.parquet", lambda _self, crop: holds_voice(crop) - 0.5, crops=5)
+    assert heard["crop"].to_pylist() == [4, 5, 6, 12, 13]
+    assert separated == [True] * 5
+    wrong = rows("wrong.parquet", lambda _self, crop: 0.5 - holds_voice(crop), crops=5)
+    assert set(heard["crop"].to_pylist()) <= set(wrong["crop"].to_pylist())  # what it is wrong about is not lost
+    every = rows("every.parquet", lambda _self, _crop: -1.0)  # all crops are wanted: none is left out
+    assert every["crop"].to_pylist() == list(range(18))
+    assert sum(separated) == 7
+    for table in (plain, heard, wrong):
+        for i, crop in enumerate(table["crop"].to_pylist()):
+            assert table.slice(i, 1).equals(every.slice(crop, 1))
 
 
 def test_every_defect_costs_its_own_row(
