@@ -31,7 +31,7 @@ OPTIONS = RunOptions(unit_minutes=8, workers=1, devices=(0, 1))
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine seems to have two; engines run on the CPU all the same."""
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 2)
 
 
 @pytest.fixture
@@ -129,10 +129,10 @@ def test_a_process_that_crashes_starts_again(catalog: str, tmp_path: Path) -> No
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 2)
     assert choose_devices("tensorrt", None) == (0, 1)
     assert choose_devices("tensorrt", (1,)) == (1,)
     with pytest.raises(UsageError, match="--devices 2"):
         choose_devices("tensorrt", (0, 2))
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 0)
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 0)
     assert choose_devices("onnxruntime", None) == (0,)
