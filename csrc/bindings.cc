@@ -213,6 +213,11 @@ NB_MODULE(_csrc, m) {
     for (const char* name : singerembed::available_isas()) names.emplace_back(name);
     return names;
   });
+  m.def("available_int8_isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : singerembed::available_int8_isas()) names.emplace_back(name);
+    return names;
+  });
   m.def("mix_down", &mix_down, "pcm"_a.noconvert(), "segment"_a);
 
   nb::class_<MelOptions>(m, "MelOptions")

@@ -40,6 +40,12 @@ AlignedFloats zeros(std::size_t n) {
 
 }  // namespace
 
+std::vector<const char*> available_int8_isas() {
+  std::vector<const char*> names;
+  for (const Int8Kernels* kernels : all_supported_int8()) names.push_back(kernels->name);
+  return names;
+}
+
 // A workspace that no other thread uses.
 class Encoder::Loan {
  public:

@@ -17,6 +17,9 @@
 
 namespace singerembed {
 
+// The instruction sets whose kernels for 8 bits this processor can run, narrowest first.
+std::vector<const char*> available_int8_isas();
+
 // Thread-safe, and after as many calls as there are threads without an allocation.
 class Encoder {
  public:

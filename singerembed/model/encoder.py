@@ -10,6 +10,11 @@ from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
 from singerembed.model.spec import ModelSpec
 
 
+def available_int8_isas() -> list[str]:
+    """Return the instruction sets whose kernels for int8 this processor can run, the widest last."""
+    return list(_csrc.available_int8_isas())
+
+
 class CompiledEncoder:
     """EfficientNet-B0 with its mel front end, as csrc/encoder.h describes it. Thread-safe.
 
