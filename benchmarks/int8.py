@@ -3,7 +3,7 @@
 python -m benchmarks.int8 ENGINE SOURCE [--song-column song]
 
 ENGINE: an FP32 engine for the native back end or ONNX Runtime. SOURCE: a catalogue, or a folder with a folder for each
-singer. Pairs are of crops of two recordings, or of two songs if the catalogue has such a column. Prints cosines, and the
+singer. Pairs are of crops of two recordings, or of two songs if the catalogue has such a column. Prints cosines and the
 difference of equal error rates with its 95 % interval over singers, the same singers drawn for both.
 """
 

@@ -73,6 +73,7 @@ void sizes(const Floats& weights, int n_mels, int n_frames, bool int8, std::mt19
   }
   Floats reference;
   for (const char* isa : {"portable", "avx2", "avx512", ""}) {
+    if (!int8 && !*isa) continue;  // the widest in 8 bits has no FP32 kernels of its own
     std::unique_ptr<Encoder> encoder;
     try {
       const EncoderOptions options{n_mels, n_frames, kDim, int8};
@@ -206,7 +207,8 @@ int main() {
   refusals(weights);
   const int shapes[][2] = {{128, 345}, {32, 32}, {33, 47}, {64, 62}, {40, 131}};
   for (const auto& shape : shapes) {
-    for (const bool int8 : {false, true}) sizes(weights, shape[0], shape[1], int8, random);
+    sizes(weights, shape[0], shape[1], false, random);
+    if (shape[0] < 64) sizes(weights, shape[0], shape[1], true, random);
   }
 #ifdef SE_X86
   const Int8Kernels* const all[] = {&kPortableInt8, &kAvx2Int8, &kAvx512Int8, &kVnniInt8};
