@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def encoder(checkpoint_path: str, seconds: float, rounds: int) -> dict[str, Any]
     for isa in reversed(available_isas()):
         compiled = NativeEngine(file, isa=isa).encoder
         rivals[f"native, {isa}"] = (lambda e=compiled: len(e.encode(log_mel[:4])), cores)
+    int8 = NativeEngine(replace(file, spec=replace(file.spec, precision="int8"))).encoder
+    rivals[f"native, int8, {int8.isa}"] = (lambda: len(int8.encode(log_mel[:4])), cores)
     session = OnnxRuntimeEngine(file)._session
 
     def work() -> int:

@@ -1,4 +1,4 @@
-// Arrays of floats whose address suits every vector width.
+// Arrays whose address suits every vector width.
 #pragma once
 
 #include <cstddef>
@@ -10,13 +10,17 @@ namespace singerembed {
 inline constexpr std::align_val_t kVectorAlignment{64};
 
 struct AlignedDelete {
-  void operator()(float* p) const noexcept { ::operator delete[](p, kVectorAlignment); }
+  void operator()(void* p) const noexcept { ::operator delete[](p, kVectorAlignment); }
 };
-using AlignedFloats = std::unique_ptr<float[], AlignedDelete>;
+template <class T>
+using AlignedArray = std::unique_ptr<T[], AlignedDelete>;
+using AlignedFloats = AlignedArray<float>;
 
 // Uninitialised. Throws std::bad_alloc.
-inline AlignedFloats allocate_floats(std::size_t n) {
-  return AlignedFloats(static_cast<float*>(::operator new[](n * sizeof(float), kVectorAlignment)));
+template <class T>
+AlignedArray<T> allocate_aligned(std::size_t n) {
+  return AlignedArray<T>(static_cast<T*>(::operator new[](n * sizeof(T), kVectorAlignment)));
 }
+inline AlignedFloats allocate_floats(std::size_t n) { return allocate_aligned<float>(n); }
 
 }  // namespace singerembed

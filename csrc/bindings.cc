@@ -213,6 +213,11 @@ NB_MODULE(_csrc, m) {
     for (const char* name : singerembed::available_isas()) names.emplace_back(name);
     return names;
   });
+  m.def("available_int8_isas", [] {
+    std::vector<std::string> names;
+    for (const char* name : singerembed::available_int8_isas()) names.emplace_back(name);
+    return names;
+  });
   m.def("mix_down", &mix_down, "pcm"_a.noconvert(), "segment"_a);
 
   nb::class_<MelOptions>(m, "MelOptions")
@@ -241,10 +246,12 @@ NB_MODULE(_csrc, m) {
   nb::class_<Encoder>(m, "Encoder")
       .def(
           "__init__",
-          [](Encoder* self, Weights weights, int n_mels, int n_frames, int embedding_dim, const std::string& isa) {
-            new (self) Encoder({n_mels, n_frames, embedding_dim}, weights.data(), weights.shape(0), isa.c_str());
+          [](Encoder* self, Weights weights, int n_mels, int n_frames, int embedding_dim, bool int8,
+             const std::string& isa) {
+            new (self) Encoder({n_mels, n_frames, embedding_dim, int8}, weights.data(), weights.shape(0), isa.c_str());
           },
-          "weights"_a.noconvert(), nb::kw_only(), "n_mels"_a, "n_frames"_a, "embedding_dim"_a, "isa"_a = "")
+          "weights"_a.noconvert(), nb::kw_only(), "n_mels"_a, "n_frames"_a, "embedding_dim"_a,
+          "int8"_a = false, "isa"_a = "")
       .def_prop_ro("isa", &Encoder::isa)
       .def("embed", &embed<std::int16_t>, "plan"_a, "pcm"_a.noconvert())
       .def("embed", &embed<float>, "plan"_a, "pcm"_a.noconvert())

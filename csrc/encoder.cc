@@ -1,4 +1,4 @@
-#include "encoder.h"
+#include "encoder_workspace.h"
 
 #include <algorithm>
 #include <utility>
@@ -8,7 +8,6 @@
 namespace singerembed {
 namespace {
 
-constexpr int kCropsTogether = 4;
 constexpr int kLatePixels = 64;  // of an output; with more, a bottleneck's maps are larger than its weights
 
 std::vector<const EncoderKernels*> all_supported() {  // narrowest first
@@ -16,6 +15,14 @@ std::vector<const EncoderKernels*> all_supported() {  // narrowest first
   return supported_kernels({&kPortableEncoder, &kAvx2Encoder, &kAvx512Encoder});
 #else
   return supported_kernels({&kPortableEncoder});
+#endif
+}
+
+std::vector<const Int8Kernels*> all_supported_int8() {
+#ifdef SE_X86
+  return supported_kernels({&kPortableInt8, &kAvx2Int8, &kAvx512Int8, &kVnniInt8});
+#else
+  return supported_kernels({&kPortableInt8});
 #endif
 }
 
@@ -33,19 +40,11 @@ AlignedFloats zeros(std::size_t n) {
 
 }  // namespace
 
-// What a call needs besides the weights.
-struct Encoder::Workspace {
-  AlignedFloats log_mel;          // [n_mels][n_frames]
-  AlignedFloats image;            // the same with a border of zeros
-  AlignedFloats maps[2];          // outputs of bottlenecks, by turns
-  AlignedFloats entries;          // input of the first late bottleneck, of each crop
-  AlignedFloats spread;           // output of a depthwise convolution, of each crop
-  AlignedFloats ring;             // rows of an expansion, with borders of zeros: [panel_blocks][size][padded row]
-  AlignedFloats zero_row;
-  AlignedFloats gated_weights;
-  AlignedFloats sums, squeezed, gate;  // [blocks][crops][16]
-  std::size_t late_map = 0, entry = 0, late_spread = 0;  // floats of a crop
-};
+std::vector<const char*> available_int8_isas() {
+  std::vector<const char*> names;
+  for (const Int8Kernels* kernels : all_supported_int8()) names.push_back(kernels->name);
+  return names;
+}
 
 // A workspace that no other thread uses.
 class Encoder::Loan {
@@ -76,26 +75,18 @@ class Encoder::Loan {
   std::unique_ptr<Workspace> workspace_;
 };
 
-struct Encoder::Pass {  // of `crops` crops through a bottleneck
-  const Bottleneck& layers;
-  const BottleneckShape& shape;
-  Workspace& at;
-  int crops;
-  Maps in, spread, out;
-  bool gates_map;  // instead of the projection's weights
-};
-
 Encoder::Encoder(const EncoderOptions& options, const float* weights, std::size_t n, const char* isa)
     : options_(options),
+      int8_(options.int8 ? find_kernels(all_supported_int8(), isa) : nullptr),
       kernels_(find_kernels(all_supported(), isa)),
-      network_(pack_network(options, weights, n, kernels_->panel_blocks)),
+      network_(pack_network(options, weights, n, kernels_->panel_blocks, int8_)),
       first_late_(find_first_late(network_.bottlenecks)) {}
 
 Encoder::~Encoder() = default;
 
 std::unique_ptr<Encoder::Workspace> Encoder::new_workspace() const {
   auto at = std::make_unique<Workspace>();
-  std::size_t early_map = 0, spread = 0, ring = 0, row = 0, gated = 0;
+  std::size_t early_map = 0, spread = 0, ring = 0, row = 0, gated = 0, quantised = 0;
   int widest = kHeadChannels;
   for (std::size_t i = 0; i < network_.bottlenecks.size(); ++i) {
     const BottleneckShape& s = network_.bottlenecks[i].shape;
@@ -105,7 +96,11 @@ std::unique_ptr<Encoder::Workspace> Encoder::new_workspace() const {
     largest_map = std::max(largest_map, map);
     largest_spread = std::max(largest_spread, spread_map);
     if (i + 1 == first_late_) at->entry = map;
-    ring = std::max(ring, s.padded_row() * s.size * std::max(kernels_->panel_blocks, blocks_of(kStemChannels)));
+    if (int8_) {
+      std::size_t& largest = i < first_late_ ? quantised : at->late_quantised;
+      largest = std::max(largest, std::max(spread_map, map_floats(s.in, s.in_pixels())) * int8_->activation_bytes);
+    }
+    ring = std::max(ring, s.padded_row() * s.size * std::max(group_blocks(), blocks_of(kStemChannels)));
     row = std::max(row, s.padded_row());
     if (i < first_late_) gated = std::max(gated, static_cast<std::size_t>(s.expanded) * padded(s.out));
     widest = std::max(widest, padded(s.expanded));
@@ -122,6 +117,12 @@ std::unique_ptr<Encoder::Workspace> Encoder::new_workspace() const {
   at->ring = zeros(ring);
   at->zero_row = zeros(row);
   at->gated_weights = zeros(gated);
+  if (int8_) {
+    const std::size_t bytes = std::max(quantised, kCropsTogether * at->late_quantised);
+    at->quantised = allocate_aligned<std::uint8_t>(bytes);
+    at->ones = zeros(kBlock);
+    std::fill_n(at->ones.get(), kBlock, 1.0f);
+  }
   for (AlignedFloats* vectors : {&at->sums, &at->squeezed, &at->gate}) {
     *vectors = zeros(static_cast<std::size_t>(widest) * kCropsTogether);
   }
@@ -184,18 +185,11 @@ void Encoder::run_late(Workspace& at, int crops, const Observer& observe, float*
     if (observe) observe(layers.shape, out.first);
     in = out;
   }
-  const BottleneckShape& last = network_.bottlenecks.back().shape;
-  PointwiseJob job{};
-  job.in_stride = job.out_stride = static_cast<std::size_t>(last.out_pixels()) * kBlock;
-  job.k = last.out;
-  job.weights = network_.head.weights.get();
-  job.bias = network_.head.bias.get();
-  job.pixels = last.out_pixels();
-  job.activation = Activation::kSilu;
-  convolve(job, kHeadChannels, crops, in, spread);
+  run_head(at, crops, in, spread);
+  const int pixels = network_.bottlenecks.back().shape.out_pixels();
   const std::size_t stride = static_cast<std::size_t>(crops) * kBlock;
   for (int crop = 0; crop < crops; ++crop) {
-    kernels_->pool(spread.of(crop), blocks_of(kHeadChannels), job.pixels, at.sums.get() + crop * kBlock, stride);
+    kernels_->pool(spread.of(crop), blocks_of(kHeadChannels), pixels, at.sums.get() + crop * kBlock, stride);
   }
   float* out = at.gate.get();
   convolve_vectors(network_.classifier, kHeadChannels, options_.embedding_dim, crops, at.sums.get(), out,
@@ -207,9 +201,30 @@ void Encoder::run_late(Workspace& at, int crops, const Observer& observe, float*
   }
 }
 
+void Encoder::run_head(Workspace& at, int crops, Maps in, Maps out) const {
+  const BottleneckShape& last = network_.bottlenecks.back().shape;
+  if (int8_) {
+    for (int crop = 0; crop < crops; ++crop) {
+      quantise(at, crop, in.of(crop), at.ones.get(), 0, last.out, last.out_pixels());
+    }
+    convolve_int8(at, network_.head, last.out, kHeadChannels, last.out_pixels(), crops, out, {}, Activation::kSilu);
+    return;
+  }
+  PointwiseJob job{};
+  job.in_stride = job.out_stride = static_cast<std::size_t>(last.out_pixels()) * kBlock;
+  job.k = last.out;
+  job.weights = network_.head.weights.get();
+  job.bias = network_.head.bias.get();
+  job.pixels = last.out_pixels();
+  job.activation = Activation::kSilu;
+  convolve(job, kHeadChannels, crops, in, out);
+}
+
+int Encoder::group_blocks() const { return int8_ ? int8_->panel_blocks : kernels_->panel_blocks; }
+
 void Encoder::run_bottleneck(const Pass& pass) const {
   const BottleneckShape& s = pass.shape;
-  const int blocks = blocks_of(s.expanded), group = s.first ? blocks : kernels_->panel_blocks;
+  const int blocks = blocks_of(s.expanded), group = s.first ? blocks : group_blocks();
   const int border = s.size / 2 * kBlock;
   for (int row = 0; row < group * s.size; ++row) {
     float* start = pass.at.ring.get() + row * s.padded_row();
@@ -217,6 +232,11 @@ void Encoder::run_bottleneck(const Pass& pass) const {
     std::fill_n(start + s.padded_row() - border, border, 0.0f);
   }
   std::fill_n(pass.at.sums.get(), static_cast<std::size_t>(blocks) * pass.crops * kBlock, 0.0f);
+  if (int8_ && !s.first) {
+    for (int crop = 0; crop < pass.crops; ++crop) {
+      quantise(pass.at, crop, pass.in.of(crop), pass.at.ones.get(), 0, s.in, s.in_pixels());
+    }
+  }
   for (int first = 0; first < blocks; first += group) {
     for (int crop = 0; crop < pass.crops; ++crop) spread_channels(pass, first, std::min(group, blocks - first), crop);
   }
@@ -261,6 +281,10 @@ void Encoder::fill_row(const Pass& pass, int first, int count, int crop, int row
     stem_row(pass, row, out, out_stride);
     return;
   }
+  if (int8_) {
+    fill_row_int8(pass, first, count, crop, row, out, out_stride);
+    return;
+  }
   PointwiseJob job{};
   job.in = pass.in.of(crop) + static_cast<std::size_t>(row) * s.in_width * kBlock;
   job.in_stride = static_cast<std::size_t>(s.in_pixels()) * kBlock;
@@ -303,6 +327,16 @@ void Encoder::excite(const Pass& pass) const {
 
 void Encoder::project(const Pass& pass) const {
   const BottleneckShape& s = pass.shape;
+  if (int8_) {
+    const std::size_t stride = static_cast<std::size_t>(pass.crops) * kBlock;
+    for (int crop = 0; crop < pass.crops; ++crop) {
+      quantise(pass.at, crop, pass.spread.of(crop), pass.at.gate.get() + crop * kBlock, stride, s.expanded,
+               s.out_pixels());
+    }
+    convolve_int8(pass.at, pass.layers.project, s.expanded, s.out, s.out_pixels(), pass.crops, pass.out,
+                  s.residual ? pass.in : Maps{}, Activation::kNone);
+    return;
+  }
   PointwiseJob job{};
   job.in_stride = job.out_stride = static_cast<std::size_t>(s.out_pixels()) * kBlock;
   job.k = s.expanded;

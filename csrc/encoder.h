@@ -17,10 +17,14 @@
 
 namespace singerembed {
 
+// The instruction sets whose kernels for 8 bits this processor can run, narrowest first.
+std::vector<const char*> available_int8_isas();
+
 // Thread-safe, and after as many calls as there are threads without an allocation.
 class Encoder {
  public:
-  // `weights`: see pack_network. `isa`: one of available_isas(), or empty for the widest that this processor supports.
+  // `weights`: see pack_network. `isa`: one of available_isas(), or empty for the widest that this processor supports
+  // (in 8 bits that may be "avx512-vnni").
   // Throws std::invalid_argument.
   Encoder(const EncoderOptions& options, const float* weights, std::size_t n, const char* isa = "");
   ~Encoder();
@@ -28,7 +32,7 @@ class Encoder {
   Encoder& operator=(const Encoder&) = delete;
 
   const EncoderOptions& options() const { return options_; }
-  const char* isa() const { return kernels_->name; }
+  const char* isa() const { return int8_ ? int8_->name : kernels_->name; }
 
   // Calls `source(crop, log_mel)` for each of `crops` crops, which writes [n_mels][n_frames] and returns true, or
   // returns false for a crop to be left out. Writes the embeddings of the others, [embedding_dim] each, one after
@@ -53,6 +57,8 @@ class Encoder {
   std::unique_ptr<Workspace> new_workspace() const;
   void run_early(Workspace& at, int crop, const Observer& observe) const;
   void run_late(Workspace& at, int crops, const Observer& observe, float* embeddings) const;
+  void run_head(Workspace& at, int crops, Maps in, Maps out) const;
+  int group_blocks() const;  // of channels that a bottleneck runs together
   void run_bottleneck(const Pass& pass) const;
   void spread_channels(const Pass& pass, int first, int count, int crop) const;
   void fill_row(const Pass& pass, int first, int count, int crop, int row) const;
@@ -62,8 +68,16 @@ class Encoder {
   void convolve(PointwiseJob job, int channels, int crops, Maps in, Maps out, Maps residual = {}) const;
   void convolve_vectors(const Convolution& layer, int k, int channels, int crops, float* in, float* out,
                         Activation activation) const;
+  // In 8 bits, after `quantise` of each crop's input into the workspace (encoder_int8.cc):
+  void quantise(Workspace& at, int crop, const float* map, const float* factors, std::size_t factor_stride,
+                int channels, int pixels) const;
+  void fill_row_int8(const Pass& pass, int first, int count, int crop, int row, float* out,
+                     std::size_t out_stride) const;
+  void convolve_int8(Workspace& at, const Convolution& layer, int k, int channels, int pixels, int crops, Maps out,
+                     Maps residual, Activation activation) const;
 
   EncoderOptions options_;
+  const Int8Kernels* int8_;  // null in FP32
   const EncoderKernels* kernels_;
   EncoderNetwork network_;
   std::size_t first_late_;  // bottlenecks from here on run for several crops together

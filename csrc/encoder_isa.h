@@ -9,6 +9,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace singerembed {
 
@@ -66,10 +67,53 @@ struct EncoderKernels {
   void (*pool)(const float* map, int blocks, int pixels, float* sums, std::size_t sum_stride);
 };
 
+// A 1 x 1 convolution of a map in 8 bits, x = step (q - zero), with weights in 8 bits, w[k][n] = scale[n] v[k][n]:
+// out[n][p] = activation(bias[n] + step scale[n] sum over k of v[k][n] (q[k][p] - zero)) + residual[n][p]. Sums are exact.
+struct Int8Job {
+  const void* in;          // [blocks of input channels][in_stride], of activation_bytes each
+  std::size_t in_stride;   // elements from a block to the next
+  int k;                   // input channels, a multiple of 4
+  const void* weights;     // [k / group][16 blocks][group], of 4 / group bytes each
+  const std::int32_t* weight_sums;  // sums over k of v[k][n], [16 blocks]
+  const float* scale;      // [16 blocks]
+  const float* bias;       // [16 blocks]
+  float step;
+  int zero;
+  const float* residual;   // as `out`, or null; only without an activation
+  float* out;              // [blocks][out_stride]
+  std::size_t out_stride;  // floats
+  int blocks;              // of output channels, at most panel_blocks
+  int pixels;
+  Activation activation;   // not kSigmoid
+};
+
+struct MapRange {
+  float low, high;  // never above or below 0
+  float sum;        // neither finite if the map holds NaN or infinity
+};
+
+struct Int8Kernels {
+  const char* name;
+  bool (*supported)();
+  int panel_blocks;
+  int group;                     // input channels that are multiplied together
+  std::size_t activation_bytes;  // of a number of a map
+  void (*pointwise)(const Int8Job& job);
+  // The range of map[block][p][c] * factors[block * factor_stride + c].
+  MapRange (*range)(const float* map, const float* factors, std::size_t factor_stride, int blocks, int pixels);
+  // out[block][p][c] = the same times `scale`, rounded, plus `zero`, clamped to 0 and 255; 0 for NaN.
+  void (*quantise)(const float* map, const float* factors, std::size_t factor_stride, int blocks, int pixels,
+                   float scale, int zero, void* out);
+};
+
 extern const EncoderKernels kPortableEncoder;
+extern const Int8Kernels kPortableInt8;
 #ifdef SE_X86
 extern const EncoderKernels kAvx2Encoder;
 extern const EncoderKernels kAvx512Encoder;
+extern const Int8Kernels kAvx2Int8;
+extern const Int8Kernels kAvx512Int8;
+extern const Int8Kernels kVnniInt8;
 #endif
 
 }  // namespace singerembed

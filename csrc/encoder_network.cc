@@ -1,6 +1,8 @@
 #include "encoder_network.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -81,13 +83,55 @@ AlignedFloats pack(const float* weights, int out, int in, int panel_blocks, doub
 Convolution read_pointwise(Reader& reader, int out, int in, int panel_blocks, double before, double after) {
   const float* weights = reader.take(out, in);
   const float* bias = reader.take(out, 1);
-  return {pack(weights, out, in, panel_blocks, before * after), pack(bias, out, 1, 1, after)};
+  Convolution layer;
+  layer.weights = pack(weights, out, in, panel_blocks, before * after);
+  layer.bias = pack(bias, out, 1, 1, after);
+  return layer;
+}
+
+// The same in 8 bits: of each output the largest weight becomes 127.
+Convolution read_int8(Reader& reader, int out, int in, const Int8Kernels& kernels, double before, double after) {
+  const float* weights = reader.take(out, in);
+  Convolution layer;
+  layer.bias = pack(reader.take(out, 1), out, 1, 1, after);
+  layer.scale = allocate_floats(padded(out));
+  layer.weight_sums = allocate_aligned<std::int32_t>(padded(out));
+  const int group = kernels.group, bytes = 4 / group;
+  layer.int8_weights = allocate_aligned<std::uint8_t>(static_cast<std::size_t>(padded(out)) * in * bytes);
+  std::uint8_t* next = layer.int8_weights.get();
+  std::fill_n(layer.scale.get(), padded(out), 0.0f);
+  std::fill_n(layer.weight_sums.get(), padded(out), 0);
+  for (int n = 0; n < out; ++n) {
+    float largest = 0;
+    for (int k = 0; k < in; ++k) largest = std::max(largest, std::fabs(weights[static_cast<std::size_t>(n) * in + k]));
+    layer.scale[n] = static_cast<float>(largest * before * after / 127);
+  }
+  for (int block = 0; block < blocks_of(out); block += kernels.panel_blocks) {
+    const int first = block * kBlock, end = std::min(first + kernels.panel_blocks * kBlock, padded(out));
+    for (int k = 0; k < in; k += group) {
+      for (int n = first; n < end; ++n) {
+        for (int i = k; i < k + group; ++i) {
+          const double x = n < out ? weights[static_cast<std::size_t>(n) * in + i] * before * after : 0;
+          const double whole = x == 0 || layer.scale[n] == 0 ? 0 : std::nearbyint(x / layer.scale[n]);
+          const auto value = static_cast<std::int16_t>(std::clamp(whole, -127.0, 127.0));
+          const auto narrow = static_cast<std::int8_t>(value);
+          layer.weight_sums[n] += value;
+          std::memcpy(next, bytes == 1 ? static_cast<const void*>(&narrow) : &value, bytes);
+          next += bytes;
+        }
+      }
+    }
+  }
+  return layer;
 }
 
 Convolution read_depthwise(Reader& reader, int channels, int taps) {
   const float* weights = reader.take(channels, taps);
   const float* bias = reader.take(channels, 1);
-  return {pack(weights, channels, taps, 1, kAfterSilu * kBeforeSilu), pack(bias, channels, 1, 1, kBeforeSilu)};
+  Convolution layer;
+  layer.weights = pack(weights, channels, taps, 1, kAfterSilu * kBeforeSilu);
+  layer.bias = pack(bias, channels, 1, 1, kBeforeSilu);
+  return layer;
 }
 
 void check(const char* name, int value, int least, int most) {
@@ -98,11 +142,16 @@ void check(const char* name, int value, int least, int most) {
 
 }  // namespace
 
-EncoderNetwork pack_network(const EncoderOptions& options, const float* weights, std::size_t n, int panel_blocks) {
+EncoderNetwork pack_network(const EncoderOptions& options, const float* weights, std::size_t n, int panel_blocks,
+                            const Int8Kernels* int8) {
   check("n_mels", options.n_mels, kSmallestSide, kLargestSide);
   check("n_frames", options.n_frames, kSmallestSide, kLargestSide);
   check("embedding_dim", options.embedding_dim, 1, kLargestDim);
   Reader reader(weights, n);
+  const auto read_large = [&](int out, int in, double before, double after) {
+    return int8 ? read_int8(reader, out, in, *int8, before, after)
+                : read_pointwise(reader, out, in, panel_blocks, before, after);
+  };
   EncoderNetwork network;
   const float* stem = reader.take(kStemChannels, kStemTaps);
   network.stem.weights = pack(stem, kStemChannels, kStemTaps, blocks_of(kStemChannels), kBeforeSilu);
@@ -110,16 +159,16 @@ EncoderNetwork pack_network(const EncoderOptions& options, const float* weights,
   network.stem.bias = pack(bias, kStemPositions * kStemChannels, 1, 1, kBeforeSilu);
   for (const BottleneckShape& s : shapes((options.n_mels - 1) / 2 + 1, (options.n_frames - 1) / 2 + 1)) {
     Bottleneck b{s, {}, {}, {}, {}, {}};
-    if (!s.first) b.expand = read_pointwise(reader, s.expanded, s.in, panel_blocks, 1, kBeforeSilu);
+    if (!s.first) b.expand = read_large(s.expanded, s.in, 1, kBeforeSilu);
     b.depthwise = read_depthwise(reader, s.expanded, s.size * s.size);
     const double mean = kAfterSilu / s.out_pixels();  // it reads sums
     b.squeeze = read_pointwise(reader, s.squeezed, s.expanded, panel_blocks, mean, kBeforeSilu);
     b.excite = read_pointwise(reader, s.expanded, s.squeezed, panel_blocks, kAfterSilu, kBeforeSilu);
-    b.project = read_pointwise(reader, s.out, s.expanded, panel_blocks, kAfterSilu, 1);
+    b.project = read_large(s.out, s.expanded, kAfterSilu, 1);
     network.bottlenecks.push_back(std::move(b));
   }
   const BottleneckShape& last = network.bottlenecks.back().shape;
-  network.head = read_pointwise(reader, kHeadChannels, last.out, panel_blocks, 1, kBeforeSilu);
+  network.head = read_large(kHeadChannels, last.out, 1, kBeforeSilu);
   network.classifier = read_pointwise(reader, options.embedding_dim, kHeadChannels, panel_blocks,
                                       kAfterSilu / last.out_pixels(), 1);
   if (reader.left() > 0) throw std::invalid_argument("there are more weights than the encoder has");

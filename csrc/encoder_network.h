@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "aligned.h"
@@ -12,6 +13,7 @@ namespace singerembed {
 struct EncoderOptions {
   int n_mels = 0, n_frames = 0;  // of the log-mel spectrogram
   int embedding_dim = 0;
+  bool int8 = false;  // expansions, projections and the head in 8-bit integers; all else is FP32
 };
 
 // An inverted bottleneck: expansion (not in the first, where the stem takes its place), depthwise convolution,
@@ -30,6 +32,10 @@ struct BottleneckShape {
 
 struct Convolution {
   AlignedFloats weights, bias;
+  // Of a layer in 8 bits, which has no `weights`: see Int8Job.
+  AlignedArray<std::uint8_t> int8_weights;
+  AlignedArray<std::int32_t> weight_sums;
+  AlignedFloats scale;
 };
 
 struct Bottleneck {
@@ -52,7 +58,10 @@ inline std::size_t map_floats(int channels, int pixels) { return static_cast<std
 // `weights`: n floats, batch norms folded, one layer after another, of each the weights as torch has them and the bias:
 // stem [32][3][3] of one channel with bias [3][3][32], as above; of each bottleneck expansion, depthwise, squeeze,
 // excitation, projection; head; classifier. Pointwise weights are packed in panels of `panel_blocks` blocks:
-// [panel][input channels][16 panel_blocks]. Throws std::invalid_argument if n is wrong, or an option is out of range.
-EncoderNetwork pack_network(const EncoderOptions& options, const float* weights, std::size_t n, int panel_blocks);
+// [panel][input channels][16 panel_blocks]; if there are kernels `int8`, expansions, projections and the head for those:
+// [panel][input channels / group][16 panel_blocks][group]. Throws std::invalid_argument if n is wrong, or an option is
+// out of range.
+EncoderNetwork pack_network(const EncoderOptions& options, const float* weights, std::size_t n, int panel_blocks,
+                            const Int8Kernels* int8);
 
 }  // namespace singerembed

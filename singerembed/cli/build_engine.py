@@ -35,8 +35,8 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     "--precision",
     default="auto",
     show_default=True,
-    metavar="auto|fp32|fp16",
-    help="Arithmetic of the encoder; auto: fp16 for tensorrt and tensorrt-rtx, else fp32.",
+    metavar="auto|fp32|fp16|int8",
+    help="Arithmetic of the encoder; auto: fp16 for tensorrt and tensorrt-rtx, else fp32. int8: native only.",
 )
 @click.option(
     "--max-batch",

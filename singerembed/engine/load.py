@@ -22,8 +22,13 @@ def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, de
     """Start the back end of `file`, on CUDA device `device` if it uses a GPU. Raises EngineError if it cannot run here.
 
     An engine of ONNX Runtime or the native back end uses a GPU if there is one, with onnxruntime-gpu, the extra gpu and
-    the CUDA kernels. A native engine runs on ONNX Runtime where the processor has none of its instruction sets.
+    the CUDA kernels. A native engine runs on ONNX Runtime where the processor has none of its instruction sets. One in
+    int8 always runs on the CPU, by the native back end.
     """
+    if needs_native(file):
+        from singerembed.engine.native import NativeEngine
+
+        return NativeEngine(file, silence_dbfs)
     if file.backend in PORTABLE_BACKENDS:
         from singerembed.engine import native, onnxruntime, onnxruntime_cuda
 
@@ -39,12 +44,19 @@ def open_engine(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, de
     raise EngineError(f"this singerembed has no back end {file.backend!r}. Upgrade it, or build the engine again")
 
 
-def devices_for(backend: str) -> int:
-    """Return how many CUDA devices an engine of `backend` would use here; 0 if it would run on the CPU."""
+def needs_native(file: EngineFile) -> bool:
+    """Return whether no other back end can run `file`, wherever it is: int8 is arithmetic of the native one alone."""
+    return file.backend == "native" and file.spec.precision == "int8"
+
+
+def devices_for(file: EngineFile) -> int:
+    """Return how many CUDA devices `file` would use here; 0 if it would run on the CPU."""
     from singerembed.engine import onnxruntime_cuda
     from singerembed.engine.tensorrt import cuda_devices
 
-    return cuda_devices() if backend not in PORTABLE_BACKENDS or onnxruntime_cuda.is_usable() else 0
+    if needs_native(file):
+        return 0
+    return cuda_devices() if file.backend not in PORTABLE_BACKENDS or onnxruntime_cuda.is_usable() else 0
 
 
 def load_engine(path: str | None = None, silence_dbfs: float = DEFAULT_SILENCE_DBFS) -> Engine:

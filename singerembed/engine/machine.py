@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 
 from singerembed.engine.cuda_driver import driver_package
 from singerembed.errors import EngineError
+from singerembed.model.encoder import available_int8_isas
 from singerembed.model.mel import available_isas, require_cuda_kernels
 
 
@@ -61,7 +62,10 @@ def examine() -> list[Finding]:
             "singerembed", True, f"{version('singerembed')}, Python {platform.python_version()}, {platform.platform()}"
         ),
         Finding(
-            "processor", True, f"{available_cores()} cores for this process; mel kernels: {', '.join(available_isas())}"
+            "processor",
+            True,
+            f"{available_cores()} cores for this process; mel kernels: {', '.join(available_isas())}; "
+            f"int8 by {available_int8_isas()[-1]}",
         ),
         _soundfile(),
         _package("PyAV", "av", "m4a, aac and whatever else FFmpeg reads", "av"),

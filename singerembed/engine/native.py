@@ -66,8 +66,10 @@ def times_as_fast(file: EngineFile, crops: Pcm) -> float:
 
 def flat_weights(model: bytes, spec: ModelSpec) -> NDArray[np.float32]:
     """Return the weights of the ONNX model in the order of csrc/encoder_network.h. Raises EngineError for another."""
-    if spec.precision != "fp32" or spec.backbone != "efficientnet_b0":
-        raise EngineError(f"the native back end runs efficientnet_b0 in fp32, not {spec.backbone} in {spec.precision}")
+    if spec.precision == "fp16" or spec.backbone != "efficientnet_b0":
+        raise EngineError(
+            f"the native back end runs efficientnet_b0 in fp32 or int8, not {spec.backbone} in {spec.precision}"
+        )
     layers = read_layers(model)
     if not layers or layers[0][0].shape[1:] != (3, 3, 3):
         raise EngineError("this is not the encoder's network: it does not begin with a convolution of three channels")

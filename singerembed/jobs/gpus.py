@@ -11,6 +11,7 @@ from queue import Empty
 from typing import Any
 
 from singerembed.catalog.read import Track
+from singerembed.engine.file import EngineFile
 from singerembed.engine.load import devices_for
 from singerembed.errors import EngineError, InterruptedRun, SingerEmbedError, UsageError
 from singerembed.jobs.crash_journal import gather_suspects
@@ -23,12 +24,12 @@ _POLL_SECONDS = 0.2
 _MAX_RESTARTS = 20  # of all processes together, see supervisor.py
 
 
-def choose_devices(backend: str, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Choose the CUDA devices for an engine of `backend`; (0,) where it runs on the CPU. `wanted` None: all devices.
+def choose_devices(engine: EngineFile, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Choose the CUDA devices for `engine`; (0,) where it runs on the CPU. `wanted` None: all devices.
 
     Raises UsageError for a device that is not there.
     """
-    available = devices_for(backend)
+    available = devices_for(engine)
     if wanted is None:
         return tuple(range(available)) or (0,)
     missing = [device for device in wanted if device >= max(1, available)]

@@ -82,7 +82,7 @@ def run(
     fingerprint = _examine(catalog, options, say)
     if options.ray is not None and options.devices is not None:
         raise UsageError("--devices is for this machine's GPUs; with --ray, Ray gives them out. Leave one of them out")
-    devices = (0,) if options.ray is not None else choose_devices(engine_file.backend, options.devices)
+    devices = (0,) if options.ray is not None else choose_devices(engine_file, options.devices)
     identity = {
         "catalog": {"name": storage.redacted(catalog).rpartition("/")[2], "sha256": fingerprint.sha256},
         "engine": {"name": engine_file.spec.name, "sha256": engine_file.sha256},

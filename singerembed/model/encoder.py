@@ -10,8 +10,16 @@ from singerembed.model.mel import DEFAULT_SILENCE_DBFS, MelExtractor, Pcm
 from singerembed.model.spec import ModelSpec
 
 
+def available_int8_isas() -> list[str]:
+    """Return the instruction sets whose kernels for int8 this processor can run, the widest last."""
+    return list(_csrc.available_int8_isas())
+
+
 class CompiledEncoder:
-    """EfficientNet-B0 with its mel front end, as csrc/encoder.h describes it. FP32, thread-safe."""
+    """EfficientNet-B0 with its mel front end, as csrc/encoder.h describes it. Thread-safe.
+
+    With the spec's precision "int8" its 1 x 1 convolutions compute in 8-bit integers, else all is FP32.
+    """
 
     def __init__(
         self,
@@ -28,7 +36,12 @@ class CompiledEncoder:
         """
         self._mel = MelExtractor(spec, silence_dbfs, isa=isa)
         self._encoder = _csrc.Encoder(
-            weights, n_mels=spec.n_mels, n_frames=spec.n_frames, embedding_dim=spec.embedding_dim, isa=isa
+            weights,
+            n_mels=spec.n_mels,
+            n_frames=spec.n_frames,
+            embedding_dim=spec.embedding_dim,
+            int8=spec.precision == "int8",
+            isa=isa,
         )
 
     @property

@@ -21,7 +21,7 @@ class ModelSpec:
     name: str  # display name of the weights' source
     method: str  # byol, contrastive, contrastive-vc, unif-align, vicreg, ..., or "untrained"
     weights_sha256: str = UNKNOWN_SHA256  # over the encoder's tensors, see checkpoint.weights_sha256
-    precision: str = "fp32"  # arithmetic of the encoder: "fp32" or "fp16"
+    precision: str = "fp32"  # arithmetic of the encoder: "fp32", "fp16", or "int8" in its 1 x 1 convolutions
     sample_rate: int = 44_100  # Hz, of the audio
     crop_samples: int = 176_400  # 4 s
     n_fft: int = 2048  # samples; periodic Hann window, centred frames, reflected at both ends
@@ -46,8 +46,8 @@ class ModelSpec:
     def __post_init__(self) -> None:
         if self.normalise != "crop" and not (isinstance(self.normalise, int | float) and self.normalise > 0):
             raise ValueError(f"normalise must be 'crop' or a positive number, got {self.normalise!r}")
-        if self.precision not in {"fp32", "fp16"}:
-            raise ValueError(f"precision must be 'fp32' or 'fp16', got {self.precision!r}")
+        if self.precision not in {"fp32", "fp16", "int8"}:
+            raise ValueError(f"precision must be 'fp32', 'fp16' or 'int8', got {self.precision!r}")
 
     @property
     def n_frames(self) -> int:

@@ -64,18 +64,20 @@ Floats embed(const Encoder& encoder, const std::vector<Floats>& crops, const std
   return Floats(out.get(), out.get() + keep.size() * kDim);
 }
 
-void sizes(const Floats& weights, int n_mels, int n_frames, std::mt19937& random) {
-  const std::string what = std::to_string(n_mels) + " x " + std::to_string(n_frames);
+void sizes(const Floats& weights, int n_mels, int n_frames, bool int8, std::mt19937& random) {
+  const std::string what = std::to_string(n_mels) + " x " + std::to_string(n_frames) + (int8 ? ", int8" : "");
   std::normal_distribution<float> normal(-0.5f, 0.5f);
   std::vector<Floats> crops(6, Floats(static_cast<std::size_t>(n_mels) * n_frames));
   for (Floats& crop : crops) {
     for (float& x : crop) x = normal(random);
   }
   Floats reference;
-  for (const char* isa : {"portable", "avx2", "avx512"}) {
+  for (const char* isa : {"portable", "avx2", "avx512", ""}) {
+    if (!int8 && !*isa) continue;  // the widest in 8 bits has no FP32 kernels of its own
     std::unique_ptr<Encoder> encoder;
     try {
-      encoder = std::make_unique<Encoder>(EncoderOptions{n_mels, n_frames, kDim}, weights.data(), weights.size(), isa);
+      const EncoderOptions options{n_mels, n_frames, kDim, int8};
+      encoder = std::make_unique<Encoder>(options, weights.data(), weights.size(), isa);
     } catch (const std::invalid_argument&) {
       require(isa != std::string("portable"), "the portable kernels are everywhere");
       continue;
@@ -97,7 +99,8 @@ void sizes(const Floats& weights, int n_mels, int n_frames, std::mt19937& random
       difference = std::max(difference, std::fabs(reference[i] - together[i]));
     }
     require(largest > 1e-3f && std::isfinite(largest), what + ": embeddings that say something");
-    require(difference <= 1e-4f * largest, what + ": instruction sets agree on " + isa);
+    // Activations that fall between two levels are rounded up or down.
+    require(difference <= (int8 ? 2e-2f : 1e-4f) * largest, what + ": instruction sets agree on " + isa);
     std::vector<Floats> extremes(2, Floats(crops[0].size(), 1e30f));
     std::fill(extremes[1].begin(), extremes[1].end(), -1e-38f);
     embed(*encoder, extremes, {0, 1});
@@ -124,6 +127,78 @@ void refusals(const Floats& weights) {
   require(refused({64, 64, kDim}, weights, "neon512"), "an unknown instruction set");
 }
 
+// Any numbers, and the largest sums that there are, by the kernels and by the definition; arrays are exactly as long as
+// they need to be.
+void int8_sums(const Int8Kernels& kernels, int k, int pixels, bool extreme, std::mt19937& random) {
+  if (!kernels.supported()) return;
+  const std::string what = std::string(kernels.name) + ", " + std::to_string(k) + " channels";
+  std::uniform_int_distribution<int> activation(0, 255), weight(-127, 127), zero_point(0, 255);
+  const int blocks = kernels.panel_blocks, out = blocks * kBlock, in_blocks = blocks_of(k), zero = zero_point(random);
+  const std::size_t in_bytes = kernels.activation_bytes, weight_bytes = 4 / kernels.group;
+  std::vector<int> x(static_cast<std::size_t>(in_blocks) * pixels * kBlock), w(static_cast<std::size_t>(k) * out);
+  for (int& q : x) q = extreme ? 255 : activation(random);
+  for (int& v : w) v = extreme ? (&v - w.data()) % 2 ? -127 : 127 : weight(random);
+  const auto narrow = [](std::vector<unsigned char>& bytes, std::size_t at, int value, std::size_t size) {
+    for (std::size_t i = 0; i < size; ++i) bytes[at * size + i] = static_cast<unsigned char>(value >> (8 * i));
+  };
+  std::vector<unsigned char> in(x.size() * in_bytes), packed(w.size() * weight_bytes);
+  for (std::size_t i = 0; i < x.size(); ++i) narrow(in, i, x[i], in_bytes);
+  std::vector<std::int32_t> sums(out);
+  for (int c = 0; c < k; ++c) {
+    for (int n = 0; n < out; ++n) {
+      const int g = kernels.group;
+      narrow(packed, (static_cast<std::size_t>(c / g) * out + n) * g + c % g, w[c * out + n], weight_bytes);
+      sums[n] += w[c * out + n];
+    }
+  }
+  const Floats scale(out, 1.0f), bias(out, 0.0f);
+  Floats results(static_cast<std::size_t>(blocks) * pixels * kBlock);
+  Int8Job job{};
+  job.in = in.data();
+  job.in_stride = job.out_stride = static_cast<std::size_t>(pixels) * kBlock;
+  job.k = k;
+  job.weights = packed.data();
+  job.weight_sums = sums.data();
+  job.scale = scale.data();
+  job.bias = bias.data();
+  job.step = 1;
+  job.zero = zero;
+  job.out = results.data();
+  job.blocks = blocks;
+  job.pixels = pixels;
+  job.activation = Activation::kNone;
+  kernels.pointwise(job);
+  bool equal = true;
+  for (int n = 0; n < out; ++n) {
+    for (int p = 0; p < pixels; ++p) {
+      int sum = 0;
+      for (int c = 0; c < k; ++c) {
+        sum += w[c * out + n] * (x[(static_cast<std::size_t>(c / kBlock) * pixels + p) * kBlock + c % kBlock] - zero);
+      }
+      const std::size_t at = (static_cast<std::size_t>(n / kBlock) * pixels + p) * kBlock + n % kBlock;
+      equal = equal && results[at] == static_cast<float>(sum);
+    }
+  }
+  require(equal, what + ": exact sums");
+}
+
+// Values between two levels, beyond the range, and none at all, by each instruction set.
+void int8_rounding(const Int8Kernels& kernels) {
+  if (!kernels.supported()) return;
+  const float nan = std::nanf("");
+  const Floats map{0, 0.49f, 0.51f, 1.5f, 2.5f, 255, 300, 1e30f, -0.49f, -1, -300, -1e30f, nan, 7, 8, 9}, ones(kBlock, 1);
+  const int expected[kBlock] = {3, 3, 4, 4, 6, 255, 255, 255, 3, 2, 0, 0, 0, 10, 11, 12};  // halves to even numbers
+  std::vector<unsigned char> out(kBlock * kernels.activation_bytes);
+  kernels.quantise(map.data(), ones.data(), 0, 1, 1, 1.0f, 3, out.data());
+  for (int i = 0; i < kBlock; ++i) {
+    require(out[i * kernels.activation_bytes] == expected[i], std::string(kernels.name) + ": level " + std::to_string(i));
+  }
+  const Floats finite{-3, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 5}, twos(kBlock, 2);
+  const MapRange range = kernels.range(finite.data(), twos.data(), 0, 1, 1);
+  require(range.low == -6 && range.high == 10 && range.sum == 8, std::string(kernels.name) + ": a range");
+  require(std::isnan(kernels.range(map.data(), ones.data(), 0, 1, 1).sum), "a map with NaN says so");
+}
+
 }  // namespace
 
 int main() {
@@ -131,7 +206,22 @@ int main() {
   const Floats weights = make_weights(random);
   refusals(weights);
   const int shapes[][2] = {{128, 345}, {32, 32}, {33, 47}, {64, 62}, {40, 131}};
-  for (const auto& shape : shapes) sizes(weights, shape[0], shape[1], random);
+  for (const auto& shape : shapes) {
+    sizes(weights, shape[0], shape[1], false, random);
+    if (shape[0] < 64) sizes(weights, shape[0], shape[1], true, random);
+  }
+#ifdef SE_X86
+  const Int8Kernels* const all[] = {&kPortableInt8, &kAvx2Int8, &kAvx512Int8, &kVnniInt8};
+#else
+  const Int8Kernels* const all[] = {&kPortableInt8};
+#endif
+  for (const Int8Kernels* kernels : all) {
+    for (const int pixels : {1, 5, 29}) {
+      for (const int k : {16, 24, 40, 1152}) int8_sums(*kernels, k, pixels, false, random);
+      int8_sums(*kernels, 1152, pixels, true, random);
+    }
+    int8_rounding(*kernels);
+  }
   std::printf("%d checks on the encoder\n", checks);
   return 0;
 }

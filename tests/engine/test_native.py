@@ -205,8 +205,10 @@ def test_the_trial_compares_the_two(file: EngineFile, golden: Golden) -> None:
 
 
 def test_what_it_cannot_run(release_folder: Path, file: EngineFile, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="fp32"):
+    with pytest.raises(UsageError, match="fp32 or int8"):
         build_engine(str(release_folder), str(tmp_path / "x"), BuildOptions("native", precision="fp16"))
+    with pytest.raises(UsageError, match="onnxruntime does not compute in int8"):
+        build_engine(str(release_folder), str(tmp_path / "x"), BuildOptions("onnxruntime", precision="int8"))
     with pytest.raises(EngineError, match="fp16"):
         NativeEngine(replace(file, spec=replace(file.spec, precision="fp16")))
     with pytest.raises(EngineError, match="more weights than were given"):

@@ -381,5 +381,5 @@ def test_build_engine_makes_an_rtx_engine_without_a_gpu(rtx: Any, release_folder
 
 
 def test_build_engine_refuses_an_unknown_precision(tmp_path: Any) -> None:
-    with pytest.raises(UsageError, match="unknown precision 'int8'; there are: auto, fp32, fp16"):
-        build_engine("none", str(tmp_path / "x"), BuildOptions(precision="int8"), say=lambda *_: None)
+    with pytest.raises(UsageError, match="unknown precision 'int4'; there are: auto, fp32, fp16, int8"):
+        build_engine("none", str(tmp_path / "x"), BuildOptions(precision="int4"), say=lambda *_: None)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from singerembed.catalog.read import Track
+from singerembed.engine.file import read_engine_file
 from singerembed.engine.load import bundled_engine_path
 from singerembed.errors import EngineError, InterruptedRun, UsageError
 from singerembed.jobs import gpus
@@ -31,7 +32,7 @@ OPTIONS = RunOptions(unit_minutes=8, workers=1, devices=(0, 1))
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine seems to have two; engines run on the CPU all the same."""
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 2)
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_a_process_that_crashes_starts_again(catalog: str, tmp_path: Path) -> No
         "from singerembed import RunOptions, run\n"
         "from singerembed.jobs import gpus\n"
         "if __name__ == '__main__':\n"
-        "    gpus.devices_for = lambda backend: 2\n"
+        "    gpus.devices_for = lambda engine: 2\n"
         f"    options = RunOptions(unit_minutes=8, workers=1, devices=(0, 1))\n"
         f"    summary = run({catalog!r}, {str(tmp_path / 'o.parquet')!r}, options=options)\n"
         "    print(json.dumps(summary.counts.errors))\n"
@@ -129,10 +130,11 @@ def test_a_process_that_crashes_starts_again(catalog: str, tmp_path: Path) -> No
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 2)
-    assert choose_devices("tensorrt", None) == (0, 1)
-    assert choose_devices("tensorrt", (1,)) == (1,)
+    engine = read_engine_file(bundled_engine_path())
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 2)
+    assert choose_devices(engine, None) == (0, 1)
+    assert choose_devices(engine, (1,)) == (1,)
     with pytest.raises(UsageError, match="--devices 2"):
-        choose_devices("tensorrt", (0, 2))
-    monkeypatch.setattr(gpus, "devices_for", lambda _backend: 0)
-    assert choose_devices("onnxruntime", None) == (0,)
+        choose_devices(engine, (0, 2))
+    monkeypatch.setattr(gpus, "devices_for", lambda _engine: 0)
+    assert choose_devices(engine, None) == (0,)
