@@ -24,13 +24,13 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
-from benchmarks import bands
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import run
 from singerembed.model.spec import ModelSpec
 from singerembed.model.vocal_activity import VocalDetector
+from training.recipes import bands
 
 SECTIONS = ((12, False), (24, True), (24, False), (24, True), (12, False))  # seconds, and whether somebody sings
 CASES = {

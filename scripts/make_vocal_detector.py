@@ -3,7 +3,7 @@
     python -m scripts.make_vocal_detector VOICES.csv OTHER.csv [--font OTHER.sf2]
 
 Both are catalogues of isolated voices with a column path. The first 4 s of each are mixed with a made band of its own
-(benchmarks/bands.py; for OTHER with the sound font given), 6 dB below the voice, as loud, and 6 dB above it. Writes
+(training/recipes/bands.py; for OTHER with the sound font given), 6 dB below the voice, as loud, and 6 dB above. Writes
 singerembed/data/vocal_activity.npz. Needs scikit-learn and fluidsynth.
 """
 
@@ -21,10 +21,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks import bands
 from singerembed.model.mel import MelExtractor
 from singerembed.model.spec import ModelSpec
 from singerembed.model.vocal_activity import activity_features
+from training.recipes import bands
 
 LEVELS = {"alone": None, "+6 dB": 6.0, "0 dB": 0.0, "-6 dB": -6.0}
 STRENGTH = 0.03  # of the fit: the inverse of its regularisation

@@ -9,6 +9,7 @@ INVALID: int
 HAS_CUDA: bool
 
 def available_isas() -> list[str]: ...
+def available_int8_isas() -> list[str]: ...
 def mix_down(pcm: NDArray[np.float32], segment: int) -> tuple[NDArray[np.float32], int]: ...
 
 class MelOptions:
@@ -37,7 +38,14 @@ class MelPlan:
 
 class Encoder:
     def __init__(
-        self, weights: NDArray[np.float32], *, n_mels: int, n_frames: int, embedding_dim: int, isa: str = ""
+        self,
+        weights: NDArray[np.float32],
+        *,
+        n_mels: int,
+        n_frames: int,
+        embedding_dim: int,
+        int8: bool = False,
+        isa: str = "",
     ) -> None: ...
     @property
     def isa(self) -> str: ...

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from singerembed.engine.load import PORTABLE_BACKENDS
+from singerembed.engine.file import EngineFile
+from singerembed.engine.load import PORTABLE_BACKENDS, needs_native
 from singerembed.engine.machine import available_cores
 from singerembed.errors import ClusterError, MissingDependencyError, SingerEmbedError
 from singerembed.jobs.ray_worker import ClusterJob, unpack
@@ -59,17 +60,19 @@ class Slot(NamedTuple):
     gpus: int
 
 
-def slots_of(nodes: Sequence[dict[str, Any]], backend: str, threads: int | None) -> list[Slot]:
+def slots_of(nodes: Sequence[dict[str, Any]], engine: EngineFile, threads: int | None) -> list[Slot]:
     """Choose where workers run, given what `ray.nodes()` returns.
 
     One a GPU with its share of the node's cores, or one a group of cores; nodes without a GPU are left out for an
-    engine that needs one. `threads`: cores a group, if it was asked for.
+    engine that needs one, and GPUs for an engine that cannot use one. `threads`: cores a group, if it was asked for.
     """
     slots = []
     for node in nodes:
         cores, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
-        if not node["Alive"] or (not gpus and backend not in PORTABLE_BACKENDS):
+        if not node["Alive"] or (not gpus and engine.backend not in PORTABLE_BACKENDS):
             continue
+        if needs_native(engine):
+            gpus = 0
         groups = gpus or (cores // min(threads, cores or 1) if threads else -(-cores // _CORES_A_WORKER))
         for number in range(groups):
             share = cores // groups + (number < cores % groups)
@@ -221,7 +224,7 @@ class _ClusterRun:
         listeners: Sequence[Listener],
     ) -> None:
         self._ray, self._parts, self._listeners = ray, parts, listeners
-        self._backend, self._threads = job.engine_file.backend, job.options.workers
+        self._engine, self._threads = job.engine_file, job.options.workers
         self._job = ray.put(job)
         self._scheduler = Scheduler(work)
         self._total_tracks = total_tracks
@@ -260,7 +263,7 @@ class _ClusterRun:
         for worker in list(self._workers.values()):
             if not worker.ready and now - worker.created > _START_SECONDS:
                 self._end(worker)
-        slots = slots_of(self._ray.nodes(), self._backend, self._threads)
+        slots = slots_of(self._ray.nodes(), self._engine, self._threads)
         for slot in slots:
             if slot not in self._workers:
                 self._start(slot, now)

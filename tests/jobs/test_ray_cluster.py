@@ -19,6 +19,7 @@ import soundfile
 
 import singerembed
 from singerembed.catalog.read import Track
+from singerembed.engine.file import EngineFile
 from singerembed.errors import ClusterError, InterruptedRun, SingerEmbedError, UsageError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import Slot, embed_on_ray, slots_of
@@ -134,6 +135,11 @@ def node(name: str, resources: dict[str, float], *, alive: bool = True) -> dict[
     return {"NodeID": name, "NodeManagerAddress": name, "Alive": alive, "Resources": resources}
 
 
+def engine_of(backend: str) -> EngineFile:
+    name, _, precision = backend.partition(" in ")
+    return EngineFile(ModelSpec(name="a", method="b", precision=precision or "fp32"), name, b"", {}, {})
+
+
 @pytest.mark.parametrize(
     ("resources", "backend", "threads", "shares"),
     [
@@ -145,6 +151,7 @@ def node(name: str, resources: dict[str, float], *, alive: bool = True) -> dict[
         ({"CPU": 16.0, "GPU": 3.0}, "onnxruntime", None, [(6, 1), (5, 1), (5, 1)]),
         ({"CPU": 16.0, "GPU": 2.0}, "tensorrt", None, [(8, 1)] * 2),
         ({"CPU": 16.0}, "tensorrt", None, []),
+        ({"CPU": 16.0, "GPU": 2.0}, "native in int8", None, [(8, 0)] * 2),
         ({}, "onnxruntime", None, []),
         ({}, "onnxruntime", 4, []),
     ],
@@ -152,14 +159,14 @@ def node(name: str, resources: dict[str, float], *, alive: bool = True) -> dict[
 def test_workers_a_node(
     resources: dict[str, float], backend: str, threads: int | None, shares: list[tuple[int, int]]
 ) -> None:
-    slots = slots_of([node("a", resources)], backend, threads)
+    slots = slots_of([node("a", resources)], engine_of(backend), threads)
     assert [(slot.cores, slot.gpus) for slot in slots] == shares
     assert [slot.number for slot in slots] == list(range(len(shares)))
 
 
 def test_a_node_that_left_has_no_workers() -> None:
     nodes = [node("a", {"CPU": 4.0}, alive=False), node("b", {"CPU": 4.0})]
-    assert slots_of(nodes, "onnxruntime", None) == [Slot("b", "b", 0, 4, 0)]
+    assert slots_of(nodes, engine_of("onnxruntime"), None) == [Slot("b", "b", 0, 4, 0)]
 
 
 # --- the same rows --------------------------------------------------------------------------------------------------
