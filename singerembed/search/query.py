@@ -24,9 +24,9 @@ _MATCHES = 2  # pairs of crops that are named for a track
 # Crops that are looked up for each crop of a query before tracks are ranked by them: several may be of one track.
 _CROPS_A_TRACK = 20
 _LOOKED_UP = 2  # tracks for each one wanted: some may be copies of others
-# Two tracks are one recording in two formats if the crops at each place of both are at least as similar as this. Copies
-# in lossy formats and other recordings as long are told apart by it (docs/search.md, benchmarks.copies).
-NEAR_COPY = 0.97
+# Two tracks are one recording in two formats if the crops at each place of both are at least as similar as this: with
+# the bundled engine copies had 0.965 and more, other recordings as long 0.939 at most (docs/search.md).
+NEAR_COPY = 0.96
 # That a query is sung by somebody in the index at all; each of its singers is then as likely as the other.
 PRIOR_KNOWN = 0.5
 
