@@ -47,11 +47,12 @@ class Tolerance:
 
 
 # FP32 engines differ by rounding only: independent implementations reach 2.5e-6. FP16 has 11 bits, over 81
-# convolutions. INT8 has 8 in the 1 x 1 convolutions; trained weights reach 0.9995, 3.5e-3 of the norm.
+# convolutions. INT8 has 8 in the 1 x 1 convolutions: on tones and noises, of which these
+# crops are, trained weights reach 0.9965 and more, on voices 0.9992 (docs/performance.md).
 TOLERANCES = {
     "fp32": Tolerance(0.999999, 1e-3),
     "fp16": Tolerance(0.9995, 3e-2),
-    "int8": Tolerance(0.998, 3e-2),
+    "int8": Tolerance(0.99, 5e-2),
 }
 
 
