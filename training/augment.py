@@ -1,4 +1,4 @@
-"""Augmentations of a crop: formant-preserving pitch shift, then channel transforms, noise, gain and time mask."""
+"""Augmentations of a crop: formant-preserving pitch shift, accompaniment, channel, noise, gain, time mask."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from singerembed.errors import UsageError
 from training import pitch_worker
 from training.config import AugmentConfig
+from training.reading import Backing
 
 Samples = NDArray[np.float32]
 
@@ -32,11 +33,17 @@ PITCH_TIMEOUT_SECONDS = 20.0
 class Augmenter:
     """Draws and applies the augmentations. All randomness comes from the generator passed to a call."""
 
-    def __init__(self, config: AugmentConfig, sample_rate: int, *, shift_pitch: bool) -> None:
-        """`shift_pitch`: False if pitch was shifted beforehand. Raises UsageError for an unknown transform."""
+    def __init__(
+        self, config: AugmentConfig, sample_rate: int, *, shift_pitch: bool, crop_seconds: float = 0.0
+    ) -> None:
+        """`shift_pitch`: False if pitch was shifted beforehand. `crop_seconds`: of crops, for the backing.
+
+        Raises UsageError for an unknown transform, or a folder without accompaniment.
+        """
         self._config = config
         self._sample_rate = sample_rate
         self._pitch = PitchShifter() if shift_pitch and config.pitch_probability > 0 else None
+        self._backing = Backing(config.backing, crop_seconds, sample_rate) if config.backing else None
         self._channel = [_transform(fields) for fields in config.channel]
         self._others = [
             audiomentations.AddGaussianNoise(*config.noise_amplitude, p=config.noise_probability),
@@ -50,6 +57,8 @@ class Augmenter:
         if self._pitch is not None and rng.random() < config.pitch_probability:
             ratio, range_ratio = draw_ratio(config.pitch_ratio, rng), draw_ratio(config.pitch_range_ratio, rng)
             pcm = self._pitch.shift(pcm, self._sample_rate, ratio, range_ratio, seed=int(rng.integers(2**31)))
+        if self._backing is not None and rng.random() < config.backing_probability:
+            pcm = self._backing.under(pcm, rng.uniform(*config.backing_db), rng)
         with _global_generators_seeded(int(rng.integers(2**32))):
             for transform in self._channel:
                 pcm = transform(pcm, self._sample_rate)

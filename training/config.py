@@ -82,6 +82,11 @@ class AugmentConfig(Section):
     # Change the speed of both crops of a pair by one factor, up to this or its reciprocal. It changes the apparent
     # vocal tract, so that few training singers become many. Not in the paper.
     pair_speed: Annotated[float, Field(ge=1)] = 1.0
+    # A folder of recordings without voices, of which a random stretch is mixed under crops, so that a pair may be a
+    # voice and other seconds of it over a band (arXiv 2510.03025). Empty: none.
+    backing: str = ""
+    backing_probability: Probability = 0.4
+    backing_db: Annotated[tuple[float, float], AfterValidator(_ascending)] = (0.0, 20.0)  # voice over band
     # Transforms of audiomentations, applied between pitch and noise: {transform: NAME, arguments}.
     channel: tuple[dict[str, Any], ...] = ()
 

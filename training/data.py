@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from singerembed.audio.limits import TimeLimit
-from singerembed.audio.recording import open_recording
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
 from training.augment import Augmenter, Samples, peak_normalised
 from training.config import DataConfig, TrainConfig
 from training.groups import groups, recording_numbers
 from training.metrics import METRICS, CropLabels, verification_metrics
+from training.reading import read_crop
 from training.recordings import TRAIN, VALIDATION, Recording
 from training.targets import Floats, read_targets, relative_path
 
@@ -41,7 +40,6 @@ ACTIVE_DB = -40.0
 ACTIVE_FRAME_SECONDS = 0.05
 # All pairs of validation crops are compared: 4096 x 4096 similarities take 64 MiB.
 MAX_VALIDATION_CROPS = 4096
-_READ_TIMEOUT_SECONDS = 60.0
 
 _log = logging.getLogger(__name__)
 _warned: set[str] = set()
@@ -71,20 +69,6 @@ class PairKey(NamedTuple):
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
-
-
-def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int) -> Samples:
-    """Read mono float32 [n_samples] from `start_seconds` on, padded with zeros after the end of the recording.
-
-    Raises TrackError.
-    """
-    limit = TimeLimit(_READ_TIMEOUT_SECONDS)
-    with limit.counting(), open_recording(path, sample_rate, limit) as reader:
-        reader.seek(round(start_seconds * sample_rate))
-        pcm = reader.read(n_samples)
-    if pcm.dtype == np.int16:
-        pcm = pcm.astype(np.float32) / np.float32(32768)
-    return np.pad(pcm, (0, n_samples - len(pcm))).astype(np.float32, copy=False)
 
 
 def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
@@ -143,7 +127,12 @@ class PairDataset(Dataset[dict[str, Any]]):
         self.groups = groups(recordings, by_singer=config.data.pairs == "singer")
         self._variants = _find_variants(recordings, config.data) if config.data.pitch_variants else {}
         self._targets = read_targets(config.teacher.targets) if config.teacher.targets else None
-        self._augment = Augmenter(config.augment, self._sample_rate, shift_pitch=not config.data.pitch_variants)
+        self._augment = Augmenter(
+            config.augment,
+            self._sample_rate,
+            shift_pitch=not config.data.pitch_variants,
+            crop_seconds=config.data.crop_seconds,
+        )
 
     def __getitem__(self, key: PairKey) -> dict[str, Any]:
         """Return `clips`, float32 [2, samples], their `groups` label and, with a teacher, `targets`, float32 [2, dim].

@@ -83,6 +83,7 @@ def training_facts(source: Path) -> dict[str, Any]:
         ("data", "audio_root"),
         ("model", "initialise"),
         ("teacher", "targets"),
+        ("augment", "backing"),
     ):
         if key not in config.get(section, {}):
             continue  # a checkpoint of before there was that key

@@ -17,7 +17,8 @@ from singerembed.errors import OutputError, TrackError
 from training.augment import PitchShifter, draw_ratio
 from training.command import command
 from training.config import SHORTEST_CROP_SECONDS, DataConfig, TrainConfig
-from training.data import read_crop, variant_path
+from training.data import variant_path
+from training.reading import read_crop
 from training.recordings import Recording, build_index
 
 # Praat takes about 1 % of a recording's length; a hang takes minutes.

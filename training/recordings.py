@@ -59,9 +59,9 @@ def build_index(config: TrainConfig) -> list[Recording]:
     nothing is left to train on.
     """
     data, crop_seconds = config.data, config.front_end().crop_seconds
-    training = _measured(_find(data.source, config), data.crop_seconds)
+    training = measured(_find(data.source, config), data.crop_seconds)
     if data.validation:
-        held_out = _measured(_find(data.validation, config), crop_seconds)
+        held_out = measured(_find(data.validation, config), crop_seconds)
     else:
         held_out_singers = _draw_singers({each.singer for each in training}, data.validation_fraction, config.seed)
         held_out = [each for each in training if each.singer in held_out_singers and each.seconds >= crop_seconds]
@@ -185,7 +185,7 @@ def in_output(path: str, data: DataConfig) -> Iterator[Recording]:
     tqdm.write(f"read      {path}: {counts[OK]} crops, without {counts[SILENT]} silent ones and {counts[ERROR]} errors")
 
 
-def _measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
+def measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:
     """Return the recordings of at least `min_seconds`, with their lengths from the file headers if they have none."""
     with ThreadPoolExecutor(_PROBE_THREADS) as threads:
         lengths = list(

@@ -18,7 +18,7 @@ from singerembed.storage import absolute
 from training.augment import Samples
 from training.command import command
 from training.config import SHORTEST_CROP_SECONDS, DataConfig, TrainConfig
-from training.data import read_crop
+from training.reading import read_crop
 from training.recordings import Recording, build_index
 from training.targets import Floats, Windows, relative_path, write_targets
 

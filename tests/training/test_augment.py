@@ -13,6 +13,7 @@ import parselmouth
 import pytest
 from numpy.typing import NDArray
 from parselmouth.praat import call
+from training_audio import tone, write
 
 from singerembed.errors import UsageError
 from training import augment, pitch_worker
@@ -158,3 +159,33 @@ def test_half_of_the_ratios_are_reciprocals() -> None:
     assert 1 / 1.3 <= ratios.min() < 0.8
     assert 1.28 < ratios.max() <= 1.3
     assert (ratios > 1).mean() == pytest.approx(0.5, abs=0.05)
+
+
+# --- accompaniment --------------------------------------------------------------------------------------------------
+
+
+def test_accompaniment_is_mixed_as_loud_as_drawn(voice: NDArray[np.float32], tmp_path: Path) -> None:
+    write(tmp_path / "a" / "tone.flac", 0.01 * tone(4.0) / 0.5)
+    write(tmp_path / "short.flac", tone(0.5))
+    write(tmp_path / "silent.flac", np.zeros(4 * SAMPLE_RATE))
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    config = NONE.model_copy(update={"backing": str(tmp_path), "backing_probability": 1.0, "backing_db": (6.0, 6.0)})
+    augmenter = Augmenter(config, SAMPLE_RATE, shift_pitch=False, crop_seconds=2.0)
+    crop = voice[: 2 * SAMPLE_RATE]
+    made = [augmenter(crop, np.random.default_rng(seed)) for seed in range(6)]
+    mix = made[0].astype(np.float64)
+    assert len(mix) == len(crop)
+    # What is left after the voice is taken out is the band: a tone of 440 Hz.
+    band = mix - (mix @ crop) / float(crop @ crop) * crop
+    spectrum = np.abs(np.fft.rfft(band))
+    assert np.argmax(spectrum) / 2.0 == pytest.approx(440, abs=1)
+    assert 20 * np.log10(np.linalg.norm(mix - band) / np.linalg.norm(band)) == pytest.approx(6.0, abs=0.5)
+    np.testing.assert_array_equal(made[0], augmenter(crop, np.random.default_rng(0)))
+    assert not np.array_equal(made[0], made[1])
+
+
+def test_a_folder_without_accompaniment_is_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "short.flac", tone(0.5))
+    config = NONE.model_copy(update={"backing": str(tmp_path)})
+    with pytest.raises(UsageError, match=r"holds no recording of 2 s or more"):
+        Augmenter(config, SAMPLE_RATE, shift_pitch=False, crop_seconds=2.0)

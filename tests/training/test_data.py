@@ -19,7 +19,8 @@ from singerembed.errors import SingerEmbedError, UsageError
 from training import evaluate, pitch_variants
 from training.augment import PitchShifter, Samples
 from training.config import TrainConfig
-from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop, read_crop
+from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop
+from training.reading import read_crop
 from training.recordings import TRAIN, VALIDATION, Recording, build_index
 
 
