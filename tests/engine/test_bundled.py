@@ -20,9 +20,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def test_it_says_what_it_is_in_few_bytes_and_nothing_of_the_machine_that_made_it() -> None:
     engine = read_engine_file(bundled_engine_path())
-    assert (engine.spec.name, engine.spec.method) == (BUNDLED_NAME, "contrastive")
+    assert (engine.spec.name, engine.spec.method) == (BUNDLED_NAME, "teacher")
     assert Path(bundled_engine_path()).stat().st_size < 11_000_000
-    assert engine.build["training"]["config"]["data"]["pairs"] == "singer"
+    assert engine.build["training"]["recipe"] == "free_voices_training"
     header = json.dumps([engine.build, engine.verification])
     assert '"/' not in header  # a path
     assert '"~' not in header
