@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ _STEM_SECONDS = 10.0  # wanted of a segment when a whole recording is separated;
 
 
 @dataclass(frozen=True, kw_only=True)
-class SeparatorSpec:
+class SeparatorSpec(ABC):
     """What every separator of vocals has. See `SpectrogramSpec` and `WaveformSpec`."""
 
     name: str  # display name of the weights' source
@@ -21,19 +22,19 @@ class SeparatorSpec:
     sample_rate: int = 44_100  # Hz
     channels: int = 2
 
+    @abstractmethod
     def segment_samples(self, wanted_samples: int) -> int:
         """Samples to separate where the middle `wanted_samples` of them are wanted. Raises ValueError if too many."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def stem_segment_samples(self) -> int:
         """Samples to separate at a time where a whole recording is."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def context_samples(self) -> int:
         """Samples at either end of a segment, at least, whose voice is not used."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""

@@ -59,7 +59,7 @@ def log_mel(checkpoint: Checkpoint, golden: Golden) -> NDArray[np.float32]:
     return MelExtractor(checkpoint.spec).log_mel(golden.pcm).mel
 
 
-def check(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
+def assert_near(embedding: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
     reached = compare(embedding, expected)
     assert reached.cosine >= tolerances.NATIVE_COSINE
     assert reached.difference <= tolerances.NATIVE_DIFFERENCE
@@ -77,7 +77,7 @@ def test_embeddings_of_torch_on_every_instruction_set(
 ) -> None:
     compiled = NativeEngine(file, isa=isa)
     assert compiled.encoder.isa == isa
-    check(compiled.encoder.encode(log_mel), expected)
+    assert_near(compiled.encoder.encode(log_mel), expected)
 
 
 def test_random_crops(engine: NativeEngine, checkpoint: Checkpoint) -> None:
@@ -91,7 +91,7 @@ def test_random_crops(engine: NativeEngine, checkpoint: Checkpoint) -> None:
     noise -= noise.mean(axis=1, keepdims=True)
     levels = 10 ** rng.uniform(-2, 0, (8, 1))
     crops = (noise / np.abs(noise).max(axis=1, keepdims=True) * levels).astype(np.float32)
-    check(engine.embed(crops).embedding, TorchEngine(checkpoint).embed(crops).embedding)
+    assert_near(engine.embed(crops).embedding, TorchEngine(checkpoint).embed(crops).embedding)
 
 
 @pytest.mark.parametrize("isa", available_isas())
@@ -122,7 +122,7 @@ def test_other_sizes_and_their_borders(
     spec = replace(checkpoint.spec, n_mels=n_mels, crop_samples=samples)
     compiled = CompiledEncoder(spec, flat_weights(model, spec))
     part = log_mel[:2, :n_mels, : spec.n_frames].copy()
-    check(compiled.encode(part), TorchEngine(replace(checkpoint, spec=spec)).encode(part))
+    assert_near(compiled.encode(part), TorchEngine(replace(checkpoint, spec=spec)).encode(part))
     with pytest.raises(ValueError, match=f"{n_mels} x {spec.n_frames}"):
         compiled.encode(part[:, :, 1:].copy())
 
@@ -176,7 +176,7 @@ def test_an_engine_built_for_it_says_so_and_was_verified(
     monkeypatch.setattr(native, "has_kernels", lambda: False)
     elsewhere = open_engine(built)
     assert isinstance(elsewhere, OnnxRuntimeEngine)
-    check(opened.embed(golden.pcm).embedding, elsewhere.embed(golden.pcm).embedding)
+    assert_near(opened.embed(golden.pcm).embedding, elsewhere.embed(golden.pcm).embedding)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_equal_weights_that_the_exporter_stores_once(checkpoint: Checkpoint, log
     model = export_onnx(untrained)
     assert len(read_tensors(model)) < len(read_layers(model)) * 2
     encoder = NativeEngine(EngineFile(checkpoint.spec, "native", model, {}, {})).encoder
-    check(encoder.encode(log_mel[:2]), TorchEngine(untrained).encode(log_mel[:2]))
+    assert_near(encoder.encode(log_mel[:2]), TorchEngine(untrained).encode(log_mel[:2]))
 
 
 @pytest.mark.parametrize("halved", [False, True])
