@@ -56,6 +56,7 @@ if command -v compute-sanitizer > /dev/null; then
     done
 fi
 step "engines against the official pipeline" python -m pytest --rootdir="$root" -q gpu/test_engines_gpu.py
+step "a separator against the CPU" python -m pytest --rootdir="$root" -q gpu/test_separator_gpu.py
 step "times" bash -o pipefail -c \
     'python "$0/scripts/gpu_times.py" "$0/benchmarks/results" | tee "$0/build/gpu-times.txt"' "$root"
 cd "$root" || exit 2

@@ -97,20 +97,25 @@ def open_onnxruntime_cuda(file: EngineFile, silence_dbfs: float = DEFAULT_SILENC
 
     def open_network(cuda: CudaDevice) -> OnnxRuntimeNetwork:
         stream = cuda.stream()
-        session = _open_session(file.payload, cuda.index, stream)
+        session = open_session(file.payload, cuda.index, stream)
         return OnnxRuntimeNetwork(file.spec, session, cuda, stream, index=cuda.index)
 
     return GpuEngine(file.spec, lambda: CudaDevice(device), open_network, silence_dbfs)
 
 
-def _open_session(model: bytes, index: int, stream: int) -> Any:
+def open_session(model: bytes, index: int, stream: int | None = None) -> Any:
+    """Return a session of `model` on CUDA device `index`, whose work goes to `stream`, or to one of its own.
+
+    Raises EngineError.
+    """
     provider = {
         "device_id": str(index),
-        "user_compute_stream": str(stream),
         "use_tf32": "0",  # TF32 has no more mantissa bits than FP16
         # The default, EXHAUSTIVE, times every algorithm again for each size of batch.
         "cudnn_conv_algo_search": "HEURISTIC",
     }
+    if stream is not None:
+        provider["user_compute_stream"] = str(stream)
     if hasattr(onnxruntime, "preload_dlls"):  # since 1.21: finds cuDNN and the CUDA libraries that pip installed
         onnxruntime.preload_dlls()
     options = onnxruntime.SessionOptions()

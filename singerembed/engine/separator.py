@@ -1,7 +1,12 @@
-"""Separate the voice from a mixture on the CPU: an ONNX network masks a spectrogram, or maps samples to samples."""
+"""Separate the voice from a mixture: an ONNX network masks a spectrogram, or maps samples to samples.
+
+The network runs on the CPU, or on a GPU by ONNX Runtime's CUDA provider; spectrograms are computed on the CPU.
+"""
 
 from __future__ import annotations
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,18 +20,29 @@ from singerembed.model.separator_spec import SpectrogramSpec, WaveformSpec
 
 INPUT_NAME = "magnitude"
 OUTPUT_NAME = "mask"
+_AT_ONCE_ON_GPU = 2  # segments: while one is computed, another is copied; more would only hold device memory
 
 
 class Separator:
-    """A separator engine. Thread-safe; a segment runs on the calling thread, and its result depends on nothing else."""
+    """A separator engine. Thread-safe; a segment's result depends on nothing else.
 
-    def __init__(self, file: SeparatorFile) -> None:
-        """Load `file`. Raises EngineError if ONNX Runtime cannot load the network."""
+    On the CPU a segment runs on the calling thread alone.
+    """
+
+    def __init__(self, file: SeparatorFile, device: int = 0) -> None:
+        """Load `file`, on CUDA device `device` where ONNX Runtime can use it, else on the CPU.
+
+        Raises EngineError if ONNX Runtime cannot load the network.
+        """
+        from singerembed.engine import onnxruntime_cuda
+
         if file.backend != "onnxruntime":
             raise EngineError(f"a separator has no back end {file.backend!r}. Build it again")
         self.spec = file.spec
-        self.description = f"{file.spec.name}, ONNX Runtime {onnxruntime.__version__}"
-        self._session = new_session(file.payload)
+        on_gpu = onnxruntime_cuda.is_usable()
+        self.description = f"{file.spec.name}, ONNX Runtime {onnxruntime.__version__}{' (CUDA)' if on_gpu else ''}"
+        self._session = onnxruntime_cuda.open_session(file.payload, device) if on_gpu else new_session(file.payload)
+        self._turn: AbstractContextManager[object] = threading.Semaphore(_AT_ONCE_ON_GPU) if on_gpu else nullcontext()
 
     def vocals(self, segment: NDArray[np.float32]) -> NDArray[np.float32]:
         """Separate `segment`, float32 [samples, channels], full scale 1; return the voice, of the same shape.
@@ -55,7 +71,8 @@ class Separator:
 
     def _run(self, output_name: str, input_name: str, values: NDArray[np.float32]) -> Any:
         try:
-            return self._session.run([output_name], {input_name: values})[0]
+            with self._turn:
+                return self._session.run([output_name], {input_name: values})[0]
         except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
 

@@ -121,11 +121,14 @@ class Separation:
         return mel.mix_down(np.ascontiguousarray(pcm), self._mixing_segment)[0]
 
 
-def open_separation(file: SeparatorFile, spec: ModelSpec, options: RunOptions) -> Separation:
-    """Start the separator of `file` for crops of an encoder with `spec`. Raises EngineError."""
+def open_separation(file: SeparatorFile, spec: ModelSpec, options: RunOptions, device: int) -> Separation:
+    """Start the separator of `file` for crops of an encoder with `spec`, on CUDA device `device` if it can use one.
+
+    Raises EngineError.
+    """
     from singerembed.engine.separator import Separator  # loads ONNX Runtime, which not every process needs
 
-    return Separation(Separator(file), spec, options.min_vocals_db, options.silence_dbfs)
+    return Separation(Separator(file, device), spec, options.min_vocals_db, options.silence_dbfs)
 
 
 def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) -> float:

@@ -124,7 +124,7 @@ class EngineThreads:
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
-            self._separation = open_separation(separator_file, opened.spec, options) if separator_file else None
+            self._separation = open_separation(separator_file, opened.spec, options, device) if separator_file else None
             looks = separator_file is None and CropClassifier.fits(opened.spec)
             self._mixtures = MixtureDetector(opened.spec) if looks else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)

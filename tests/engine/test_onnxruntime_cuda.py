@@ -120,10 +120,15 @@ def test_the_provider_searches_no_algorithms_and_finds_pips_libraries(monkeypatc
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: asked.append("preloaded"), raising=False)
-    onnxruntime_cuda._open_session(b"", 0, OWN)
+    onnxruntime_cuda.open_session(b"", 0, OWN)
     assert asked[0] == "preloaded"
     ((_, options),) = asked[1]
     assert options["cudnn_conv_algo_search"] == "HEURISTIC"
+    assert options["user_compute_stream"] == str(OWN)
+    onnxruntime_cuda.open_session(b"", 1)
+    ((_, options),) = asked[-1]
+    assert options["device_id"] == "1"
+    assert "user_compute_stream" not in options
 
 
 def test_the_cpu_serves_where_the_provider_is_missing() -> None:

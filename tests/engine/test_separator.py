@@ -4,6 +4,8 @@ with made weights, written by TensorFlow (scripts/separator_reference.py)."""
 from __future__ import annotations
 
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,10 @@ from numpy.typing import NDArray
 
 from singerembed.cli.main import cli
 from singerembed.engine import build_separator as building
+from singerembed.engine import onnxruntime_cuda
 from singerembed.engine.build_separator import build_separator, difference_db, kept_samples, separator_checkpoint
 from singerembed.engine.file import read_engine_file, read_separator_file
+from singerembed.engine.onnxruntime import new_session
 from singerembed.engine.separator import Separator, inverse_stft, stft
 from singerembed.errors import CheckpointError, EngineError, OutputError
 from singerembed.jobs.describe import describe
@@ -72,6 +76,37 @@ def test_a_segment_is_long_enough_and_its_middle_is_exact(spec: SpectrogramSpec)
     back = inverse_stft(stft(noise, spec), spec)
     assert back.shape == noise.shape
     np.testing.assert_allclose(back[edge:-edge], noise[edge:-edge], atol=tolerances.STFT_ROUND_TRIP)
+
+
+def test_the_network_runs_on_the_gpu_where_it_can(
+    separator_path: str, separator: Separator, segment: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, most, devices = [0], [0], []
+
+    class Session:
+        """As the CUDA provider's, on the CPU; counts the callers at once."""
+
+        def __init__(self, model: bytes, device: int) -> None:
+            self._session = new_session(model)
+            devices.append(device)
+
+        def run(self, *arguments: Any) -> Any:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+            time.sleep(0.02)
+            result = self._session.run(*arguments)
+            running[0] -= 1
+            return result
+
+    monkeypatch.setattr(onnxruntime_cuda, "is_usable", lambda: True)
+    monkeypatch.setattr(onnxruntime_cuda, "open_session", Session)
+    on_gpu = Separator(read_separator_file(separator_path), device=1)
+    assert devices == [1]
+    assert on_gpu.description == f"{separator.description} (CUDA)"
+    with ThreadPoolExecutor(6) as pool:
+        for vocals in pool.map(on_gpu.vocals, [segment] * 6):
+            np.testing.assert_array_equal(vocals, separator.vocals(segment))
+    assert most[0] == 2  # not each thread's buffers in device memory
 
 
 def test_channels_are_not_exchanged(separator: Separator, spec: SpectrogramSpec) -> None:
