@@ -51,14 +51,18 @@ class Augmenter:
             audiomentations.TimeMask(min_band_part=0.0, max_band_part=config.mask_fraction, p=config.mask_probability),
         ]
 
-    def __call__(self, pcm: Samples, rng: np.random.Generator) -> Samples:
-        """Return an augmented copy of `pcm`, float32 [samples], of the same length."""
+    def __call__(self, pcm: Samples, rng: np.random.Generator, *, first: bool = False) -> Samples:
+        """Return an augmented copy of `pcm`, float32 [samples], of the same length.
+
+        `first`: it is the first of a pair, which has no accompaniment with `backing_crops: second`.
+        """
         config = self._config
+        backing = None if first and config.backing_crops == "second" else self._backing
         if self._pitch is not None and rng.random() < config.pitch_probability:
             ratio, range_ratio = draw_ratio(config.pitch_ratio, rng), draw_ratio(config.pitch_range_ratio, rng)
             pcm = self._pitch.shift(pcm, self._sample_rate, ratio, range_ratio, seed=int(rng.integers(2**31)))
-        if self._backing is not None and rng.random() < config.backing_probability:
-            pcm = self._backing.under(pcm, rng.uniform(*config.backing_db), rng)
+        if backing is not None and rng.random() < config.backing_probability:
+            pcm = backing.under(pcm, rng.uniform(*config.backing_db), rng)
         with _global_generators_seeded(int(rng.integers(2**32))):
             for transform in self._channel:
                 pcm = transform(pcm, self._sample_rate)

@@ -86,6 +86,9 @@ class AugmentConfig(Section):
     # voice and other seconds of it over a band (arXiv 2510.03025). Empty: none.
     backing: str = ""
     backing_probability: Probability = 0.4
+    # Which crops of a pair: each by its own draw, or only the second, so that each pair drawn for it is a voice alone
+    # and a mixture.
+    backing_crops: Literal["each", "second"] = "each"
     backing_db: Annotated[tuple[float, float], AfterValidator(_ascending)] = (0.0, 20.0)  # voice over band
     # Transforms of audiomentations, applied between pitch and noise: {transform: NAME, arguments}.
     channel: tuple[dict[str, Any], ...] = ()

@@ -158,7 +158,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         chosen = rng.choice(members, 2, replace=len(members) == 1)
         fastest = self._config.augment.pair_speed
         speed = float(fastest ** rng.uniform(-1, 1)) if fastest > 1 else 1.0
-        views = [self._view(int(index), speed, rng) for index in chosen]
+        views = [self._view(int(index), speed, rng, first=not number) for number, index in enumerate(chosen)]
         pair = {"clips": np.stack([pcm for pcm, _ in views])}
         if self._targets is not None:
             pair["targets"] = np.stack([self._target(int(i), at) for i, (_, at) in zip(chosen, views, strict=True)])
@@ -172,7 +172,7 @@ class PairDataset(Dataset[dict[str, Any]]):
             _warn_once(path, f"no windows of it in {self._config.teacher.targets}; another is used instead")
             raise TrackError("silent", f"{path}: no windows of it in teacher.targets") from None
 
-    def _view(self, index: int, speed: float, rng: np.random.Generator) -> tuple[Samples, float]:
+    def _view(self, index: int, speed: float, rng: np.random.Generator, *, first: bool) -> tuple[Samples, float]:
         """Return an augmented crop and its start in seconds."""
         recording = self._recordings[index]
         path = recording.path
@@ -189,7 +189,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
             pcm = np.pad(faster, (0, n_samples - len(faster)))
-        return self._augment(pcm, rng), start
+        return self._augment(pcm, rng, first=first), start
 
 
 class PairSampler(Sampler[list[PairKey]]):

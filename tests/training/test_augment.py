@@ -184,6 +184,18 @@ def test_accompaniment_is_mixed_as_loud_as_drawn(voice: NDArray[np.float32], tmp
     assert not np.array_equal(made[0], made[1])
 
 
+def test_accompaniment_under_the_second_crop_of_a_pair_only(voice: NDArray[np.float32], tmp_path: Path) -> None:
+    write(tmp_path / "tone.flac", tone(4.0))
+    fields = {"backing": str(tmp_path), "backing_probability": 1.0, "backing_db": (0.0, 0.0), "backing_crops": "second"}
+    augmenter = Augmenter(NONE.model_copy(update=fields), SAMPLE_RATE, shift_pitch=False, crop_seconds=2.0)
+    crop = voice[: 2 * SAMPLE_RATE]
+    first, second = (augmenter(crop, np.random.default_rng(0), first=first) for first in (True, False))
+    np.testing.assert_array_equal(first, augmenter(crop, np.random.default_rng(1), first=True))  # nothing is drawn
+    alone = Augmenter(NONE, SAMPLE_RATE, shift_pitch=False)
+    np.testing.assert_array_equal(first, alone(crop, np.random.default_rng(0)))
+    assert abs(float(second @ crop)) < 0.9 * np.linalg.norm(second) * np.linalg.norm(crop)
+
+
 def test_a_folder_without_accompaniment_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "short.flac", tone(0.5))
     config = NONE.model_copy(update={"backing": str(tmp_path)})
