@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from singerembed.errors import MissingDependencyError
-from training.recipes import bands
+from training.recipes import bands, separated
 
 NEEDS_SYNTHESISER = pytest.mark.skipif(
     shutil.which("fluidsynth") is None or not Path(bands.SOUND_FONT).exists(), reason="fluidsynth or its sound font"
@@ -63,3 +63,34 @@ def test_a_missing_synthesiser_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(MissingDependencyError, match="needs the package fluidsynth: apt install fluidsynth"):
         bands.band(1.0, 0)
+
+
+def test_voices_as_a_separator_gives_them_back(separator_path: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    t = np.arange(2 * bands.RATE) / bands.RATE
+    clips = {f"{name}/0.flac": 0.5 * np.sin(2 * np.pi * f * t) for name, f in (("a", 300), ("b", 500), ("c", 700))}
+    for name, pcm in {**clips, "silent/0.flac": 0 * t}.items():
+        (tmp_path / "voices" / name).parent.mkdir(parents=True)
+        soundfile.write(tmp_path / "voices" / name, pcm, bands.RATE)
+    (tmp_path / "bands").mkdir()
+    soundfile.write(tmp_path / "bands" / "0.flac", 0.1 * rng.standard_normal(bands.RATE), bands.RATE)
+    arguments = [str(tmp_path / "voices"), str(tmp_path / "bands"), separator_path]
+    result = CliRunner().invoke(separated.main, [*arguments, str(tmp_path / "all"), "--share", "1"])
+    assert result.exit_code == 0, result.output
+    written = {str(path.relative_to(tmp_path / "all")): path for path in (tmp_path / "all").rglob("*.flac")}
+    assert written.keys() == clips.keys()  # under the clips' names, less what is silent
+    for name, path in written.items():
+        pcm, rate = soundfile.read(path)
+        assert (len(pcm), rate) == (len(t), bands.RATE)
+        assert np.abs(pcm).max() == pytest.approx(0.9, abs=1e-3)
+        found = np.abs(np.fft.rfft(pcm))
+        assert np.argmax(found) == np.argmax(np.abs(np.fft.rfft(clips[name])))  # the voice is where it was
+    before = {name: path.stat().st_mtime_ns for name, path in written.items()}
+    CliRunner().invoke(separated.main, [*arguments, str(tmp_path / "all"), "--share", "1"])  # goes on, and has all
+    assert {name: path.stat().st_mtime_ns for name, path in written.items()} == before
+    result = CliRunner().invoke(separated.main, [*arguments, str(tmp_path / "some"), "--share", "0.5"])
+    assert len(list((tmp_path / "some").rglob("*.flac"))) <= 2
+    (tmp_path / "voices" / "a" / "0.flac").write_bytes(b"junk")
+    result = CliRunner().invoke(separated.main, [*arguments, str(tmp_path / "junk"), "--share", "1"])
+    assert result.exit_code == 2
+    assert "0.flac cannot be read" in result.output

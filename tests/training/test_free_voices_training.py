@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def corpus(folder: Path, backing: str | None = None) -> Corpus:
     return Corpus(
-        folder / "voices", read_targets(str(folder / "targets.parquet")), folder / backing if backing else None, CPU
+        [folder / "voices"], read_targets(str(folder / "targets.parquet")), folder / backing if backing else None, CPU
     )
 
 
@@ -96,10 +96,12 @@ def test_a_checkpoint_that_the_encoder_reads_and_starts_from(folder: Path, tmp_p
     assert checkpoint.facts["step"] >= 1
     assert checkpoint.spec.normalise == 9.2
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.state_dict.values())
-    result = CliRunner().invoke(
-        main, [*arguments[:2], str(tmp_path / "on.pt"), *arguments[2:], "--initial", str(target)]
-    )
+    hours = checkpoint.facts["hours"]
+    write(tmp_path / "separated" / "a" / "0.flac", np.sin(np.arange(36 * RATE) / 30))  # so long that hours show it
+    arguments += ["--separated", str(tmp_path / "separated"), "--initial", str(target)]
+    result = CliRunner().invoke(main, [*arguments[:2], str(tmp_path / "on.pt"), *arguments[2:]])
     assert result.exit_code == 0, result.output
+    assert load_checkpoint(str(tmp_path / "on.pt")).facts["hours"] == pytest.approx(hours + 0.01, abs=0.002)
 
 
 def test_what_is_no_corpus_is_said(folder: Path, tmp_path: Path) -> None:

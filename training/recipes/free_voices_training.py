@@ -3,8 +3,9 @@
     python -m training.recipes.free_voices corpus --jobs 2
     python -m training.teacher corpus/train targets.parquet --teacher campplus
     python -m training.recipes.bands bands
+    python -m training.recipes.separated corpus/train bands spleeter.engine corpus/separated
     python -m training.recipes.free_voices_training corpus/train targets.parquet new.pt --backing bands \
-        --device cpu --minutes 80
+        --separated corpus/separated --device cpu --minutes 80
 
 The corpus lies in memory (memory_corpus.py). The encoder learns the teacher's embeddings of the recordings and their
 similarities from ever longer crops, each through a channel of its own, some over a band; the rate falls to 0 at the end
@@ -49,6 +50,11 @@ LOG_EVERY_STEPS = 100
 @click.option("--rate", default=1e-3, help="Highest learning rate.")
 @click.option("--backing", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of bands.")
 @click.option(
+    "--separated",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the same recordings from under a band (separated.py), to train on as well.",
+)
+@click.option(
     "--initial", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to start from."
 )
 @click.option("--snapshots", default=0, help="Checkpoints to write on the way, beside TARGET.")
@@ -62,6 +68,7 @@ def main(
     batch_seconds: float,
     rate: float,
     backing: Path | None,
+    separated: Path | None,
     initial: Path | None,
     snapshots: int,
     device: str,
@@ -71,7 +78,8 @@ def main(
     torch.manual_seed(seed)
     keep_freed_memory()
     where = torch.device(device)
-    voices = Corpus(corpus, read_targets(str(targets)), backing, where)
+    folders = [corpus, separated] if separated else [corpus]
+    voices = Corpus(folders, read_targets(str(targets)), backing, where)
     run = _Run(where, rate, initial)
     facts = {"method": "teacher", "recipe": Path(__file__).stem, "seed": seed, "minutes": minutes, "rate": rate} | {
         "batch_seconds": batch_seconds, "hours": round(voices.seconds / 3600, 2)

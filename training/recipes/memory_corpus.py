@@ -66,17 +66,20 @@ class Recordings:
 class Corpus:
     """Recordings with the teacher's embedding of each, and accompaniment."""
 
-    def __init__(self, folder: Path, targets: Targets, backing: Path | None, device: torch.device) -> None:
-        """Read the recordings below `folder` that `targets` has windows of, and those in the folder `backing`.
+    def __init__(self, folders: Sequence[Path], targets: Targets, backing: Path | None, device: torch.device) -> None:
+        """Read the recordings below `folders` that `targets` has windows of, and those in the folder `backing`.
 
-        Raises UsageError if there are none.
+        A recording goes by its path in its folder. Raises UsageError if there are none.
         """
-        names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*.flac"))]
-        names = [name for name in names if name in targets]
+        found = [
+            (folder, str(path.relative_to(folder))) for folder in folders for path in sorted(folder.rglob("*.flac"))
+        ]
+        found = [(folder, name) for folder, name in found if name in targets]
         bands = sorted(backing.glob("*.flac")) if backing else []
-        if not names or (backing and not bands):
-            raise UsageError(f"no recording of {folder} is in the table of targets, or none is in {backing}")
-        self._voices = Recordings([folder / name for name in names], device)
+        if not found or (backing and not bands):
+            raise UsageError(f"no recording of {folders[0]} is in the table of targets, or none is in {backing}")
+        names = [name for _, name in found]
+        self._voices = Recordings([folder / name for folder, name in found], device)
         lengths = self._voices.seconds
         self._targets = torch.from_numpy(
             np.stack([targets.of_crop(*each) for each in zip(names, 0 * lengths, lengths, strict=True)])
