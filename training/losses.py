@@ -140,6 +140,21 @@ def relations(embeddings: Tensor, targets: Tensor) -> Tensor:
     return (similarities(embeddings) - similarities(targets)).fill_diagonal_(0).square().sum() / count
 
 
+def neighbours(embeddings: Tensor, targets: Tensor, bank: Tensor, *, temperature: float) -> Tensor:
+    """Return how far the embeddings' neighbours among many targets are from those of their own targets.
+
+    It is the mean divergence (Kullback-Leibler, in nats) of the softmax of the cosines over `bank` (as arXiv 2101.04731
+    with a fixed teacher). `embeddings` and `targets`: [batch, dim]; `bank`: [n, dim], of length 1. A small
+    `temperature` asks for the nearest ones only.
+    """
+    _check_pair(embeddings, targets)
+    with _full_precision(embeddings):
+        wanted, found = (
+            F.normalize(z.float(), dim=1, eps=_COSINE_EPS) @ bank.T / temperature for z in (targets, embeddings)
+        )
+        return F.kl_div(found.log_softmax(1), wanted.log_softmax(1), reduction="batchmean", log_target=True)
+
+
 def _full_precision(z: Tensor) -> torch.autocast:
     """Disable autocast, which would round matrix products to half precision: a similarity of 5 to within 0.03."""
     return torch.autocast(z.device.type, enabled=False)

@@ -146,3 +146,18 @@ def test_terms_are_symmetric_in_the_views() -> None:
     z1, z2 = projections("l2")
     for name in ("invariance", "variance_gamma_1", "covariance", "align"):
         assert float(LOSSES[name](z1, z2)) == pytest.approx(float(LOSSES[name](z2, z1)))
+
+
+def test_neighbours_are_those_of_the_target() -> None:
+    torch.manual_seed(0)
+    bank = torch.nn.functional.normalize(torch.randn(50, 8), dim=1)
+    targets = bank[:6]
+    exact = losses.neighbours(3 * targets, targets, bank, temperature=0.1)  # lengths do not count
+    assert float(exact) == pytest.approx(0, abs=1e-6)
+    other = bank[6:12]
+    # The definition, term by term.
+    wanted, found = (torch.softmax(z @ bank.T / 0.1, 1).double() for z in (targets, other))
+    expected = (wanted * (wanted / found).log()).sum() / 6
+    assert float(losses.neighbours(other, targets, bank, temperature=0.1)) == pytest.approx(float(expected), rel=1e-4)
+    near = targets + 0.1 * torch.randn(6, 8)
+    assert 0 < float(losses.neighbours(near, targets, bank, temperature=0.1)) < 0.2 * float(expected)

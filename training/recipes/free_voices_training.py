@@ -7,9 +7,9 @@
     python -m training.recipes.free_voices_training corpus/train targets.parquet new.pt --backing bands \
         --separated corpus/separated --device cpu --minutes 80
 
-The corpus lies in memory (memory_corpus.py). The encoder learns the teacher's embeddings of the recordings and their
-similarities from ever longer crops, each through a channel of its own, some over a band; the rate falls to 0 at the end
-of the time.
+The corpus lies in memory (memory_corpus.py). The encoder learns the teacher's embeddings of the recordings, their
+similarities, and their neighbours in the corpus from ever longer crops, each through a channel of its own, some over a
+band; the rate falls to 0 at the end of the time.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ NORMALISE = 9.2  # constant, so that the encoder sees the level of a band, which
 PHASES = ((0.5, 1.6), (0.8, 2.4), (1.0, 4.0))
 AVERAGED_STEPS = 200  # of the exponential moving average of the weights, which is what is written
 RELATIONS = 5.0  # weight of the similarities, beside the cosine's 1
+NEIGHBOURS, TEMPERATURE = 0.2, 0.1  # weight of the divergence among all targets of the corpus
 WARMUP = 0.03  # share of the time
 LOG_EVERY_STEPS = 100
 
@@ -80,7 +81,7 @@ def main(
     where = torch.device(device)
     folders = [corpus, separated] if separated else [corpus]
     voices = Corpus(folders, read_targets(str(targets)), backing, where)
-    run = _Run(where, rate, initial)
+    run = _Run(where, rate, initial, voices.targets)
     facts = {"method": "teacher", "recipe": Path(__file__).stem, "seed": seed, "minutes": minutes, "rate": rate} | {
         "batch_seconds": batch_seconds, "hours": round(voices.seconds / 3600, 2)
     }  # fmt: skip
@@ -102,10 +103,13 @@ def main(
 class _Run:
     """The encoder and its optimiser."""
 
-    def __init__(self, device: torch.device, rate: float, initial: Path | None) -> None:
+    def __init__(self, device: torch.device, rate: float, initial: Path | None, targets: Tensor) -> None:
+        """`targets`: of all recordings, [n, dim]."""
         self.spec = ModelSpec(name="free-voices", method="teacher", normalise=NORMALISE)
         self.steps = self.crops = 0
         self._device, self._rate = device, rate
+        self._map = losses.orthonormal_map(targets.shape[1], self.spec.embedding_dim).to(device)
+        self._bank = targets @ self._map
         self._mel = MelSpectrogram(self.spec).to(device)
         self._encoder = Encoder(self.spec, normalise=NORMALISE, dropout=0.0, stochastic_depth_prob=0.0)
         if initial:
@@ -125,10 +129,11 @@ class _Run:
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             embedding = self._encoder(power)
         embedding = embedding.float()
-        mapped = target @ losses.orthonormal_map(target.shape[1], embedding.shape[1]).to(target)
+        mapped = target @ self._map
         terms = {
             "teacher": losses.towards(embedding, mapped),
             "relations": RELATIONS * losses.relations(embedding, target),
+            "neighbours": NEIGHBOURS * losses.neighbours(embedding, mapped, self._bank, temperature=TEMPERATURE),
         }
         self._optimiser.zero_grad(set_to_none=True)
         torch.stack(list(terms.values())).sum().backward()  # type: ignore[no-untyped-call]

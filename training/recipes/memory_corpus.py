@@ -69,7 +69,8 @@ class Corpus:
     def __init__(self, folders: Sequence[Path], targets: Targets, backing: Path | None, device: torch.device) -> None:
         """Read the recordings below `folders` that `targets` has windows of, and those in the folder `backing`.
 
-        A recording goes by its path in its folder. Raises UsageError if there are none.
+        A recording goes by its path in its folder; `self.targets` has a row of length 1 for each. Raises UsageError if
+        there are none.
         """
         found = [
             (folder, str(path.relative_to(folder))) for folder in folders for path in sorted(folder.rglob("*.flac"))
@@ -81,7 +82,7 @@ class Corpus:
         names = [name for _, name in found]
         self._voices = Recordings([folder / name for folder, name in found], device)
         lengths = self._voices.seconds
-        self._targets = torch.from_numpy(
+        self.targets = torch.from_numpy(
             np.stack([targets.of_crop(*each) for each in zip(names, 0 * lengths, lengths, strict=True)])
         ).to(device)
         self._bands = Recordings(bands, device) if bands else None
@@ -99,7 +100,7 @@ class Corpus:
             ratio = (pcm.square().mean(1, keepdim=True) / band.square().mean(1, keepdim=True).clamp(min=1e-12)).sqrt()
             level = ratio * 10 ** (-_between(n, *_VOICE_OVER_BAND_DB, pcm) / 20)
             pcm = pcm + torch.where(_chance(n, _WITH_BAND, pcm), band * level, 0.0)
-        return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), self._targets[recording]
+        return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), self.targets[recording]
 
 
 def _read(path: Path) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
