@@ -22,9 +22,10 @@ from singerembed.audio.process import packet_hash
 from singerembed.audio.recording import local_recording, open_recording
 from singerembed.catalog.read import Track
 from singerembed.engine.base import EmbeddedCrops, Engine
+from singerembed.engine.separation import MAX_BLOCK, VOICELESS, Separation
 from singerembed.errors import SingerEmbedError, TrackError
 from singerembed.jobs.options import RunOptions
-from singerembed.jobs.separation import MAX_BLOCK, VOICELESS, Separation, crops_with_voice
+from singerembed.jobs.voiced_crops import crops_with_voice
 from singerembed.model import mel
 from singerembed.model.mixture import MixtureDetector
 from singerembed.output.schema import ERROR, NO_VOICE, OK, SILENT, TrackRows

@@ -18,10 +18,10 @@ from singerembed.catalog.read import Catalog, Track, Unit
 from singerembed.engine.file import EngineFile, SeparatorFile, read_engine_file, read_separator_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.machine import available_cores
+from singerembed.engine.separation import open_separation
 from singerembed.jobs.crash_journal import CrashJournal
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ordered_map import ordered_map
-from singerembed.jobs.separation import open_separation
 from singerembed.jobs.threads import MAX_ABANDONED, WorkerThreads
 from singerembed.jobs.todays_tracks import TodaysTracks
 from singerembed.jobs.track import Patience, Stopped, embed_track, overdue_rows
@@ -124,7 +124,11 @@ class EngineThreads:
         with ExitStack() as stack:
             opened = open_engine(engine_file, options.silence_dbfs, device)
             self._engine = stack.enter_context(closing(opened))
-            self._separation = open_separation(separator_file, opened.spec, options, device) if separator_file else None
+            self._separation = (
+                open_separation(separator_file, opened.spec, options.min_vocals_db, options.silence_dbfs, device)
+                if separator_file
+                else None
+            )
             looks = separator_file is None and CropClassifier.fits(opened.spec)
             self._mixtures = MixtureDetector(opened.spec) if looks else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)

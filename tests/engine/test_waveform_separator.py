@@ -23,10 +23,10 @@ from singerembed.engine import load
 from singerembed.engine.build_separator import made_mixture
 from singerembed.engine.build_waveform_separator import build_waveform_separator
 from singerembed.engine.file import SeparatorFile, read_separator_file
+from singerembed.engine.separation import Separation
 from singerembed.engine.separator import Separator
 from singerembed.errors import CheckpointError, EngineError, OutputError, SingerEmbedError, UsageError
 from singerembed.jobs.describe import describe
-from singerembed.jobs.separation import Separation
 from singerembed.jobs.stems import separate_catalog
 from singerembed.model.mel import mix_down
 from singerembed.model.separator_spec import SeparatorSpec, WaveformSpec

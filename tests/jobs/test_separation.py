@@ -27,12 +27,13 @@ from singerembed.catalog.read import Columns
 from singerembed.cli.main import cli
 from singerembed.engine import load
 from singerembed.engine.file import read_separator_file
+from singerembed.engine.separation import Separation
 from singerembed.engine.separator import Separator
 from singerembed.errors import CatalogError, EngineError, InterruptedRun, OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.run import RunSummary, run
-from singerembed.jobs.separation import Separation, crops_with_voice, patience
 from singerembed.jobs.units import Listener
+from singerembed.jobs.voiced_crops import crops_with_voice, patience
 from singerembed.model.mel import mix_down
 from singerembed.model.spec import ModelSpec
 from singerembed.model.vocal_activity import VocalDetector

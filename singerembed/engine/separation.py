@@ -6,21 +6,19 @@ which crops are wanted, nor on what was read before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.audio.crops import CropBlock, CropPlan, spaced_indices
+from singerembed.audio.crops import CropBlock, CropPlan
 from singerembed.audio.mono import segment_samples
 from singerembed.audio.padding import PaddedReader
 from singerembed.audio.reader import PcmReader
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.engine.file import SeparatorFile
 from singerembed.errors import EngineError, TrackError
-from singerembed.jobs.options import RunOptions
 from singerembed.model import mel
 from singerembed.model.spec import ModelSpec
 from singerembed.model.vocal_activity import VocalDetector
@@ -121,45 +119,18 @@ class Separation:
         return mel.mix_down(np.ascontiguousarray(pcm), self._mixing_segment)[0]
 
 
-def open_separation(file: SeparatorFile, spec: ModelSpec, options: RunOptions, device: int) -> Separation:
+def open_separation(
+    file: SeparatorFile, spec: ModelSpec, min_vocals_db: float, silence_dbfs: float, device: int = 0
+) -> Separation:
     """Start the separator of `file` for crops of an encoder with `spec`, on CUDA device `device` if it can use one.
 
     Raises EngineError.
     """
     from singerembed.engine.separator import Separator  # loads ONNX Runtime, which not every process needs
 
-    return Separation(Separator(file, device), spec, options.min_vocals_db, options.silence_dbfs)
+    return Separation(Separator(file, device), spec, min_vocals_db, silence_dbfs)
 
 
 def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) -> float:
     of_vocals, of_mixture = (float(np.sum(pcm.astype(np.float64) ** 2)) for pcm in (vocals, mixture))
     return max(_NEVER_DB, 10 * np.log10(of_vocals / of_mixture)) if of_vocals > 0 else _NEVER_DB
-
-
-def crops_with_voice(n_crops: int, count: int, found: Callable[[], int], put_off: Mapping[int, float]) -> Iterator[int]:
-    """Yield the indices of `count` crops of `n_crops`, evenly spaced, and further ones until `found()` reaches `count`.
-
-    The further ones lie between, at twice the density. Whoever looks at a crop may put it off, with a score: where the
-    others are too few, those are yielded again at the end, the highest score first, until `patience(count)` of them in
-    a row have not raised `found()`.
-    """
-    count = min(count, n_crops)
-    first = spaced_indices(n_crops, count)
-    yield from first
-    for index in spaced_indices(n_crops, 2 * count):
-        if found() >= count:
-            return
-        if index not in first:
-            yield index
-    in_vain = 0
-    for index in sorted(put_off, key=lambda index: (-put_off[index], index)):
-        if found() >= count or in_vain == patience(count):
-            return
-        before = found()
-        yield index
-        in_vain = 0 if found() > before else in_vain + 1
-
-
-def patience(count: int) -> int:
-    """How many crops that seem to hold no voice are separated in vain, one after another, where `count` are wanted."""
-    return max(2, count // 2)
