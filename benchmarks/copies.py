@@ -20,9 +20,8 @@ import numpy as np
 
 from singerembed.evaluation.scoring import Moments, fit_scoring
 from singerembed.jobs.run import run
-from singerembed.search.build import track_vector
 from singerembed.search.library import Library, LibraryTrack
-from singerembed.search.store import Vectors
+from singerembed.search.store import Vectors, track_vector
 
 FORMATS = [
     ("libmp3lame", 320, "mp3"), ("libmp3lame", 128, "mp3"), ("libmp3lame", 64, "mp3"), ("libopus", 96, "ogg"),

@@ -14,30 +14,28 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from singerembed import storage
 from singerembed.errors import OutputError, UsageError
-from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_second_moments
 from singerembed.output.lock import take_lock
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
-from singerembed.search.library import Library, LibraryTrack, check_column, check_engine
+from singerembed.search.library import Library, check_column, check_engine
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
+from singerembed.search.segment import CROP_COLUMNS, Segment, TrackRow
 from singerembed.search.store import (
     FORMAT_VERSION,
+    INDEX_COLUMNS,
     KINDS,
     MANIFEST,
     SCORING,
     StoredIndex,
-    Vectors,
     publish_manifest,
-    write_mapped_table,
 )
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
-_FLUSH_TRACKS = 4096
-_CROPS = pa.schema([("track", pa.int64()), ("crop", pa.int32()), ("start", pa.float64()), ("end", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,7 @@ def build_index(
         if fitted.projection is not None:
             arrays["projection"] = fitted.projection
         np.savez(folder / SCORING, **arrays)  # type: ignore[arg-type]
-        writer = _Segment(folder, manifest, fitted, {}, {}, 0)
-        summary = _add(library, writer, folder, manifest, advance)
+        summary = _add(library, fitted, None, folder, manifest, advance)
     return replace(summary, index=path)  # its files were written under another name
 
 
@@ -134,128 +131,104 @@ def _extend(
     ):  # fmt: skip
         if given not in {None, fixed}:
             raise UsageError(f"{path} was made with {name} {fixed}. Leave {name} out, or make another index")
-    fingerprints = index.tracks["fingerprint"].to_pylist()
-    keys = list(zip(index.tracks["track_id"].to_pylist(), index.tracks["path"].to_pylist(), strict=True))
-    gone = set(index.manifest["replaced"])
-    known = {key: (number, fingerprints[number]) for number, key in enumerate(keys) if number not in gone}
-    first = {fingerprints[number]: number for number in np.flatnonzero(index.active).tolist()}
     manifest = json.loads(json.dumps(index.manifest))
     remove_leftovers(index)
-    writer = _Segment(index.folder, manifest, index.scoring, known, first, len(keys))
-    return _add(library, writer, index.folder, manifest, advance)
+    return _add(library, index.scoring, index, index.folder, manifest, advance)
 
 
-class _Segment:
-    """Writes the files of one segment; what is known already is only counted."""
+class _Changes:
+    """The tracks of a library that an index does not have as they are."""
 
-    def __init__(
-        self, folder: Path, manifest: dict[str, Any], scoring: Scoring, known: dict[tuple[str, str], tuple[int, str]],
-        first: dict[str, int], n_tracks: int,
-    ) -> None:  # fmt: skip
-        self.name = f"{manifest['generation'] + 1 if 'generation' in manifest else 0:06d}"
-        self._folder, self._scoring, self._known, self._first = folder, scoring, known, first
-        self._offset, self._rows = n_tracks, list[dict[str, Any]]()
-        self._vectors, self._crops = list[Vectors](), list[pa.Table]()
-        self._tables = list[pa.Table]()
-        self.replaced, self.doubled = list[int](), list[tuple[str, str]]()
-        self.n_known = self.n_doubled = self.n_tracks = self.n_crops = 0
-        self._paths: dict[int, str] = {}
+    def __init__(self, index: StoredIndex | None) -> None:
+        self.gone = set[int](index.manifest["replaced"] if index else [])  # tracks that are replaced, also by `rows`
+        self.n_known = self.n_replaced = 0
+        self._known = dict[tuple[str, str], tuple[int, str]]()  # number and fingerprint
+        self._n_tracks = index.tracks.num_rows if index else 0
+        if index:
+            columns = [index.tracks[name].to_pylist() for name in ("track_id", "path", "fingerprint")]
+            for number, (name, path, fingerprint) in enumerate(zip(*columns, strict=True)):
+                if number not in self.gone:
+                    self._known[name, path] = number, fingerprint
 
-    def write(self, library: Library, advance: Callable[[], object]) -> None:
-        """Write all tracks that are not known."""
-        files = {kind: (self._folder / f"{self.name}.{kind}.f16").open("wb") for kind in KINDS}
-        with contextlib.ExitStack() as stack:
-            for file in files.values():
-                stack.enter_context(file)
-            for track in library.tracks():
-                self._add(track, files)
-                advance()
-        self._flush()
-        if self.n_tracks:
-            tracks = pa.concat_tables(self._tables, promote_options="permissive")
-            pq.write_table(tracks, self._folder / f"{self.name}.tracks.parquet", compression="zstd")
-            crops = pa.concat_tables([_CROPS.empty_table(), *self._crops])
-            for kind, table in (("tracks", tracks.drop_columns(["vector"])), ("crops", crops)):
-                write_mapped_table(self._folder / f"{self.name}.{kind}.arrow", table)
-
-    def _add(self, track: LibraryTrack, files: dict[str, Any]) -> None:
-        fingerprint = track.fingerprint
-        number = self._offset + self.n_tracks
-        before = self._known.get(track.key)
-        if before is not None:
-            if before[1] == fingerprint and fingerprint in self._first:  # not a copy of what is replaced now
+    def rows(self, library: Library, scoring: Scoring, advance: Callable[[], object]) -> Iterator[TrackRow]:
+        """Yield the new and the changed tracks, in order."""
+        for track in library.tracks():
+            fingerprint = track.fingerprint
+            before = self._known.get(track.key)
+            if before is not None and before[1] == fingerprint:
                 self.n_known += 1
-                return
-            self.replaced.append(before[0])
-            if self._first.get(before[1]) == before[0]:
-                del self._first[before[1]]
-        self._known[track.key] = (number, fingerprint)
-        same_as = self._first.setdefault(fingerprint, number)
-        self._paths[number] = track.key[1]
-        if same_as != number:
-            self.n_doubled += 1
-            if len(self.doubled) < 5:
-                self.doubled.append((track.key[1], self._paths.get(same_as, f"track {same_as}")))
-        crops = self._scoring.vectors(track.embedding)
-        whole = track_vector(crops)
-        n = len(crops) if same_as == number else 0
-        own = {"n_crops": n, "same_as": None if same_as == number else same_as, "fingerprint": fingerprint}
-        self._rows.append({**track.columns, **own})
-        self._vectors.append(whole)
-        files["tracks"].write(whole.astype(np.float16).tobytes())
-        if n:
-            files["crops"].write(crops.astype(np.float16).tobytes())
-            self._crops.append(
-                pa.table(
-                    {"track": pa.array(np.full(n, number)), "crop": track.crop, "start": track.start, "end": track.end}
-                )
-            )
-        self.n_tracks, self.n_crops = self.n_tracks + 1, self.n_crops + n
-        if len(self._rows) >= _FLUSH_TRACKS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._rows:
-            table = pa.Table.from_pylist(self._rows)
-            same_as = table["same_as"].cast(pa.int64())
-            table = table.set_column(table.schema.get_field_index("same_as"), "same_as", same_as)
-            flat = pa.array(np.stack(self._vectors).astype(np.float16).ravel())
-            vector = pa.FixedSizeListArray.from_arrays(flat, self._scoring.dim)
-            self._tables.append(table.append_column("vector", vector))
-            self._rows, self._vectors = [], []
-            self._crops = [pa.concat_tables(self._crops).combine_chunks()] if self._crops else []
+            else:
+                if before is not None:
+                    self.n_replaced += 1
+                    self.gone.add(before[0])
+                self._known[track.key] = self._n_tracks, fingerprint
+                self._n_tracks += 1
+                crops: dict[str, Any] = {
+                    "crop": track.crop,
+                    "start": track.start,
+                    "end": track.end,
+                    "rms_dbfs": track.rms_dbfs,
+                }
+                yield TrackRow(track.columns, fingerprint, crops, scoring.vectors(track.embedding))
+            advance()
 
 
-def track_vector(crops: Vectors) -> Vectors:
-    """Return the vector of a track, [dim]: the mean of its crops' vectors [n, dim], scaled to length 1."""
-    return np.asarray(unit_rows(crops.mean(axis=0, keepdims=True))[0])
+def _rows_of(index: StoredIndex, numbers: NDArray[np.int64]) -> Iterator[TrackRow]:
+    """Yield tracks of `index`, also copies, whose crops are those of a track with the same fingerprint."""
+    tracks = index.tracks
+    prints = tracks["fingerprint"].take(pa.array(numbers)).combine_chunks()
+    with_crops = pc.and_(pc.greater(tracks["n_crops"], 0), pc.is_in(tracks["fingerprint"], prints))
+    stored = np.flatnonzero(with_crops.to_numpy())
+    of_print = dict(zip(tracks["fingerprint"].take(pa.array(stored)).to_pylist(), stored.tolist(), strict=True))
+    for number, fingerprint in zip(numbers.tolist(), prints.to_pylist(), strict=True):
+        part = index.crops_of(of_print[fingerprint])
+        table = index.crops.slice(part.start, part.stop - part.start)
+        columns = tracks.slice(number, 1).drop_columns(list(INDEX_COLUMNS)).to_pylist()[0]
+        crops = {name: table[name].to_numpy() for name in CROP_COLUMNS}
+        yield TrackRow(columns, fingerprint, crops, index.vectors["crops"].take(np.arange(part.start, part.stop)))
 
 
 def _add(
-    library: Library, segment: _Segment, folder: Path, manifest: dict[str, Any], advance: Callable[[], object]
-) -> IndexSummary:
-    """Write a segment and all that depends on it into `folder`, the manifest last."""
+    library: Library, scoring: Scoring, index: StoredIndex | None, folder: Path, manifest: dict[str, Any],
+    advance: Callable[[], object],
+) -> IndexSummary:  # fmt: skip
+    """Write what `library` adds to `index`, and all that depends on it, into `folder`, the manifest last."""
+    changes = _Changes(index)
+    generation = manifest.get("generation", -1) + 1
+    segment = Segment(folder, f"{generation:06d}", scoring.dim, index, changes.gone)
     try:
-        segment.write(library, advance)
+        segment.write(changes.rows(library, scoring, advance))
         if segment.n_tracks:
-            manifest["generation"] = int(segment.name)
-            manifest["segments"].append(segment.name)
-            manifest["replaced"] += segment.replaced
-            _describe(folder, manifest, segment.name)
+            manifest.update(generation=generation, segments=[*manifest["segments"], segment.name])
+            manifest["replaced"] = sorted(changes.gone)
+            _keep_copies(folder, manifest, changes.gone)
+            _describe(folder, manifest, manifest["segments"][-1])
             publish_manifest(folder, manifest)
-        else:
-            for path in folder.glob(f"{segment.name}.*"):
-                path.unlink()
     except OSError as exc:
         raise _unwritable(folder, exc) from exc
-    index = StoredIndex(str(folder))
-    remove_leftovers(index)
-    n_crops = int(index.tracks["n_crops"].to_numpy()[index.active].sum())
+    found = StoredIndex(str(folder))
+    remove_leftovers(found)
+    n_crops = found.tracks["n_crops"].to_numpy()
+    added = np.arange(len(n_crops))[segment.offset : segment.offset + segment.n_tracks]
     return IndexSummary(
-        str(folder), segment.n_tracks, segment.n_crops, segment.n_known, len(segment.replaced), segment.doubled,
-        segment.n_doubled, library.n_silent, library.n_error_tracks, index.singer_column, int(index.active.sum()),
-        n_crops,
+        index=str(folder), added_tracks=len(added), added_crops=int(n_crops[added][found.active[added]].sum()),
+        known=changes.n_known, replaced=changes.n_replaced, doubled=segment.doubled, n_doubled=segment.n_doubled,
+        silent=library.n_silent, error_tracks=library.n_error_tracks, singer_column=found.singer_column,
+        n_tracks=int(found.active.sum()), n_crops=int(n_crops[found.active].sum()),
     )  # fmt: skip
+
+
+def _keep_copies(folder: Path, manifest: dict[str, Any], gone: set[int]) -> None:
+    """Write the copies of tracks that are `gone` anew, as recordings of their own: a segment more in `manifest`."""
+    index = _OpenedDraft(folder, manifest)
+    same_as = index.tracks["same_as"].fill_null(-1).to_numpy()
+    left = np.array(sorted(set(np.flatnonzero(np.isin(same_as, list(gone))).tolist()) - gone), np.int64)
+    if len(left):
+        gone = gone | set(left.tolist())
+        generation = manifest["generation"] + 1
+        segment = Segment(folder, f"{generation:06d}", index.scoring.dim, index, gone)
+        segment.write(_rows_of(index, left))
+        manifest.update(generation=generation, segments=[*manifest["segments"], segment.name], replaced=sorted(gone))
 
 
 def _describe(folder: Path, manifest: dict[str, Any], name: str) -> None:

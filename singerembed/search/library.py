@@ -17,8 +17,6 @@ from singerembed.errors import OutputError, UsageError
 from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
 from singerembed.output.schema import OK, RESERVED_COLUMNS, Counts
 
-_COLUMNS = ["track_id", "path", "crop", "start", "end", "status"]
-
 
 @dataclass(frozen=True)
 class LibraryTrack:
@@ -28,6 +26,7 @@ class LibraryTrack:
     crop: NDArray[np.int32]  # [n]
     start: NDArray[np.float64]  # [n], seconds
     end: NDArray[np.float64]  # [n], seconds
+    rms_dbfs: NDArray[np.float32]  # [n]
     embedding: NDArray[np.float32]  # [n, dim]
 
     @property
@@ -125,11 +124,16 @@ def _tracks_of(rows: pa.Table) -> Iterator[LibraryTrack]:
     flat = stored.values if hasattr(stored, "values") else stored.flatten()
     dim = stored.type.list_size
     embedding = np.asarray(flat, np.float32).reshape(-1, dim)[stored.offset : stored.offset + len(stored)]
-    crop, start, end = (rows[name].to_numpy() for name in ("crop", "start", "end"))
+    crop, start, end, rms = (rows[name].to_numpy() for name in ("crop", "start", "end", "rms_dbfs"))
     for i, values in enumerate(columns):
         kept = np.arange(bounds[i], bounds[i + 1])[ok[bounds[i] : bounds[i + 1]]]
         kept = kept[np.isfinite(embedding[kept]).all(axis=1)]
         if len(kept):
             yield LibraryTrack(
-                values, crop[kept].astype(np.int32), start[kept], end[kept], np.ascontiguousarray(embedding[kept])
+                values,
+                crop[kept].astype(np.int32),
+                start[kept],
+                end[kept],
+                rms[kept].astype(np.float32),
+                np.ascontiguousarray(embedding[kept]),
             )

@@ -13,20 +13,15 @@ from numpy.typing import NDArray
 from singerembed.engine.base import Engine
 from singerembed.engine.embedder import Embedder
 from singerembed.errors import MissingDependencyError, UsageError
-from singerembed.search.build import track_vector
 from singerembed.search.calibration import Calibration
 from singerembed.search.nearest import nearest, read_quantised
 from singerembed.search.recording import QueryCrops, embed_recording, open_engine_of
-from singerembed.search.store import MIN_LENGTH, StoredIndex, Vectors
+from singerembed.search.store import INDEX_COLUMNS, MIN_LENGTH, StoredIndex, Vectors, track_vector
 
 BY = ("track", "crop")
 _MATCHES = 2  # pairs of crops that are named for a track
 # Crops that are looked up for each crop of a query before tracks are ranked by them: several may be of one track.
 _CROPS_A_TRACK = 20
-_LOOKED_UP = 2  # tracks for each one wanted: some may be copies of others
-# Two tracks are one recording in two formats if the crops at each place of both are at least as similar as this: with
-# the bundled engine copies had 0.965 and more, other recordings as long 0.939 at most (docs/search.md).
-NEAR_COPY = 0.96
 # That a query is sung by somebody in the index at all; each of its singers is then as likely as the other.
 PRIOR_KNOWN = 0.5
 
@@ -49,7 +44,7 @@ class FoundTrack:
     path: str
     singer: str  # empty if not known
     matches: list[Match]  # the most similar pairs of crops, in order of time
-    also: list[str]  # paths of further copies of the same recording, also in other formats
+    also: list[str]  # paths of further copies of the same recording
     number: int  # of the track in the index, from 0
 
 
@@ -159,27 +154,9 @@ class Index:
             allowed[itself] = False
         whole = track_vector(crops)
         find = self._by_track if by == "track" else self._by_crop
-        ranked = find(whole if by == "track" else crops, _LOOKED_UP * top, allowed)
-        if itself is not None:
-            ranked = [(number, score) for number, score in ranked if not is_near_copy(self._crops_of(number), crops)]
-        tracks = [
-            self._found_track(number, score, also, crops, start) for number, score, also in self._folded(ranked)[:top]
-        ]
+        ranked = find(whole if by == "track" else crops, top, allowed)
+        tracks = [self._found_track(number, score, crops, start) for number, score in ranked]
         return Answer(tracks, self._singers(whole, top, itself))
-
-    def _folded(self, ranked: list[tuple[int, float]]) -> list[tuple[int, float, list[str]]]:
-        """Return the recordings among tracks: number and score of the first track, and the paths of its copies."""
-        kept: list[tuple[int, float, list[str]]] = []
-        of_kept: list[Vectors] = []
-        for number, score in ranked:
-            crops, known = self._crops_of(number), self._copies.get(number, [])
-            same = next((i for i, other in enumerate(of_kept) if is_near_copy(crops, other)), None)
-            if same is None:
-                kept.append((number, score, list(known)))
-                of_kept.append(crops)
-            else:
-                kept[same][2].extend([self.stored.tracks["path"][number].as_py(), *known])
-        return kept
 
     def _crops_of(self, number: int) -> Vectors:
         part = self.stored.crops_of(number)
@@ -201,13 +178,11 @@ class Index:
                 best[track] = max(float(score), best.get(track, -2.0))
         return sorted(best.items(), key=lambda item: (-item[1], item[0]))[:top]
 
-    def _found_track(
-        self, number: int, score: float, also: list[str], crops: Vectors, start: NDArray[np.float64]
-    ) -> FoundTrack:
+    def _found_track(self, number: int, score: float, crops: Vectors, start: NDArray[np.float64]) -> FoundTrack:
         row = self.stored.tracks.slice(number, 1)
         return FoundTrack(
             _rounded(score), row["track_id"][0].as_py(), row["path"][0].as_py(), self.stored.singer(number),
-            self._matches(number, crops, start), also, number,
+            self._matches(number, crops, start), self._copies.get(number, []), number,
         )  # fmt: skip
 
     def _matches(self, number: int, crops: Vectors, start: NDArray[np.float64], n: int = _MATCHES) -> list[Match]:
@@ -280,8 +255,7 @@ class Index:
             import duckdb
         except ImportError as exc:
             raise MissingDependencyError("--where", "duckdb", "search") from exc
-        hidden = {"n_crops", "same_as", "fingerprint"}
-        names = [name for name in self.stored.tracks.column_names if name not in hidden]
+        names = [name for name in self.stored.tracks.column_names if name not in INDEX_COLUMNS]
         connection = duckdb.connect(config={"enable_external_access": "false"})
         rows = np.arange(self.stored.tracks.num_rows)
         connection.register("tracks", self.stored.tracks.select(names).append_column("row number", [rows]))
@@ -293,11 +267,6 @@ class Index:
         mask = np.zeros(len(rows), bool)
         mask[found["row number"].astype(np.int64)] = True
         return mask
-
-
-def is_near_copy(one: Vectors, other: Vectors) -> bool:
-    """Return whether crops [n, dim] and [m, dim] are those of one recording: as many, and similar place by place."""
-    return len(one) == len(other) and bool(np.einsum("ij,ij->i", one, other).min() >= NEAR_COPY)
 
 
 def chances_of(ratios: NDArray[np.float64], total: NDArray[np.float64], n_singers: Any) -> NDArray[np.float64]:

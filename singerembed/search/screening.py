@@ -10,11 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.errors import UsageError
-from singerembed.search.build import track_vector
 from singerembed.search.calibration import Calibration
 from singerembed.search.library import Library, check_engine
 from singerembed.search.query import Index, chances_of
-from singerembed.search.store import MIN_LENGTH, Vectors
+from singerembed.search.store import MIN_LENGTH, Vectors, track_vector
 
 _MAX_BATCH = 512  # tracks that are compared with all singers at a time
 _MAX_SCORES = 4_000_000  # that are held at a time

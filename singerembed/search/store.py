@@ -22,13 +22,20 @@ from numpy.typing import NDArray
 
 from singerembed import storage
 from singerembed.errors import OutputError, UsageError
+from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.scoring import Scoring
 
 MANIFEST, SCORING = "index.json", "scoring.npz"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MIN_LENGTH = 1e-6  # of a sum of vectors; what is shorter points nowhere
 KINDS = ("tracks", "crops")
+INDEX_COLUMNS = ("n_crops", "same_as", "fingerprint", "coherence")  # of tracks, which are not the catalogue's
 Vectors = NDArray[np.float32]
+
+
+def track_vector(crops: Vectors) -> Vectors:
+    """Return the vector of a track, [dim]: the mean of its crops' vectors [n, dim], scaled to length 1."""
+    return np.asarray(unit_rows(crops.mean(axis=0, keepdims=True))[0])
 
 
 class StoredVectors:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,14 @@ class MadeTrack:
     singer: str | None
     crops: Sequence[NDArray[np.float32] | None]
     year: int = 2000
+    rms_dbfs: Sequence[float] = ()  # of its crops; further ones have -20
 
 
 def made_tracks(
     n_singers: int, tracks_each: int, crops_each: int, *, spread: float = 0.6, seed: int = 0, first: int = 0
 ) -> list[MadeTrack]:
     """Tracks of made-up singers; crops lie around their track, tracks around their singer, all far from the origin."""
-    rng = np.random.default_rng(seed)
+    rng, levels = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     offset = 5 * rng.standard_normal(DIM)
     tracks = []
     for singer in range(n_singers):
@@ -45,7 +47,8 @@ def made_tracks(
             crops = [
                 (offset + of_track + spread * rng.standard_normal(DIM)).astype(np.float32) for _ in range(crops_each)
             ]
-            tracks.append(MadeTrack(f"s{singer}-{first + number}", f"singer {singer}", crops, 1980 + number))
+            rms = levels.normal(-20, 3, crops_each).tolist()
+            tracks.append(MadeTrack(f"s{singer}-{first + number}", f"singer {singer}", crops, 1980 + number, rms))
     return tracks
 
 
@@ -63,14 +66,15 @@ def write_output(
     rows, counts = list[dict[str, Any]](), Counts()
     for track in tracks:
         counts.tracks += 1
-        for crop, embedding in enumerate(track.crops):
+        levels = chain(track.rms_dbfs, repeat(-20.0))
+        for crop, (embedding, rms) in enumerate(zip(track.crops, levels, strict=False)):
             counts.crops += 1
             counts.silent += embedding is None
             rows.append(
                 {
                     "track_id": track.track_id, "path": f"{track.track_id}.wav", "crop": crop, "start": 4.0 * crop,
                     "end": 4.0 * crop + 4, "status": "silent" if embedding is None else "ok", "singer": track.singer,
-                    "year": track.year, "embedding": embedding,
+                    "year": track.year, "rms_dbfs": rms, "embedding": embedding,
                 }
             )  # fmt: skip
     units = UnitIndex()
