@@ -1,10 +1,11 @@
-"""How near copies of a recording in lossy formats are to it, and how near the nearest other recordings are.
+"""What copies of recordings in lossy formats have in common with them, and what other recordings have.
 
-python -m benchmarks.copies CATALOG
+python -m benchmarks.copies CATALOG [OUT.parquet]
 
-Every recording of CATALOG, which has columns path and singer, is encoded by PyAV in each format, and embedded with its
-copies by the bundled engine. Scores are those of an index of the originals: of tracks, and of the crops at the same
-positions of both, of which the least similar ones count. Other recordings are compared where they have as many crops.
+The recordings of each singer of CATALOG, which has columns path and singer, are joined to one, which is encoded in
+each format, mastered anew, and embedded with its copies by the bundled engine. Of OUT.parquet, an output of
+`singerembed run` on the corpus of training/recipes/free_voices.py, recordings are drawn that have no crop in common:
+of one speaker, whose folders end in numbers, and of any two. Measures are those of singerembed/search/copies.py.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ from __future__ import annotations
 import argparse
 import csv
 import tempfile
-from itertools import combinations
 from pathlib import Path
 
 import av
 import numpy as np
+import pyarrow.parquet as pq
+import soundfile
+from numpy.typing import NDArray
 
 from singerembed.evaluation.scoring import Moments, fit_scoring
 from singerembed.jobs.run import run
-from singerembed.search.library import Library, LibraryTrack
-from singerembed.search.store import Vectors, track_vector
+from singerembed.search.copies import LEVEL_DB, MIN_CROPS, NEAR_COPY
+from singerembed.search.library import Library
 
 FORMATS = [
     ("libmp3lame", 320, "mp3"), ("libmp3lame", 128, "mp3"), ("libmp3lame", 64, "mp3"), ("libopus", 96, "ogg"),
-    ("aac", 256, "mp4"), ("aac", 128, "mp4"),
+    ("libopus", 48, "ogg"), ("aac", 256, "mp4"), ("aac", 128, "mp4"),
 ]  # fmt: skip
+DRAWN = 200_000
+Floats = NDArray[np.floating]
 
 
 def encode(source: str, target: Path, codec: str, kbit: int, container: str) -> None:
@@ -44,41 +49,62 @@ def encode(source: str, target: Path, codec: str, kbit: int, container: str) -> 
         writer.mux(stream.encode(None))
 
 
+def mastered(samples: Floats, rate: int) -> Floats:
+    """Return `samples` [n] with more above 4 kHz, and louder into a soft limiter."""
+    spectrum = np.fft.rfft(samples)
+    spectrum[np.fft.rfftfreq(len(samples), 1 / rate) > 4000] *= 1.4
+    louder = np.tanh(1.5 * np.fft.irfft(spectrum, len(samples)))
+    return np.asarray(0.95 * louder / np.abs(louder).max())
+
+
 def write_copies(catalog: str, folder: Path) -> str:
-    """Write the copies, and a catalogue of them and of the originals; return its path."""
-    path = folder / "copies.csv"
+    """Write joined recordings, their copies, and a catalogue of both; return its path."""
+    recordings = dict[str, list[Path]]()
     with Path(catalog).open(encoding="utf-8", newline="") as source:
-        rows = list(csv.DictReader(source))
+        for row in csv.DictReader(source):
+            recordings.setdefault(row["singer"], []).append(Path(catalog).parent / row["path"])
+    path = folder / "copies.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["track_id", "path", "singer", "kind"])
-        for number, row in enumerate(rows):
-            original = str((Path(catalog).parent / row["path"]).resolve())
-            writer.writerow([number, original, row["singer"], "original"])
+        writer.writerow(["track_id", "path", "kind"])
+        for singer, paths in recordings.items():
+            parts, rates = zip(*(soundfile.read(each) for each in paths), strict=True)
+            samples, rate = np.concatenate(parts), rates[0]
+            original = folder / f"{singer}.flac"
+            soundfile.write(original, samples, rate)
+            soundfile.write(folder / f"{singer}.master.flac", mastered(samples, rate), rate)
+            vorbis = folder / f"{singer}.vorbis.ogg"
+            with soundfile.SoundFile(vorbis, "w", rate, 1, format="OGG", subtype="VORBIS") as ogg:
+                for first in range(0, len(samples), 8192):  # all at once overflows libsndfile's stack
+                    ogg.write(samples[first : first + 8192])
+            kinds = [("original", original), ("vorbis", vorbis), ("mastered anew", folder / f"{singer}.master.flac")]
             for codec, kbit, container in FORMATS:
-                target = folder / f"{number}.{codec}.{kbit}.{container}"
-                encode(original, target, codec, kbit, container)
-                writer.writerow([number, target.name, row["singer"], f"{codec} {kbit}"])
+                target = folder / f"{singer}.{codec}.{kbit}.{container}"
+                encode(str(original), target, codec, kbit, container)
+                kinds.append((f"{codec} {kbit}", target))
+            writer.writerows([singer, target.name, kind] for kind, target in kinds)
     return str(path)
 
 
-def text(scores: list[tuple[float, float]], highest: bool) -> str:
-    """The extreme and the usual scores of tracks, and of their least similar crops."""
-    of_tracks, of_crops = np.array(scores).T
-    extreme = np.max if highest else np.min
-    return "; ".join(
-        f"{what} {'highest' if highest else 'lowest'} {extreme(values):.3f}, median {np.median(values):.3f}"
-        for what, values in (("tracks", of_tracks), ("least similar crops", of_crops))
+def measures(one: Floats, two: Floats, level_one: Floats, level_two: Floats) -> tuple[Floats, Floats]:
+    """Return mean cosine and level difference of pairs: vectors [pairs, crops, dim], levels [pairs, crops]."""
+    return np.einsum("pcd,pcd->p", one, two) / one.shape[1], (level_one - level_two).std(axis=1)
+
+
+def report(what: str, cosine: Floats, level: Floats) -> None:
+    copies = int(((cosine >= NEAR_COPY) & (level <= LEVEL_DB)).sum())
+    print(
+        f"{what}: mean cosine {np.min(cosine):.3f} to {np.max(cosine):.3f}, median {np.median(cosine):.3f}; levels "
+        f"{np.min(level):.3f} to {np.max(level):.3f} dB, median {np.median(level):.3f}; {copies:,} of {len(level):,} "
+        "taken for copies",
+        flush=True,
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("catalog")
-    arguments = parser.parse_args()
+def report_copies(catalog: str) -> None:
     with tempfile.TemporaryDirectory() as name:
         output = str(Path(name) / "out.parquet")
-        run(write_copies(arguments.catalog, Path(name)), output)
+        run(write_copies(catalog, Path(name)), output)
         library = Library([output])
         tracks = list(library.tracks())
     print(f"engine {library.engine['name']} ({library.engine['sha256'][:12]}...)")
@@ -87,27 +113,59 @@ def main() -> None:
         if track.columns["kind"] == "original":
             moments.add(track.embedding)
     scoring = fit_scoring("centred", moments)
-    crops = dict[tuple[str, str], tuple[LibraryTrack, Vectors]]()
-    for track in tracks:
-        crops[track.columns["kind"], track.columns["track_id"]] = track, scoring.vectors(track.embedding)
+    originals = {track.columns["track_id"]: track for track in tracks if track.columns["kind"] == "original"}
+    print(f"{len(originals)} recordings of {sorted(len(track.crop) for track in originals.values())} crops")
+    for kind in dict.fromkeys(track.columns["kind"] for track in tracks):
+        found = []
+        for track in tracks:
+            first = originals[track.columns["track_id"]]
+            if track.columns["kind"] == kind != "original" and np.array_equal(track.crop, first.crop):
+                vectors = (scoring.vectors(each.embedding)[np.newaxis] for each in (track, first))
+                found.append(measures(*vectors, track.rms_dbfs[np.newaxis], first.rms_dbfs[np.newaxis]))
+        if found:
+            report(f"{kind}, as many crops", *np.concatenate(found, axis=1))
 
-    def compared(first: tuple[str, str], second: tuple[str, str]) -> tuple[float, float] | None:
-        (a, vectors_a), (b, vectors_b) = crops[first], crops[second]
-        if not np.array_equal(a.crop, b.crop):
-            return None
-        of_crops = np.einsum("ij,ij->i", vectors_a, vectors_b)
-        return float(track_vector(vectors_a) @ track_vector(vectors_b)), float(of_crops.min())
 
-    originals = [key for key in crops if key[0] == "original"]
-    for codec, kbit, _ in FORMATS:
-        found = [compared(key, (f"{codec} {kbit}", key[1])) for key in originals]
-        same = [scores for scores in found if scores is not None]
-        print(f"{codec}, {kbit} kbit/s, {len(same)} of {len(found)} with the same crops: {text(same, False)}")
-    pairs = [(a, b, compared(a, b)) for a, b in combinations(originals, 2)]
-    others = [(a, b, scores) for a, b, scores in pairs if scores is not None]
-    one_singer = [s for a, b, s in others if crops[a][0].columns["singer"] == crops[b][0].columns["singer"]]
-    print(f"{len(others)} pairs of other recordings with the same crops: {text([s for _, _, s in others], True)}")
-    print(f"{len(one_singer)} of them of one singer: {text(one_singer, True)}")
+def report_others(output: str) -> None:
+    table = pq.read_table(output, columns=["path", "rms_dbfs", "embedding"])
+    embedding = np.stack(table["embedding"].to_numpy())
+    moments = Moments()
+    moments.add(embedding)
+    vectors, level = fit_scoring("centred", moments).vectors(embedding), table["rms_dbfs"].to_numpy().astype(float)
+    folders = [Path(path).parent.name.rpartition("-")[0] for path in table["path"].to_pylist()]
+    speaker = np.unique(folders, return_inverse=True)[1]
+    several = [rows for rows in (np.flatnonzero(speaker == s) for s in set(speaker.tolist())) if len(rows) >= 20]
+    spread = np.median([level[rows].std() for rows in several])
+    print(
+        f"{len(level):,} crops, {len(several)} speakers with 20 or more, whose levels have a deviation of {spread:.1f}"
+    )
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 4, MIN_CROPS, 8):
+        for what in ("one speaker", "any"):
+            cosine, levels = list[Floats](), list[Floats]()
+            for _ in range(0, DRAWN, 2000):
+                pools = [several[i] if what == "one speaker" else np.arange(len(level)) for i in
+                         rng.integers(len(several), size=2000)]  # fmt: skip
+                rows = np.stack([rng.choice(pool, 2 * n, replace=False, shuffle=False) for pool in pools])
+                rows = rng.permuted(rows, axis=1)
+                one, two = rows[:, :n], rows[:, n:]
+                found = measures(vectors[one], vectors[two], level[one], level[two])
+                cosine.append(found[0])
+                levels.append(found[1])
+            report(f"others of {what}, {n} crops", np.concatenate(cosine), np.concatenate(levels))
+            near, close = np.concatenate(cosine) >= NEAR_COPY, np.concatenate(levels)
+            counts = ", ".join(f"{int((close <= d).sum()):,} within {d:g} dB" for d in (LEVEL_DB, 0.2, 0.4, 0.8))
+            print(f"    {int(near.sum()):,} are near by cosine; {counts}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("catalog")
+    parser.add_argument("output", nargs="?")
+    arguments = parser.parse_args()
+    report_copies(arguments.catalog)
+    if arguments.output:
+        report_others(arguments.output)
 
 
 if __name__ == "__main__":

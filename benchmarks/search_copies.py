@@ -52,10 +52,13 @@ def write_library(mixture: Mixture, folder: Path, n_tracks: int, n_crops: int, l
             of_crops.write(vectors.astype(np.float16).tobytes())
             levels.append(level.ravel())
             coherence.append(np.linalg.norm(mean, axis=1).astype(np.float32))
+    crop = np.tile(np.arange(n_crops, dtype=np.int32), n_tracks)
     return TracksAndCrops(
         np.full(n_tracks, n_crops),
         np.concatenate(coherence),
-        np.tile(np.arange(n_crops, dtype=np.int32), n_tracks),
+        crop,
+        4.0 * crop,
+        4.0 * crop + 4,
         np.concatenate(levels),
         *(StoredVectors([path], mixture.dim) for path in paths),
     )

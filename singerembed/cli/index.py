@@ -25,9 +25,9 @@ from singerembed.storage import printable
 def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scoring: str | None, as_json: bool) -> None:
     """Make an INDEX for search of OUTPUTS, Parquet files or folders written by run.
 
-    Crops without an embedding are left out, and a recording that is there twice counts once. If INDEX exists, tracks
-    that it does not have are added, and those whose recording has changed are replaced. Singers and scoring are fixed
-    when the index is made. Needs the extra search.
+    Crops without an embedding are left out. A recording that is there twice counts once, also in two formats if it has
+    six crops or more. If INDEX exists, tracks that it does not have are added, and those whose recording has changed
+    are replaced. Singers and scoring are fixed when the index is made. Needs the extra search.
 
     \b
     singerembed index library.parquet library.index

@@ -18,7 +18,7 @@ from singerembed.search.store import StoredVectors, Vectors
 # What two copies have in common, and below how many crops nothing is said; measured in docs/search.md.
 NEAR_COPY = 0.96  # mean cosine of the crops at the same places
 LEVEL_DB = 0.1  # root mean square of the differences of their levels, the mean difference left out
-MIN_CROPS = 6
+MIN_CROPS = 6  # which also lie apart, or side by side: with overlaps it takes more
 MIN_SPREAD_DB = 5 * LEVEL_DB  # standard deviation of a track's levels: what is always as loud cannot be told by them
 
 _COMPONENTS = 16  # directions in which tracks are compared before their crops are
@@ -39,6 +39,8 @@ class TracksAndCrops:
     n_crops: Numbers  # [tracks], 0 where a track's crops are not stored
     coherence: Floats  # [tracks], length of the mean of the crops' vectors
     crop: NDArray[np.int32]  # [crops], place in the recording
+    start: NDArray[np.float64]  # [crops], seconds
+    end: NDArray[np.float64]  # [crops], seconds
     rms_dbfs: Floats  # [crops], NaN where unknown
     track_vectors: StoredVectors  # [tracks, dim], of length 1
     crop_vectors: StoredVectors  # [crops, dim], of length 1
@@ -48,8 +50,9 @@ def find_copies(library: TracksAndCrops, counts: NDArray[np.bool_], first_new: i
     """Return the tracks from number `first_new` on that are copies, and the track that each is a copy of.
 
     `counts`: [tracks], False for tracks that are left out. A track is a copy of the first one before it that is no copy
-    itself and is alike: crops at the same places, MIN_CROPS or more; levels that differ by LEVEL_DB at most once the
-    mean difference is subtracted; and a mean cosine of NEAR_COPY at least. No pair that is alike is overlooked.
+    itself and is alike: crops at the same places, MIN_CROPS or more, over as long a time as these take side by side;
+    levels that vary by MIN_SPREAD_DB, and differ by LEVEL_DB at most once the mean difference is subtracted; and a mean
+    cosine of NEAR_COPY at least. No pair that is alike is overlooked.
     """
     first_crop = np.concatenate([[0], np.cumsum(library.n_crops)])
     tracks = np.flatnonzero(counts & (library.n_crops >= MIN_CROPS))
@@ -62,7 +65,9 @@ def find_copies(library: TracksAndCrops, counts: NDArray[np.bool_], first_new: i
     for n in np.unique(n_crops[tracks >= first_new]).tolist():
         as_long = tracks[n_crops == n]
         crops = first_crop[as_long, np.newaxis] + np.arange(n)
+        first, last = crops[:, 0], crops[:, -1]
         told = library.rms_dbfs[crops].std(axis=1) >= MIN_SPREAD_DB  # not if one is NaN
+        told &= library.end[last] - library.start[first] >= MIN_CROPS * (library.end[first] - library.start[first])
         if told.sum() > 1:
             _Comparison(library, as_long[told], crops[told], directions).find(first_new, copies)
     return copies

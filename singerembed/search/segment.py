@@ -74,6 +74,7 @@ class Segment:
         self.crops = pa.concat_tables([self.crops, *self._crops])
         write_mapped_table(self._folder / f"{self.name}.crops.arrow", self.crops)
         tracks = pa.concat_tables(self._tables, promote_options="permissive")
+        self._tables = []
         same_as = self._resolved(tracks)
         column = pa.array(same_as, pa.int64(), mask=same_as < 0)
         tracks = tracks.set_column(tracks.schema.get_field_index("same_as"), "same_as", column)
@@ -127,8 +128,7 @@ class Segment:
         library = TracksAndCrops(
             n_crops=np.concatenate([table["n_crops"].to_numpy() for table in tables]),
             coherence=np.concatenate([table["coherence"].to_numpy() for table in tables]).astype(np.float32),
-            crop=crops["crop"].to_numpy(),
-            rms_dbfs=crops["rms_dbfs"].to_numpy(),
+            **{name: crops[name].to_numpy() for name in CROP_COLUMNS},
             track_vectors=vectors["tracks"],
             crop_vectors=vectors["crops"],
         )

@@ -155,10 +155,10 @@ def test_copies_make_no_group(tmp_path: Path) -> None:
 def made_comparison(folder: Path, seed: int, n: int = 400, dim: int = 64) -> TracksAndCrops:
     """Tracks of some lengths, four in ten derived from earlier ones, many near the limits of what copies are."""
     rng = np.random.default_rng(seed)
-    made = list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]]()
+    made = list[tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64], float]]()
     for _ in range(n):
         if made and rng.random() < 0.4:
-            vectors, level, place = made[rng.integers(len(made))]
+            vectors, level, place, hop = made[rng.integers(len(made))]
             vectors = vectors + rng.choice([0.01, 0.03, 0.035]) * rng.standard_normal(vectors.shape)
             level = level + 2 * rng.normal() + rng.choice([0.02, 0.07, 0.1]) * rng.standard_normal(len(level))
             place = place + (rng.random() < 0.05)
@@ -166,18 +166,21 @@ def made_comparison(folder: Path, seed: int, n: int = 400, dim: int = 64) -> Tra
             n_crops = int(rng.choice([MIN_CROPS - 1, MIN_CROPS, MIN_CROPS + 1, 40]))
             vectors = rng.standard_normal(dim) + rng.choice([0.3, 1]) * rng.standard_normal((n_crops, dim))
             level = rng.normal(-20, 4) + rng.choice([0.2, 1, 3]) * rng.standard_normal(n_crops)
-            place = np.arange(n_crops)
-        made.append((vectors / np.linalg.norm(vectors, axis=1, keepdims=True), level, place))
-    mean = np.stack([vectors.mean(axis=0) for vectors, _, _ in made])
+            place, hop = np.arange(n_crops), rng.choice([4.0, 1.0])
+        made.append((vectors / np.linalg.norm(vectors, axis=1, keepdims=True), level, place, hop))
+    mean = np.stack([vectors.mean(axis=0) for vectors, *_ in made])
     length = np.linalg.norm(mean, axis=1)
-    stored = {"tracks": mean / length[:, np.newaxis], "crops": np.concatenate([vectors for vectors, _, _ in made])}
+    stored = {"tracks": mean / length[:, np.newaxis], "crops": np.concatenate([vectors for vectors, *_ in made])}
     for kind, rows in stored.items():
         (folder / kind).write_bytes(rows.astype(np.float16).tobytes())
+    start = np.concatenate([hop * place for _, _, place, hop in made])
     return TracksAndCrops(
-        np.array([len(vectors) for vectors, _, _ in made]),
+        np.array([len(vectors) for vectors, *_ in made]),
         length.astype(np.float32),
-        np.concatenate([place for _, _, place in made]).astype(np.int32),
-        np.concatenate([level for _, level, _ in made]).astype(np.float32),
+        np.concatenate([place for _, _, place, _ in made]).astype(np.int32),
+        start,
+        start + 4,
+        np.concatenate([level for _, level, _, _ in made]).astype(np.float32),
         *(StoredVectors([folder / kind], dim) for kind in ("tracks", "crops")),
     )
 
@@ -197,7 +200,11 @@ def all_pairs(library: TracksAndCrops, counts: NDArray[np.bool_], first_new: int
             and bool((crops[one] * crops[two]).sum(axis=1).mean() >= NEAR_COPY)
         )
 
-    told = [bool(c) and len(x) >= MIN_CROPS and x.std() >= MIN_SPREAD_DB for c, x in zip(counts, level, strict=True)]
+    seconds = [library.end[part.stop - 1] - library.start[part.start] for part in parts]
+    told = [
+        bool(counted) and len(rms) >= MIN_CROPS and rms.std() >= MIN_SPREAD_DB and long >= 4 * MIN_CROPS
+        for counted, rms, long in zip(counts, level, seconds, strict=True)
+    ]
     for track in range(first_new, len(parts)):
         before = [other for other in range(track) if told[other] and other not in found]
         same = next((other for other in before if told[track] and alike(track, other)), None)
