@@ -32,6 +32,11 @@ _COPIES = 3  # of a recording that are named on the terminal
 )
 @click.option("--catalog", metavar="OUTPUT", help="Screen every track of an output of run against the index's singers.")
 @click.option("--engine", metavar="FILE", help="The engine that made the index.  [default: the bundled one]")
+@click.option(
+    "--separate",
+    metavar="FILE",
+    help="The separator that the index's voices came out of, where it was made with run --separate.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, help="Tracks, and singers, to name.")
 @click.option(
     "--by",
@@ -69,7 +74,7 @@ def search(index: str, queries: tuple[str, ...], as_csv: bool, as_json: bool, **
         raise UsageError("nothing to look up: give a recording, --track ID or --catalog OUTPUT")
     from singerembed.search.query import open_index
 
-    opened = open_index(index, values["engine"])
+    opened = open_index(index, values["engine"], values["separate"])
     if values["catalog"] is not None:
         _screen(opened, values["catalog"], values["min_chance"], as_csv, as_json)
     how = {"top": values["top"], "by": values["by"], "where": values["where"]}

@@ -22,7 +22,7 @@ from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_second_moments
 from singerembed.output.lock import take_lock
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
-from singerembed.search.library import Library, check_column, check_engine
+from singerembed.search.library import Library, check_column, check_engine, check_separator
 from singerembed.search.nearest import EXACT_ROWS, write_quantised
 from singerembed.search.segment import CROP_COLUMNS, Segment, TrackRow
 from singerembed.search.store import (
@@ -80,8 +80,8 @@ def build_index(
         check_column(column, library.schema, library.outputs[0])
     fitted = _fit(library, scoring or INDEX_SCORINGS[0])
     manifest = {
-        "format": FORMAT_VERSION, "engine": library.engine, "spec": library.spec, "singer_column": column,
-        "scoring": SCORING, "segments": [], "replaced": [], "quantised": {},
+        "format": FORMAT_VERSION, "engine": library.engine, "separator": library.separator, "spec": library.spec,
+        "singer_column": column, "scoring": SCORING, "segments": [], "replaced": [], "quantised": {},
     }  # fmt: skip
     with _new_folder(target) as folder:
         arrays = {"kind": np.array(fitted.kind), "mean": fitted.mean}
@@ -126,6 +126,7 @@ def _extend(
 ) -> IndexSummary:
     path = str(index.folder)
     check_engine(library.engine, index.engine, library.outputs[0], path)
+    check_separator(library.separator, index.separator, library.outputs[0], path)
     for name, given, fixed in (
         ("--singer-column", singer_column, index.singer_column), ("--scoring", scoring, index.scoring.kind),
     ):  # fmt: skip

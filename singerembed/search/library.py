@@ -49,14 +49,11 @@ class Library:
         found = [_facts(output) for output in self.outputs]
         self.engine: dict[str, Any] = found[0].metadata["engine"]
         self.spec: dict[str, Any] = found[0].metadata["spec"]
+        self.separator: dict[str, Any] | None = found[0].metadata.get("separator")
         self.schema = found[0].schema
         for output, facts in zip(self.outputs, found, strict=True):
             check_engine(facts.metadata["engine"], self.engine, output, self.outputs[0])
-            if _separator_of(facts) != _separator_of(found[0]):
-                raise UsageError(
-                    f"{output} and {self.outputs[0]} hold voices that were separated in different ways: their "
-                    "embeddings cannot be compared. Embed both with the same --separate"
-                )
+            check_separator(facts.metadata.get("separator"), self.separator, output, self.outputs[0])
         self.n_silent = sum(facts.counts.silent + facts.counts.no_voice for facts in found)
         self.n_error_tracks = sum(facts.counts.error_tracks for facts in found)
 
@@ -78,9 +75,19 @@ def check_engine(found: dict[str, Any], wanted: dict[str, Any], what: str, of: s
         )
 
 
-def _separator_of(facts: _Facts) -> str | None:
-    separator = facts.metadata.get("separator")
-    return separator and str(separator["sha256"])
+def check_separator(found: dict[str, Any] | None, wanted: dict[str, Any] | None, what: str, of: str) -> None:
+    """Raise UsageError unless voices came out of mixes by one separator, or neither `what` nor `of` was separated."""
+    if (found and found["sha256"]) != (wanted and wanted["sha256"]):
+        raise UsageError(
+            f"{what} holds {_voices(found)}, {of} {_voices(wanted)}: their embeddings cannot be compared. Embed both "
+            "with the same --separate, or both without"
+        )
+
+
+def _voices(separator: dict[str, Any] | None) -> str:
+    if separator is None:
+        return "recordings as they are"
+    return f"voices by the separator {separator['name']} ({separator['sha256'][:12]}...)"
 
 
 def check_column(column: str, schema: pa.Schema, where: str) -> None:

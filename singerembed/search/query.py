@@ -12,10 +12,17 @@ from numpy.typing import NDArray
 
 from singerembed.engine.base import Engine
 from singerembed.engine.embedder import Embedder
+from singerembed.engine.separation import Separation
 from singerembed.errors import MissingDependencyError, UsageError
 from singerembed.search.calibration import Calibration
 from singerembed.search.nearest import nearest, read_quantised
-from singerembed.search.recording import QueryCrops, embed_recording, open_engine_of
+from singerembed.search.recording import (
+    QueryCrops,
+    embed_recording,
+    embed_separated,
+    open_engine_of,
+    open_separation_of,
+)
 from singerembed.search.store import INDEX_COLUMNS, MIN_LENGTH, StoredIndex, Vectors, track_vector
 
 BY = ("track", "crop")
@@ -73,19 +80,25 @@ class Answer:
 class Index:
     """An index of vectors, opened for queries. Read-only, and the same query always gets the same answer."""
 
-    def __init__(self, path: str, engine: str | None = None) -> None:
+    def __init__(self, path: str, engine: str | None = None, separator: str | None = None) -> None:
         """Open the index at `path`; `engine`: file of the engine it was made with (None: the bundled one).
 
-        The engine is opened when it is first needed. Raises UsageError and OutputError.
+        `separator`: file of the separator that its voices came out of, if any did. Both are opened when they are first
+        needed. Raises UsageError and OutputError.
         """
         self.stored = StoredIndex(path)
-        self._engine_path = engine
+        self._engine_path, self._separator_path = engine, separator
         self._quantised: dict[str, Any] = {}
 
     @cached_property
     def engine(self) -> Engine:
         """The engine, which is the one the index was made with."""
         return open_engine_of(self.stored, self._engine_path)
+
+    @cached_property
+    def separation(self) -> Separation | None:
+        """The separator, which is the one that the index's voices came out of; None where none did."""
+        return open_separation_of(self.stored, self._separator_path, self.engine.spec)
 
     @cached_property
     def calibration(self) -> Calibration | None:
@@ -110,6 +123,9 @@ class Index:
         chance supposes that the query is sung by one of the index's singers in one case of two, each as likely
         as the other. Raises ValueError for unfit or silent audio.
         """
+        if self.separation:
+            query = embed_separated(audio, sample_rate, self.engine, self.separation)
+            return self.search_crops(query, top=top, by=by, where=where)
         embedding = Embedder(self.engine).embed(audio, sample_rate)
         loud = ~np.isnan(embedding).any(axis=1)
         if not loud.any():
@@ -119,7 +135,7 @@ class Index:
 
     def search_file(self, path: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up the recording `path`; arguments as `search`. Raises UsageError if it cannot be looked up."""
-        return self.search_crops(embed_recording(path, self.engine), top=top, by=by, where=where)
+        return self.search_crops(embed_recording(path, self.engine, self.separation), top=top, by=by, where=where)
 
     def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up a track of the index, by its id or its path, among the others; its copies are left out.
@@ -283,9 +299,10 @@ def _rounded(score: Any) -> float:
     return round(min(1.0, float(score)), 6)
 
 
-def open_index(path: str, engine: str | None = None) -> Index:
+def open_index(path: str, engine: str | None = None, separator: str | None = None) -> Index:
     """Open the index `path` for queries; `engine`: file of the engine it was made with (None: the bundled one).
 
+    `separator`: file of the separator that its voices came out of, where it was made with `run --separate`.
     Raises UsageError if there is no index, OutputError if it is damaged.
     """
-    return Index(path, engine)
+    return Index(path, engine, separator)

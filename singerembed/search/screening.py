@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from singerembed.errors import UsageError
 from singerembed.search.calibration import Calibration
-from singerembed.search.library import Library, check_engine
+from singerembed.search.library import Library, check_engine, check_separator
 from singerembed.search.query import Index, chances_of
 from singerembed.search.store import MIN_LENGTH, Vectors, track_vector
 
@@ -49,6 +49,7 @@ def screen(index: Index, output: str, min_chance: float, n_singers: int = 3) -> 
     _check_calibrated(index)
     library = Library([output])
     check_engine(library.engine, index.stored.engine, output, str(index.stored.folder))
+    check_separator(library.separator, index.stored.separator, output, str(index.stored.folder))
     column = index.stored.singer_column or ""
     profiles = index.stored.profiles
     tracks = library.tracks()

@@ -72,6 +72,7 @@ class _Service:
 
     def __init__(self, index: Index, recordings: Recordings) -> None:
         self._index, self._recordings = index, recordings
+        self._separation = index.separation  # opened now, so that a missing one is said at the start
         self._turn = asyncio.Lock()
         self._waiting = 0
         facts = {
@@ -129,7 +130,7 @@ class _Service:
         return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix.lower()])
 
     def _look_up(self, path: Path, name: str, by: str) -> Answer:
-        query = embed_recording(str(path), self._index.engine, name=name, max_seconds=MAX_SECONDS)
+        query = embed_recording(str(path), self._index.engine, self._separation, name=name, max_seconds=MAX_SECONDS)
         return self._index.search_crops(query, by=by)
 
     def _described(self, answer: Answer) -> dict[str, Any]:

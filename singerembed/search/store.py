@@ -119,6 +119,12 @@ class StoredIndex:
         return dict(self.manifest["engine"])
 
     @property
+    def separator(self) -> dict[str, Any] | None:
+        """Name, hash and `min_vocals_db` of the separator that the voices came out of; None where none did."""
+        separator = self.manifest["separator"]
+        return None if separator is None else dict(separator)
+
+    @property
     def singer_column(self) -> str | None:
         """The column of singers, if there is one."""
         column = self.manifest["singer_column"]
