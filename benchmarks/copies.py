@@ -5,7 +5,7 @@ python -m benchmarks.copies CATALOG [OUT.parquet]
 The recordings of each singer of CATALOG, which has columns path and singer, are joined to one, which is encoded in
 each format, mastered anew, and embedded with its copies by the bundled engine. Of OUT.parquet, an output of
 `singerembed run` on the corpus of training/recipes/free_voices.py, recordings are drawn that have no crop in common:
-of one speaker, whose folders end in numbers, and of any two. Measures are those of singerembed/search/copies.py.
+of one speaker, whose folders end in numbers, and of two. Measures are those of singerembed/search/copies.py.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def report(what: str, cosine: Floats, level: Floats) -> None:
     print(
         f"{what}: mean cosine {np.min(cosine):.3f} to {np.max(cosine):.3f}, median {np.median(cosine):.3f}; levels "
         f"{np.min(level):.3f} to {np.max(level):.3f} dB, median {np.median(level):.3f}; {copies:,} of {len(level):,} "
-        "taken for copies",
+        "alike",
         flush=True,
     )
 
@@ -141,21 +141,24 @@ def report_others(output: str) -> None:
     )
     rng = np.random.default_rng(0)
     for n in (1, 2, 4, MIN_CROPS, 8):
-        for what in ("one speaker", "any"):
-            cosine, levels = list[Floats](), list[Floats]()
+        for what in ("one speaker", "two speakers"):
+            found = []
             for _ in range(0, DRAWN, 2000):
-                pools = [several[i] if what == "one speaker" else np.arange(len(level)) for i in
-                         rng.integers(len(several), size=2000)]  # fmt: skip
-                rows = np.stack([rng.choice(pool, 2 * n, replace=False, shuffle=False) for pool in pools])
-                rows = rng.permuted(rows, axis=1)
-                one, two = rows[:, :n], rows[:, n:]
-                found = measures(vectors[one], vectors[two], level[one], level[two])
-                cosine.append(found[0])
-                levels.append(found[1])
-            report(f"others of {what}, {n} crops", np.concatenate(cosine), np.concatenate(levels))
-            near, close = np.concatenate(cosine) >= NEAR_COPY, np.concatenate(levels)
-            counts = ", ".join(f"{int((close <= d).sum()):,} within {d:g} dB" for d in (LEVEL_DB, 0.2, 0.4, 0.8))
-            print(f"    {int(near.sum()):,} are near by cosine; {counts}", flush=True)
+                pairs = [rng.choice(len(several), 2, replace=False) for _ in range(2000)]
+                if what == "one speaker":
+                    one, two = np.split(
+                        np.stack([rng.choice(several[a], 2 * n, replace=False) for a, _ in pairs]), 2, 1
+                    )
+                else:
+                    one, two = (
+                        np.stack([rng.choice(several[pair[side]], n, replace=False) for pair in pairs])
+                        for side in (0, 1)
+                    )
+                found.append(measures(vectors[one], vectors[two], level[one], level[two]))
+            cosine, levels = np.concatenate(found, axis=1)
+            report(f"others of {what}, {n} crops", cosine, levels)
+            counts = ", ".join(f"{int((levels <= d).sum()):,} within {d:g} dB" for d in (LEVEL_DB, 0.2, 0.4, 0.8))
+            print(f"    {int((cosine >= NEAR_COPY).sum()):,} are near by cosine; {counts}", flush=True)
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 python -m benchmarks.search_scale OUT.parquet --rows 1000000 --more 10000 --folder /scratch
 
-Rows are those of benchmarks/vector_index.py, as tracks of five crops; OUT.parquet is what they are made of. The index
-is left as FOLDER/made.index, and the output it grew by as FOLDER/more.parquet, for benchmarks/search_times.py.
+Rows are those of benchmarks/vector_index.py, as tracks of ten crops whose levels deviate by 2 dB; OUT.parquet is what
+they are made of. The index is left as FOLDER/made.index, and the output it grew by as FOLDER/more.parquet, for
+benchmarks/search_times.py.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import resource
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +34,11 @@ from singerembed.output.schema import (
     writer_options,
 )
 from singerembed.search.build import build_index
+from singerembed.search.copies import find_copies
 from singerembed.search.nearest import nearest
 from singerembed.search.query import open_index
 
-CROPS_A_TRACK = 5
+CROPS_A_TRACK = 10
 TRACKS_A_SINGER = CROPS_A_SINGER // CROPS_A_TRACK
 QUERIES = 300
 _UNIT_ROWS = 20_000
@@ -57,6 +61,7 @@ def write_output(mixture: Mixture, source: str, path: Path, n: int, first: int) 
                 "track_id": pa.array([f"t{number}" for number in track]), "crop": pa.array(crop, pa.int32()),
                 "path": pa.array([f"t{number}.flac" for number in track]), "start": pa.array(4.0 * crop),
                 "end": pa.array(4.0 * crop + 4), "status": pa.array(["ok"] * size),
+                "rms_dbfs": pa.array(np.random.default_rng(start).normal(-18, 2, size), pa.float32()),
                 "singer": pa.array([f"s{number}" for number in singer]), "embedding": flat,
             }  # fmt: skip
             filled = [columns.get(field.name, pa.nulls(size, field.type)) for field in schema]
@@ -68,6 +73,14 @@ def write_output(mixture: Mixture, source: str, path: Path, n: int, first: int) 
         writer.add_key_value_metadata(
             {METADATA_KEY: metadata, COUNTS_KEY: json.dumps(total.to_dict()), UNITS_KEY: units.encode()}
         )
+
+
+def looked_for_copies(*arguments: Any) -> dict[int, int]:
+    """Do what `find_copies` does, and print how long it took."""
+    started = time.process_time()
+    found = find_copies(*arguments)
+    print(f"copies: looked for in {time.process_time() - started:.1f} s of processor time, {len(found):,} found")
+    return found
 
 
 def main() -> None:
@@ -84,7 +97,8 @@ def main() -> None:
         output = arguments.folder / f"{name}.parquet"
         write_output(mixture, arguments.output, output, n, first)
         started, busy = time.monotonic(), time.process_time()
-        done = build_index([str(output)], str(path))
+        with mock.patch("singerembed.search.segment.find_copies", looked_for_copies):
+            done = build_index([str(output)], str(path))
         seconds, cpu = time.monotonic() - started, time.process_time() - busy
         print(f"{name}: {done.added_crops:,} crops in {seconds:.1f} s ({cpu:.1f} s of processor time)", flush=True)
         if name == "made":
