@@ -43,6 +43,21 @@ def index(output: str) -> str:
     return path
 
 
+def test_a_recording_in_two_formats_counts_once(tmp_path: Path) -> None:
+    parts = [soundfile.read(EXAMPLES / "audio" / name)[0] for name in ("alto_2.wav", "tenor_1.mp3", "soprano_2.mp3")]
+    song = np.concatenate([gain * part for gain, part in zip((1, 0.5, 0.7), parts, strict=True)])
+    for name in ("song.flac", "song.mp3", "song.ogg"):
+        soundfile.write(tmp_path / name, song, 44_100)
+    output, index = str(tmp_path / "out.parquet"), str(tmp_path / "out.index")
+    assert invoke("run", str(tmp_path), output).exit_code == 0
+    result = invoke("index", output, index, "--json")
+    assert json.loads(result.stdout)["n_tracks"] == 1
+    assert "2 tracks are copies of others and count once: song.mp3 is song.flac; song.ogg is song.flac" in result.stderr
+    table = invoke("search", index, str(tmp_path / "song.ogg")).stdout
+    assert "song.flac" in table
+    assert "; also song.mp3; also song.ogg" in table
+
+
 def test_a_recording_of_the_library_finds_itself(index: str) -> None:
     recording = str(EXAMPLES / "audio" / "bass_1.wav")
     found = json.loads(invoke("search", index, recording, "--json", "--top", "3").stdout)
