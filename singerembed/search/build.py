@@ -164,12 +164,7 @@ class _Changes:
                     self.gone.add(before[0])
                 self._known[track.key] = self._n_tracks, fingerprint
                 self._n_tracks += 1
-                crops: dict[str, Any] = {
-                    "crop": track.crop,
-                    "start": track.start,
-                    "end": track.end,
-                    "rms_dbfs": track.rms_dbfs,
-                }
+                crops = {name: getattr(track, name) for name in CROP_COLUMNS}
                 yield TrackRow(track.columns, fingerprint, crops, scoring.vectors(track.embedding))
             advance()
 
