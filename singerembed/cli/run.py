@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from singerembed import storage
+from singerembed.cli.catalog_options import catalog_options, columns_of
 from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
 from singerembed.cli.process import quiet_libraries, stop_signals
 from singerembed.cli.run_summary import say_summary, say_what_restarting_costs, summary_fields
@@ -63,13 +64,6 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
     now = datetime.now().astimezone()
     then = now.replace(hour=wanted.tm_hour, minute=wanted.tm_min, second=0, microsecond=0)
     return (then if then > now else then + timedelta(days=1)).timestamp()
-
-
-def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
-    pairs = dict(value.partition("=")[::2] for value in values)
-    if not all(pairs) or not all(pairs.values()):
-        raise click.BadParameter("write OLD=NEW")
-    return pairs
 
 
 @click.command()
@@ -132,26 +126,7 @@ def _pairs(_ctx: click.Context, _parameter: click.Parameter, values: tuple[str, 
     is_flag=True,
     help="Add the column audio_hash: the same for tracks with the same samples, whatever their container and tags.",
 )
-@click.option(
-    "--delimiter", metavar="CHAR", help="What separates the fields of a CSV.  [default: found by the first line]"
-)
-@click.option(
-    "--encoding", metavar="NAME", help="Encoding of a text catalogue.  [default: by its byte-order mark, or UTF-8]"
-)
-@click.option(
-    "--quoting",
-    type=click.Choice(["csv", "none"]),
-    help="Whether quotes surround fields or are part of them.  [default: csv; none for .tsv]",
-)
-@click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
-@click.option("--id-column", default="track_id", show_default=True, help="The catalogue's column of track names.")
-@click.option(
-    "--rename",
-    multiple=True,
-    metavar="OLD=NEW",
-    callback=_pairs,
-    help="Store the catalogue's column OLD as NEW; may be repeated.",
-)
+@catalog_options
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
@@ -247,8 +222,6 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
     singerembed run library.csv library.parquet --engine byol.engine
     singerembed run s3://music/all.parquet s3://music/embedded --partitioned --ray auto
     """
-    from singerembed.catalog.layout import TextOptions
-    from singerembed.catalog.read import Columns
     from singerembed.cli.progress import ProgressBar
     from singerembed.cli.scan import ScanBar
     from singerembed.jobs.options import RunOptions
@@ -263,13 +236,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         separate=values["separate"],
         min_vocals_db=_min_vocals(values["separate"], values["min_vocals"]),
         audio_hash=values["audio_hash"],
-        columns=Columns(
-            values["path_column"],
-            values["id_column"],
-            values["rename"],
-            TextOptions(_delimiter(values["delimiter"]), values["encoding"], values["quoting"]),
-            values["vocals_column"],
-        ),
+        columns=columns_of(values, values["vocals_column"]),
         unit_minutes=values["unit_minutes"],
         track_timeout_seconds=values["track_timeout"],
         workers=values["workers"],
@@ -335,10 +302,6 @@ def _min_vocals(separate: str | None, value: float | None) -> float:
     if value is not None and separate is None:
         raise UsageError("--min-vocals is for the voices that --separate finds: give both, or leave it out")
     return DEFAULT_MIN_VOCALS_DB if value is None else value
-
-
-def _delimiter(text: str | None) -> str | None:
-    return "\t" if text in {"\\t", "tab"} else text
 
 
 @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import click
 
+from singerembed.cli.catalog_options import catalog_options, columns_of
 from singerembed.cli.console import note, progress_bar, verbosity_options
 from singerembed.cli.process import quiet_libraries, stop_signals
 
@@ -19,18 +21,16 @@ EXIT_WITH_ERRORS = 3
 @click.option(
     "--separator", required=True, metavar="FILE", help="Separator, as made by: singerembed build-engine spleeter."
 )
-@click.option("--path-column", default="path", show_default=True, help="The catalogue's column of paths.")
+@catalog_options
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that decode and separate.  [default: the cores]")
 @click.option("--json", "as_json", is_flag=True, help="Print the counts as JSON on stdout.")
 @verbosity_options
-def separate(
-    catalog: str, folder: str, *, separator: str, path_column: str, workers: int | None, as_json: bool
-) -> None:
+def separate(catalog: str, folder: str, *, separator: str, workers: int | None, as_json: bool, **columns: Any) -> None:
     """Write the voice of every recording of CATALOG to FOLDER, as FLAC, and a catalogue that names them.
 
     For those who want to keep and hear the voices: `run --separate` needs no stems. FOLDER/catalog.csv has the columns
     of CATALOG, where each stem is (vocals), and what went wrong (separate_error). A command that was stopped goes on
-    when it is given again.
+    when it is given again; given later, it separates what is new and what has another size or time since.
 
     Exit codes: 0 all well, 3 some recordings could not be separated, 1 could not run, 2 usage, 130 or 143 interrupted.
 
@@ -38,7 +38,7 @@ def separate(
     singerembed separate library.csv stems --separator spleeter.engine
     singerembed run stems/catalog.csv out.parquet --vocals-column vocals
     """
-    from singerembed.catalog.read import Columns, Track
+    from singerembed.catalog.read import Track
     from singerembed.errors import TrackError
     from singerembed.jobs.stems import CATALOG_NAME, separate_catalog
     from singerembed.storage import printable, redacted
@@ -58,9 +58,10 @@ def separate(
             catalog,
             folder,
             separator,
-            columns=Columns(path=path_column),
+            columns=columns_of(columns),
             workers=workers,
             separated=separated,
+            say=note,
             stop=stop,
         )
     if as_json:

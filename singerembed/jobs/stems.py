@@ -7,11 +7,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,10 +29,14 @@ from singerembed.engine.machine import available_cores
 from singerembed.engine.separator import Separator
 from singerembed.errors import InterruptedRun, OutputError, TrackError
 from singerembed.jobs.ordered_map import ordered_map
+from singerembed.jobs.track import Stopped
 from singerembed.model.mel import as_float
+from singerembed.output.finished import remove_temporaries
+from singerembed.output.lock import LOCK_NAME, take_lock
 
 CATALOG_NAME = "catalog.csv"
 VOCALS, ERROR = "vocals", "separate_error"  # columns of the new catalogue
+_RESERVED = ("track_id", "path", "start", "end", VOCALS, ERROR)
 _IDENTITY = "separator.json"
 _TASKS_A_WORKER = 4
 _NAME_CHARACTERS = 60
@@ -47,8 +52,12 @@ class StemCounts:
     errors: int = 0
 
 
-class _Stopped(Exception):
-    """A signal asked to stop."""
+class _Stem(NamedTuple):
+    """What became of a track's voice."""
+
+    name: str = ""  # of its file; empty: there is none
+    error: TrackError | None = None
+    written_for: int | None = None  # the catalogue's row for which it was written just now; None: it was there
 
 
 def separate_catalog(
@@ -59,49 +68,62 @@ def separate_catalog(
     columns: Columns | None = None,
     workers: int | None = None,
     separated: Callable[[Track, TrackError | None], None] = lambda _track, _error: None,
+    say: Callable[[str, str], None] = lambda _what, _text: None,
     stop: Callable[[], int] = lambda: 0,
 ) -> StemCounts:
     """Separate every recording of `catalog` and write its voice to `folder`; go on where an earlier call ended.
 
     The new catalogue in `folder` has the old one's columns, absolute paths, and two columns more: where the stem is,
     and what went wrong. A stem is as long as its recording, so that start and end stay right; a recording that several
-    rows name has one. `separated` is called for each track, in order.
+    rows name has one. A stem whose recording has another size or time by now is written anew. `separated` is called for
+    each track, in order, `say` with what a person should know of the catalogue: a subject and a text.
     Raises CatalogError, EngineError, OutputError, and InterruptedRun after a stop.
     """
-    rows = Catalog(catalog, columns, [VOCALS, ERROR])
+    rows = Catalog(catalog, columns, _RESERVED)
+    for text in rows.remarks + rows.check(rows.fingerprint()).notes:
+        say("catalog", f"{catalog}: {text}")
     file = read_separator_file(separator)
     source, counts = Separator(file), StemCounts()
     try:
-        _claim(folder, file)
-        threads = workers or available_cores()
         with ExitStack() as stack:
+            stack.enter_context(_claimed(folder, file))
+            threads = workers or available_cores()
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             temporary = stack.enter_context(storage.publishing(f"{folder}/{CATALOG_NAME}"))
             out = stack.enter_context(Path(temporary).open("w", encoding="utf-8", errors="surrogateescape", newline=""))
             writer = csv.writer(out, lineterminator="\n")
             extra_names = rows.extra_schema().names
-            writer.writerow(["track_id", "path", "start", "end", VOCALS, ERROR, *extra_names])
+            writer.writerow([*_RESERVED, *extra_names])
+            running: dict[str, Future[_Stem]] = {}  # by the recording, which several rows may name
 
-            def separate(item: tuple[Unit, int]) -> tuple[str, TrackError | None, bool]:
-                return _stem_of(item[0].tracks[item[1]], folder, source, stop)
+            def separate(item: tuple[Unit, int]) -> Future[_Stem]:
+                track = item[0].tracks[item[1]]
+                if (same := running.get(track.location)) is not None and not track.problem:
+                    return same
+                future = pool.submit(_stem_of, track, folder, source, stop)
+                if not track.problem:
+                    running[track.location] = future
+                    future.add_done_callback(lambda _done: running.pop(track.location, None))
+                return future
 
             units = ((unit, i) for unit in rows.units() for i in range(len(unit.tracks)))
             results = ordered_map(
-                lambda item: pool.submit(separate, item),
+                separate,
                 units,
                 max_running=_TASKS_A_WORKER * threads,
                 weight=lambda _result: 1,
                 max_waiting=1 << 16,
             )
-            for (unit, i), (name, error, is_new) in results:
+            for (unit, i), stem in results:
                 track = unit.tracks[i]
+                is_new = stem.written_for == track.row
                 counts.tracks += 1
-                counts.errors += error is not None
+                counts.errors += stem.error is not None
                 counts.written += is_new
-                counts.kept += error is None and not is_new
-                separated(track, error)
-                writer.writerow([*_cells(track, name, error), *_extra_cells(unit.extra, i)])
-    except _Stopped as exc:
+                counts.kept += stem.error is None and not is_new
+                separated(track, stem.error)
+                writer.writerow([*_cells(track, stem), *_extra_cells(unit.extra, i)])
+    except Stopped as exc:
         number = stop()
         raise InterruptedRun(
             f"stopped; {counts.tracks:,} are done. The same command goes on from here", number
@@ -111,28 +133,61 @@ def separate_catalog(
     return counts
 
 
-def _claim(folder: str, file: SeparatorFile) -> None:
-    """Make `folder` that of this separator's stems. Raises OutputError if it is another's, or holds other files."""
+@contextmanager
+def _claimed(folder: str, file: SeparatorFile) -> Iterator[None]:
+    """Hold `folder` as that of this separator's stems, locked, without what killed processes left half written.
+
+    Raises OutputError if it is another's, holds other files, or another process writes to it; and OSError.
+    """
     identity = {"separator": file.spec.name, "sha256": file.sha256}
-    if storage.exists(f"{folder}/{_IDENTITY}"):
-        if json.loads(storage.read(f"{folder}/{_IDENTITY}")) != identity:
-            raise OutputError(f"{folder} holds the stems of another separator. Give another folder")
-        return
-    if storage.names_in(folder):
+    is_new = not storage.is_folder(folder)
+    names = storage.names_in(folder)
+    if _IDENTITY in names:
+        _check_identity(folder, identity)
+    elif any(name != LOCK_NAME and not name.startswith(f".{_IDENTITY}.") for name in names):
         raise OutputError(f"{folder} holds files of others. Give the name of a new folder, or of an empty one")
     storage.make_folder(folder)
-    storage.write(f"{folder}/{_IDENTITY}", json.dumps(identity).encode())
+    try:
+        give_back = take_lock(folder, folder)
+        try:
+            remove_temporaries(folder)
+            if _IDENTITY not in names:
+                with storage.publishing(f"{folder}/{_IDENTITY}") as temporary:
+                    Path(temporary).write_text(json.dumps(identity), encoding="utf-8")
+            yield
+        finally:
+            storage.remove(f"{folder}/{LOCK_NAME}")  # while it is held, so that nobody takes it in between
+            give_back()
+    finally:
+        if is_new:
+            storage.remove_empty_folder(folder)
 
 
-def _stem_of(
-    track: Track, folder: str, separator: Separator, stop: Callable[[], int]
-) -> tuple[str, TrackError | None, bool]:
-    """Return the name of the track's stem, what went wrong, and whether the stem was written just now."""
+def _check_identity(folder: str, identity: dict[str, str]) -> None:
+    """Raise OutputError unless `folder` holds the stems of the separator `identity`."""
+    with storage.open_input(f"{folder}/{_IDENTITY}") as file:
+        content = file.read()
+    try:
+        found = json.loads(content)
+    except ValueError as exc:
+        raise OutputError(
+            f"{folder}/{_IDENTITY}, which says whose stems these are, is damaged ({exc}). Give another folder, or "
+            "remove this one to separate everything again"
+        ) from exc
+    if found != identity:
+        raise OutputError(f"{folder} holds the stems of another separator. Give another folder")
+
+
+def _stem_of(track: Track, folder: str, separator: Separator, stop: Callable[[], int]) -> _Stem:
+    """Separate the track's recording, unless its stem is there. Raises Stopped and OutputError."""
     name = stem_name(track.location)
     if track.problem:
-        return "", track.problem, False
-    if storage.exists(f"{folder}/{name}"):
-        return name, None, False
+        return _Stem(error=track.problem)
+    state = _state_of(track.location)
+    written_from = _written_from(f"{folder}/{name}")
+    # A recording that cannot be asked for its state, as on a disk that is not mounted, keeps its stem.
+    if written_from and state in {written_from, ""}:
+        return _Stem(name)
     try:
         limit = TimeLimit(DEFAULT_TRACK_TIMEOUT_SECONDS)
         blocks = separated_blocks(track.location, separator, limit)
@@ -143,15 +198,36 @@ def _stem_of(
         with storage.publishing(f"{folder}/{name}") as temporary:
             rate, channels = separator.spec.sample_rate, separator.spec.channels
             with soundfile.SoundFile(temporary, "w", rate, channels, "PCM_16", format="FLAC") as out:
+                out.comment = state or "of unknown state"
                 for block in chain([first], blocks):
                     if stop():
-                        raise _Stopped
+                        raise Stopped
                     out.write(np.clip(block, -1, 1))
     except TrackError as exc:
-        return "", exc, False
+        return _Stem(error=exc)
     except soundfile.LibsndfileError as exc:
         raise OutputError(f"cannot write {folder}/{name}: {exc.error_string}") from exc
-    return name, None, True
+    return _Stem(name, written_for=track.row)
+
+
+def _state_of(location: str) -> str:
+    """Size and time of a recording, which its stem's comment tells; empty if its file system does not say."""
+    try:
+        facts = storage.facts_of(location)
+    except Exception:  # each file system of fsspec has exceptions of its own; what is wrong is found by decoding it
+        return ""
+    return f"of {facts.size} bytes, {facts.mtime_ns} ns"
+
+
+def _written_from(stem: str) -> str:
+    """The state that the recording had when its voice was written to the FLAC file `stem`; empty if there is none."""
+    if not storage.exists(stem):
+        return ""
+    try:
+        with storage.open_input(stem) as file, soundfile.SoundFile(file) as found:
+            return str(found.comment)
+    except soundfile.LibsndfileError:
+        return ""
 
 
 def separated_blocks(location: str, separator: Separator, limit: TimeLimit) -> Iterator[NDArray[np.float32]]:
@@ -182,10 +258,10 @@ def stem_name(location: str) -> str:
     return f"{name or 'stem'}-{digest}.flac"
 
 
-def _cells(track: Track, name: str, error: TrackError | None) -> list[object]:
+def _cells(track: Track, stem: _Stem) -> list[object]:
     start, end = track.start or "", "" if track.end is None else track.end
     path = "" if track.problem else storage.absolute(track.location)  # a row that is wrong stays one
-    return [track.track_id, path, start, end, name, f"{error.code}: {error}" if error else ""]
+    return [track.track_id, path, start, end, stem.name, f"{stem.error.code}: {stem.error}" if stem.error else ""]
 
 
 def _extra_cells(extra: pa.Table, row: int) -> list[object]:

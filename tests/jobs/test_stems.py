@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,11 @@ import soundfile
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
+from singerembed.catalog.read import Track
 from singerembed.cli.main import cli
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
-from singerembed.errors import InterruptedRun, OutputError
+from singerembed.errors import InterruptedRun, OutputError, TrackError
 from singerembed.jobs.stems import separate_catalog, stem_name
 
 RATE = 44_100
@@ -103,6 +105,83 @@ def test_folders_of_others_are_left_alone(catalog: Path, separator_path: str, tm
     (folder / "separator.json").write_text(json.dumps({"separator": "x", "sha256": "y"}), encoding="utf-8")
     with pytest.raises(OutputError, match="of another separator"):
         separate_catalog(str(catalog), str(folder), separator_path)
+
+
+def test_a_stem_of_a_recording_that_was_replaced_is_written_anew(
+    catalog: Path, separator_path: str, reference_engine: str, voice: Voice, tmp_path: Path
+) -> None:
+    folder, output = tmp_path / "stems", str(tmp_path / "o.parquet")
+    command = ["run", f"{folder}/catalog.csv", output, "--vocals-column", "vocals", "--engine", reference_engine]
+    separate_catalog(str(catalog), str(folder), separator_path)
+    stem = folder / rows_of(folder)[2]["vocals"]
+    assert CliRunner().invoke(cli, [*command, "--update"]).exit_code == 3
+    soundfile.write(tmp_path / "short.flac", voice(4.5, 48_000), 48_000)
+    assert separate_catalog(str(catalog), str(folder), separator_path).written == 1
+    assert soundfile.info(stem).frames == round(4.5 * RATE)
+    done = CliRunner().invoke(cli, [*command, "--update", "--json"])
+    assert json.loads(done.stdout)["embedded_crops"] > 0  # the other recordings keep their rows
+    (tmp_path / "short.flac").unlink()  # as on a disk that is not mounted
+    assert separate_catalog(str(catalog), str(folder), separator_path).written == 0
+    stem.write_bytes(b"fLaC")
+    assert separate_catalog(str(catalog), str(folder), separator_path).errors == 3
+
+
+def test_many_rows_of_one_recording_have_one_stem(tmp_path: Path, separator_path: str, voice: Voice) -> None:
+    soundfile.write(tmp_path / "a.wav", voice(15), RATE)
+    (tmp_path / "c.csv").write_text("path,start\n" + "".join(f"a.wav,{i}\n" for i in range(4)), encoding="utf-8")
+    counts = separate_catalog(str(tmp_path / "c.csv"), str(tmp_path / "stems"), separator_path, workers=4)
+    assert (counts.written, counts.kept) == (1, 3)
+
+
+def test_what_killed_calls_have_left_goes_and_a_damaged_claim_is_said(
+    catalog: Path, separator_path: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stems"
+    folder.mkdir()
+    for name in ("lock", ".separator.json.4194304-01234567.tmp"):
+        (folder / name).touch()
+    separate_catalog(str(catalog), str(folder), separator_path)
+    wanted = {path.name for path in folder.iterdir()}
+    assert len(wanted) == 4
+    (folder / ".catalog.csv.4194304-01234567.tmp").touch()
+    separate_catalog(str(catalog), str(folder), separator_path)
+    assert {path.name for path in folder.iterdir()} == wanted
+    (folder / "separator.json").write_text('{"separator": ', encoding="utf-8")
+    with pytest.raises(OutputError, match=r"separator\.json, which says whose stems these are, is damaged"):
+        separate_catalog(str(catalog), str(folder), separator_path)
+
+
+def test_two_calls_on_one_folder(catalog: Path, separator_path: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "stems")
+
+    def other(_track: Track, _error: TrackError | None) -> None:
+        with pytest.raises(OutputError, match="another run is writing"):
+            separate_catalog(str(catalog), folder, separator_path)
+
+    assert separate_catalog(str(catalog), folder, separator_path, separated=other).tracks == 5
+
+
+def test_without_fsspec(catalog: Path, separator_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    for _ in range(2):
+        assert separate_catalog(str(catalog), str(tmp_path / "stems"), separator_path).tracks == 5
+
+
+def test_the_catalogue_is_checked_and_read_as_the_options_say(
+    separator_path: str, voice: Voice, tmp_path: Path
+) -> None:
+    soundfile.write(tmp_path / "é.wav", voice(1), RATE)
+    path, folder = tmp_path / "c.csv", str(tmp_path / "stems")
+    path.write_bytes("no;file;vocals\n7;é.wav;café\n".encode("cp1252"))
+    command = ["separate", str(path), folder, "--separator", separator_path]
+    command += ["--path-column", "file", "--id-column", "no", "--rename", "vocals=singer"]
+    wrong = CliRunner().invoke(cli, command)
+    assert wrong.exit_code == 1
+    assert "Name the encoding of the file" in wrong.stderr
+    assert not Path(folder).exists()
+    assert CliRunner().invoke(cli, [*command, "--encoding", "cp1252"]).exit_code == 0
+    row = rows_of(Path(folder))[0]
+    assert (row["track_id"], row["path"], row["singer"]) == ("7", str(tmp_path / "é.wav"), "café")
 
 
 def test_the_command_and_a_run_over_its_catalogue(
