@@ -11,7 +11,8 @@ from singerembed import storage
 
 _FRAMES_A_SECOND = 75  # a time is minutes:seconds:frames, in frames of a CD
 _LINE = re.compile(r"\s*(?P<word>[A-Za-z]+)\s+(?P<rest>.*\S)\s*")
-_TIME = re.compile(r"(\d+):(\d+):(\d+)")
+_TIME = re.compile(r"(\d{1,6}):(\d{1,6}):(\d{1,6})")
+_NUMBER = re.compile(r"\d{1,9}")  # of a track: the catalogue has 32 bits for it
 _MAX_BYTES = 1 << 20
 
 
@@ -67,7 +68,7 @@ def read_cue_sheet(path: str) -> CueSheet:
             track = None
         elif word == "TRACK" and sheet.files:
             number, _, kind = rest.partition(" ")
-            track = CueTrack(int(number) if number.isdecimal() else 0)
+            track = CueTrack(int(number) if _NUMBER.fullmatch(number) else len(sheet.files[-1].tracks) + 1)
             if kind.strip().upper() == "AUDIO":
                 sheet.files[-1].tracks.append(track)
         elif word == "INDEX" and track is not None:

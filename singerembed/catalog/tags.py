@@ -18,6 +18,7 @@ from singerembed import storage
 from singerembed.catalog.foreign_tags import ForeignTags
 from singerembed.storage import printable
 
+_NUMBER_DIGITS = 9  # of the number of a track: the catalogue has 32 bits for it
 _MUSICBRAINZ_OWNER = "http://musicbrainz.org"
 
 
@@ -90,7 +91,7 @@ def _with_tinytag(path: str, *, duration: bool = True) -> Tags:
         album_artist=_text(found.albumartist),
         title=_text(found.title),
         album=_text(found.album),
-        track=found.track or None,
+        track=_number(found.track),
         year=_year(found.year),
         genre=_text(found.genre),
         musicbrainz_trackid=_ids(_named(other, "musicbrainztrackid") or recording),
@@ -105,14 +106,14 @@ def _of_ffmpeg(found: dict[str, Any]) -> Tags:
     def first(*names: str) -> str | None:
         return next((text for name in names for text in map(_text, texts.get(name, [])) if text), None)
 
-    number = re.match(r"\d{1,9}", first("track", "tracknumber") or "")
+    number = re.match(r"\d+", first("track", "tracknumber") or "")
     return Tags(
         duration=_seconds(found.get("seconds")),
         artist=first("artist"),
         album_artist=first("albumartist"),
         title=first("title"),
         album=first("album"),
-        track=(int(number[0]) or None) if number else None,
+        track=_number(number[0]) if number else None,
         year=_year(first("date", "year")),
         genre=first("genre"),
         musicbrainz_trackid=_ids(texts.get("musicbrainztrackid", [])),
@@ -137,6 +138,12 @@ def _text(value: str | None) -> str | None:
 def _ids(values: Iterable[str]) -> str | None:
     words = [word for value in values for word in re.split(r"[\s\0;/,]+", printable(value)) if word]
     return "; ".join(dict.fromkeys(words)) or None
+
+
+def _number(value: int | str | None) -> int | None:
+    """The number of a track; None for one that no album has, as where a date stands in its place."""
+    digits = str(value or "")
+    return int(digits) or None if digits.isdecimal() and len(digits) <= _NUMBER_DIGITS else None
 
 
 def _year(value: str | None) -> int | None:

@@ -36,11 +36,11 @@ TAGS = {
 }
 
 
-def tagged(path: Path, codec: str, container: str) -> Path:
-    """Write a second of noise with TAGS."""
+def tagged(path: Path, codec: str, container: str, **others: str) -> Path:
+    """Write a second of noise with TAGS, and `others` in their place."""
     noise = 0.1 * np.random.default_rng(0).standard_normal((2, RATE)).astype(np.float32)
     with av.open(str(path), "w", format=container) as output:
-        output.metadata.update(TAGS)
+        output.metadata.update(TAGS | others)
         stream: Any = output.add_stream(codec, rate=RATE, layout="stereo")
         frame = av.AudioFrame.from_ndarray(noise, "fltp", "stereo")
         frame.sample_rate, frame.pts = RATE, 0
@@ -276,6 +276,21 @@ def test_a_cue_sheet_of_whole_files_cuts_nothing(tmp_path: Path) -> None:
     for source in (tmp_path, tmp_path / "a.cue"):
         scan([str(source)], str(tmp_path / "c.csv"))
         assert paths(tmp_path / "c.csv") == ["1.wav", "2.wav"]
+
+
+def test_numbers_that_no_album_has(tmp_path: Path) -> None:
+    tagged(tmp_path / "a.flac", "flac", "flac", track="20240131123")
+    tagged(tmp_path / "b.wv", "wavpack", "wv", track="20240131123")
+    soundfile.write(tmp_path / "c.wav", np.zeros(5 * RATE), RATE)
+    long = 5000 * "9"
+    tracks = [("20260101001", "00:00:00"), (long, "00:02:00"), ("3", f"{long}:00:00"), ("4", f"{400 * '9'}:00:00")]
+    lines = [f" TRACK {number} AUDIO\n  INDEX 01 {time}\n" for number, time in tracks]
+    (tmp_path / "c.cue").write_text('FILE "c.wav" WAVE\n' + "".join(lines), encoding="utf-8")
+    scan([str(tmp_path)], str(tmp_path / "c.parquet"))
+    found = pq.read_table(tmp_path / "c.parquet", columns=["path", "track"]).to_pylist()
+    assert [(row["path"], row["track"]) for row in found] == [
+        ("a.flac", None), ("b.wv", None), ("c.wav", 1), ("c.wav", 2),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["list.m3u", "list.m3u8", "list.pls"])
