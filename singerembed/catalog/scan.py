@@ -45,7 +45,9 @@ SCAN_SCHEMA = pa.schema(
         ("musicbrainz_artistid", pa.string()),
     ]
 )
-UNREADABLE_KEY = b"singerembed.unreadable_folders"  # in the metadata of a catalogue in Parquet
+# In the metadata of a catalogue in Parquet.
+UNREADABLE_KEY = b"singerembed.unreadable_folders"
+SOURCES_KEY = b"singerembed.sources"  # JSON, absolute paths
 DEFAULT_WORKERS = 8
 _FORMATS = {".csv": "csv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -144,7 +146,7 @@ def scan(
                         f"{storage.redacted(source)} has no recordings{f' (left out: {left})' if left else ''}. "
                         "Is its disk mounted?"
                     )
-            writer.finish(counts)
+            writer.finish(counts, sources)
     except OSError as exc:
         raise CatalogError(f"cannot write the catalogue {storage.redacted(catalog)}: {exc.strerror or exc}") from exc
     return counts
@@ -287,9 +289,14 @@ def _written(path: str, folder: Path | None) -> str:
 class _Writer(Protocol):
     def write(self, rows: list[Row]) -> None: ...
 
-    def finish(self, counts: ScanCounts) -> None: ...
+    def finish(self, counts: ScanCounts, sources: list[str]) -> None: ...
 
     def close(self) -> None: ...
+
+
+def sources_text(sources: list[str]) -> str:
+    """What the metadata of a catalogue say of its sources."""
+    return json.dumps([storage.redacted(storage.absolute(source)) for source in sources])
 
 
 def _as_text(row: Row) -> Row:
@@ -302,7 +309,7 @@ class _TextWriter:
     def __init__(self, path: str) -> None:
         self._file = Path(path).open("w", encoding="utf-8", newline="")  # noqa: SIM115  (see close)
 
-    def finish(self, _counts: ScanCounts) -> None:
+    def finish(self, _counts: ScanCounts, _sources: list[str]) -> None:
         pass
 
     def close(self) -> None:
@@ -341,9 +348,10 @@ class _ParquetWriter:
             self._writer.write_table(pa.Table.from_pylist(self._rows, SCAN_SCHEMA))
         self._rows = []
 
-    def finish(self, counts: ScanCounts) -> None:
+    def finish(self, counts: ScanCounts, sources: list[str]) -> None:
         self._flush()
-        self._writer.add_key_value_metadata({UNREADABLE_KEY: str(counts.unreadable_folders)})
+        facts = {UNREADABLE_KEY: str(counts.unreadable_folders), SOURCES_KEY: sources_text(sources)}
+        self._writer.add_key_value_metadata(facts)
 
     def close(self) -> None:
         self._writer.close()

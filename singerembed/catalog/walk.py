@@ -106,8 +106,14 @@ class Walk:
             try:
                 sheet = read_cue_sheet(f"{folder.rstrip('/')}/{name}")
             except OSError as exc:
-                self.say(f"{storage.printable(name)} in {storage.redacted(folder)}: {exc.strerror or exc}; not used")
-                continue
+                # Whole recordings in the place of the sheet's tracks would be others, and the tracks would have gone.
+                self.left_out[UNREADABLE] += 1
+                self.say(
+                    f"{storage.printable(name)} in {storage.redacted(folder)}: {exc.strerror or exc}; the recordings "
+                    "beside it are left out"
+                )
+                entries[:] = [entry for entry in entries if entry.is_folder]
+                return {}
             for cut in sheet.split_files():
                 audio = audio_name(cut.name, names)
                 if audio is not None:

@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -61,9 +60,12 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
         wanted = time.strptime(value, "%H:%M")
     except ValueError:
         raise click.BadParameter("give a time of day, as in 06:00") from None
-    now = datetime.now().astimezone()
-    then = now.replace(hour=wanted.tm_hour, minute=wanted.tm_min, second=0, microsecond=0)
-    return (then if then > now else then + timedelta(days=1)).timestamp()
+    now = time.time()
+    today = time.localtime(now)
+    # mktime knows on which days the clock is changed.
+    at_that_time = wanted.tm_hour, wanted.tm_min, 0, 0, 0, -1
+    then, tomorrow = (time.mktime((*today[:2], today.tm_mday + days, *at_that_time)) for days in (0, 1))
+    return then if then > now else tomorrow
 
 
 @click.command()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 
 from singerembed import storage
-from singerembed.catalog.scan import DEFAULT_WORKERS, UNREADABLE_KEY, ScanCounts, scan
+from singerembed.catalog.scan import DEFAULT_WORKERS, SOURCES_KEY, UNREADABLE_KEY, ScanCounts, scan, sources_text
 from singerembed.errors import InterruptedRun, OutputError
 from singerembed.jobs.options import RunOptions
 from singerembed.output.finished import is_partitioned
@@ -31,8 +31,9 @@ def catalog_of(
     """Scan the folder, playlist or cue sheet `source`; return the catalogue, and how many folders could not be read.
 
     A run that has begun goes on with the catalogue it began with, and so does one that retries errors: what has changed
-    in the folder meanwhile does not count. An update always scans. Raises CatalogError and UsageError, OutputError when
-    the output is finished and the folder is another now, and InterruptedRun once `stop` returns a signal's number.
+    in the folder meanwhile does not count. An update always scans. Raises CatalogError and UsageError; OutputError when
+    the output was begun with another source, or is finished and the folder has changed; and InterruptedRun once `stop`
+    returns a signal's number.
     """
 
     def going_on(counts: ScanCounts) -> None:
@@ -47,8 +48,14 @@ def catalog_of(
         if storage.exists(catalog) and (begun or (finished and options.retry_errors)):
             with storage.open_input(catalog) as file:
                 metadata = pq.read_metadata(file)
+            facts = metadata.metadata or {}
+            if facts.get(SOURCES_KEY, b"").decode() != sources_text([source]):
+                raise OutputError(
+                    f"{output} was begun with the recordings in {catalog}, which are not those of {source}. Give "
+                    "another output, or --restart to begin again"
+                )
             say("catalog", f"{catalog}: the {metadata.num_rows:,} recordings that {source} had when the run began")
-            return catalog, int((metadata.metadata or {}).get(UNREADABLE_KEY, 0))
+            return catalog, int(facts.get(UNREADABLE_KEY, 0))
         try:
             counts = _scan(source, catalog, finished=finished, output=output, say=say, found=going_on)
         finally:

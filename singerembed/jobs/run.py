@@ -24,6 +24,7 @@ from singerembed.jobs.mixture_watch import MixtureWatch
 from singerembed.jobs.options import RunOptions
 from singerembed.jobs.ray_cluster import embed_on_ray
 from singerembed.jobs.ray_worker import ClusterJob
+from singerembed.jobs.retry import FailedTracks
 from singerembed.jobs.track import Stopped
 from singerembed.jobs.units import Job, Listener, UnitRunner, Work, publish_kept
 from singerembed.jobs.update import UpdateCounts, UpdatePlan, new_update, take_in, take_in_interrupted
@@ -147,7 +148,8 @@ class _Run:
                 _check_same(output, previous, self._identity)
                 if options.retry_errors and previous.counts.errors:
                     return self._retry(previous)
-                self._parts.discard()
+                if self._parts.identity() is None:  # else a retry or an update was stopped, and can go on
+                    self._parts.discard()
                 return RunSummary(output, previous.counts, Counts(), already_done=True)
             elif options.retry_errors:
                 raise UsageError(
@@ -163,8 +165,12 @@ class _Run:
         self._identity["retrying"] = dict(previous.counts.errors)
         self._parts.stage()
         self._parts.open(self._identity)
-        work, before = self._runner.failed_units(previous), len(self._parts.done)
-        return self._embed(work, previous.counts.error_tracks, previous, units_before=before)
+        with ExitStack() as stack:
+            known = stack.enter_context(closing(KnownTracks(previous)))
+            today = stack.enter_context(closing(self._runner.todays_tracks(with_facts=False)))
+            failed = FailedTracks(known, today, self._runner.schema)
+            work, before = failed.work(self._parts.done, self._listeners), len(self._parts.done)
+            return self._embed(work, len(failed), previous, units_before=before)
 
     def _update(self, say: Callable[[str, str], None], *, all_was_seen: bool) -> RunSummary:
         self._identity |= new_update()
@@ -172,7 +178,7 @@ class _Run:
         with ExitStack() as stack:
             previous = stack.enter_context(self._finished_output())
             known = stack.enter_context(closing(KnownTracks(previous)))
-            today = stack.enter_context(closing(runner.todays_tracks(self._parts.local_folder)))
+            today = stack.enter_context(closing(runner.todays_tracks()))
             plan = UpdatePlan(known, today, runner.schema, self._job.options, all_was_seen=all_was_seen)
             say("kept", str(plan.counts))
             if plan.is_empty:

@@ -61,15 +61,24 @@ class _Files(NamedTuple):
 class TodaysTracks:
     """All tracks of a catalogue, on the disk. Must be closed."""
 
-    def __init__(self, catalog: Catalog, folder: str | None, options: RunOptions, stop: Callable[[], int]) -> None:
-        """Read the catalogue, and ask for each file's size and time. Raises CatalogError and Stopped.
+    def __init__(
+        self,
+        catalog: Catalog,
+        folder: str | None,
+        options: RunOptions,
+        stop: Callable[[], int],
+        *,
+        with_facts: bool = True,
+    ) -> None:
+        """Read the catalogue, and with `with_facts` ask for each file's size and time. Raises CatalogError and Stopped.
 
         `folder`: for hashes that are kept.
         """
         self._catalog, self._folder, self._options, self._stop = catalog, folder, options, stop
         self._extra = catalog.extra_schema()
         self.rows = RowFile(pa.schema([*_OWN, *self._extra]))
-        for tracks, extra, facts in self._with_facts():
+        without = ((tracks, extra, [Facts()] * len(tracks)) for tracks, extra in catalog.tracks())
+        for tracks, extra, facts in self._with_facts() if with_facts else without:
             identity = identity_columns(list(zip(tracks, facts, strict=True)))
             columns = [
                 [track.row for track in tracks],

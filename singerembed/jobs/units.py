@@ -308,23 +308,18 @@ class UnitRunner:
         """Whether every unit of the catalogue is done."""
         return all(unit.index in self._parts.done for unit in self._catalog.units(self._job.options.unit_minutes))
 
-    def todays_tracks(self, folder: str | None) -> TodaysTracks:
-        """All tracks of the catalogue, with their files' sizes and times. Raises CatalogError and Stopped."""
-        return TodaysTracks(self._catalog, folder, self._job.options, self._stop)
+    def todays_tracks(self, *, with_facts: bool = True) -> TodaysTracks:
+        """All tracks of the catalogue, with their files' sizes and times if wanted. Raises CatalogError and Stopped."""
+        return TodaysTracks(
+            self._catalog, self._parts.local_folder, self._job.options, self._stop, with_facts=with_facts
+        )
 
     def open_units(self) -> Work:
         """Yield the units of this shard that are not done yet, with all their tracks. Raises Stopped."""
-        for unit in self._units():
+        for unit in self._open():
             yield unit, range(len(unit.tracks))
 
-    def failed_units(self, previous: FinishedOutput) -> Work:
-        """Yield the units of `previous` that are not done yet, and their tracks that are in error. Raises Stopped."""
-        for unit in self._units():
-            positions, bounds = previous.failed_tracks(unit.index, len(unit.tracks))
-            if positions:
-                yield RevisedUnit(unit.index, unit.tracks, unit.extra, bounds), positions
-
-    def _units(self) -> Iterator[Unit]:
+    def _open(self) -> Iterator[Unit]:
         job = self._job
         for unit in self._catalog.units(job.options.unit_minutes, job.unchanged_since):
             if self._stop():

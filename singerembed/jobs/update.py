@@ -140,7 +140,7 @@ class UpdatePlan:
         self._known, self._today, self._schema, self._options = known, today, schema, options
         self._extra = [name for name in schema.names if name not in RESERVED_COLUMNS]
         self.counts = UpdateCounts()
-        self._today_of = matches(_keys(known.rows), _keys(today.rows))
+        self._today_of = matches(track_keys(known.rows), track_keys(today.rows))
         self._embed = np.zeros(len(known), np.bool_)
         self._missing = np.zeros(len(known), np.bool_)
         self._compare_files()
@@ -222,7 +222,9 @@ class UpdatePlan:
         if self._options.identity != "audio":
             return
         hashes = np.array(self._known.rows.column(PACKET_HASH.name).to_pylist(), object)
+        # An error may have come of the file's header, which is not of its audio, or of its storage.
         known = np.array([value is not None for value in hashes], np.bool_)
+        known &= _is_null(self._known.rows.column("error_code"))
         changed = np.flatnonzero(self._embed & known)
         for track, found in zip(changed, self._today.packet_hashes(self._today_of[changed]), strict=True):
             if found == hashes[track]:
@@ -322,7 +324,8 @@ class UpdatePlan:
         return table
 
 
-def _keys(rows: RowFile) -> pa.Array:
+def track_keys(rows: RowFile) -> pa.Array:
+    """What names each track of an output, or of a catalogue: its path, start and end."""
     return keys(rows.column("path"), rows.column("track_start"), rows.column("track_end"))
 
 

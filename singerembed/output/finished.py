@@ -16,7 +16,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from singerembed import storage
 from singerembed.errors import OutputError, UsageError
-from singerembed.output.schema import COUNTS_KEY, ERROR, METADATA_KEY, UNITS_KEY, Counts
+from singerembed.output.schema import COUNTS_KEY, METADATA_KEY, UNITS_KEY, Counts
 
 _UNIT_NAME = re.compile(r"unit-(\d{6,})\.parquet")
 _METADATA, _INDEX = "_common_metadata", "_index"
@@ -239,20 +239,6 @@ class FinishedOutput:
             self._last = (group, columns, self._parquet.read_row_group(group, columns=columns))
         return self._last[2]
 
-    def failed_tracks(self, unit: int, n_tracks: int) -> tuple[list[int], list[tuple[int, int]]]:
-        """Which of the unit's `n_tracks` tracks have a row whose status is error, and which rows each track has.
-
-        Where the rows do not tell that many tracks apart, all of them are named, and none has rows.
-        """
-        if not self.unit_counts(unit).errors:
-            return [], []
-        rows = self.rows(unit, ["track_id", "path", "crop", "status"])
-        bounds = track_bounds(rows)
-        if len(bounds) - 1 != n_tracks:
-            return list(range(n_tracks)), [(0, 0)] * n_tracks
-        failed = rows["status"].to_numpy() == ERROR
-        return [i for i in range(n_tracks) if failed[bounds[i] : bounds[i + 1]].any()], list(pairwise(bounds))
-
     def kept_rows(
         self, unit: int, bounds: Sequence[tuple[int, int]], columns: pa.Table | None, schema: pa.Schema
     ) -> list[pa.Table]:
@@ -306,14 +292,18 @@ def _check_form(output: str, *, partitioned: bool) -> None:
 def track_bounds(rows: pa.Table) -> list[int]:
     """Offsets of the first row of each track, and the number of rows.
 
-    Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same recording
-    twice in a row, and only the second failed, the two look like one: then there are fewer bounds than tracks.
+    Crops of a track count upwards, and a row without a crop ends it. Where a catalogue names the same part of a
+    recording twice in a row, and only the second failed, the two look like one.
     """
     if not rows.num_rows:
         return [0]
     crop = pc.fill_null(rows["crop"], -1).to_numpy()
     begins = (crop[:-1] == -1) | ((crop[1:] != -1) & (crop[1:] <= crop[:-1]))
-    for name in ("track_id", "path"):
+    for name in ("track_id", "path", "track_start", "track_end"):
+        if name not in rows.column_names:
+            continue  # an earlier version wrote it
         column = rows[name].combine_chunks()
+        if pa.types.is_floating(column.type):
+            column = pc.fill_null(column, -1.0)
         begins |= pc.not_equal(column[1:], column[:-1]).to_numpy(zero_copy_only=False)
     return [0, *(np.flatnonzero(begins) + 1).tolist(), rows.num_rows]

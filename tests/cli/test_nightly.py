@@ -7,12 +7,14 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 
 from singerembed.cli.main import cli
+from singerembed.cli.run import _time_of_day
 
 NIGHTLY = (Path(__file__).parents[2] / "docs" / "nightly.md").read_text(encoding="utf-8")
 AUDIO = Path(__file__).parents[2] / "examples" / "audio"
@@ -104,3 +106,19 @@ def test_options_that_cannot_be(options: list[str], message: str, music: Path, t
     result = invoke("run", str(music), str(tmp_path / "o.parquet"), *options)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("evening", ["2027-03-27 23:30", "2026-10-24 23:30", "2026-11-27 05:00", "2026-12-31 23:30"])
+def test_a_deadline_is_the_clocks_also_where_it_is_changed(evening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Europe/Berlin")
+    time.tzset()
+    try:
+        now = time.mktime(time.strptime(evening, "%Y-%m-%d %H:%M"))
+        monkeypatch.setattr(time, "time", lambda: now)
+        deadline = _time_of_day(None, None, "06:00")  # type: ignore[arg-type]
+        assert deadline is not None
+        assert time.strftime("%H:%M", time.localtime(deadline)) == "06:00"
+        assert 0 < deadline - now < 86_400
+    finally:
+        monkeypatch.undo()
+        time.tzset()

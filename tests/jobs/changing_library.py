@@ -48,6 +48,12 @@ class Library:
         place = str(source or self.folder)
         return run(place, str(self.output), engine=self.engine, options=how, listeners=listeners)
 
+    def remove_output(self) -> None:
+        if self.options.partitioned:
+            shutil.rmtree(self.output)
+        else:
+            self.output.unlink()
+
     def stop_after_a_unit(self) -> None:
         """Update, and be told to stop when the first unit is published."""
 

@@ -56,6 +56,9 @@ def test_a_run_that_was_stopped_goes_on_with_the_folder_as_it_was(
 
     with pytest.raises(InterruptedRun):
         run(str(folder), str(output), engine=reference_engine, options=options, stop=stop)
+    shutil.copytree(folder, tmp_path / "others")
+    with pytest.raises(OutputError, match=r"which are not those of .*others"):
+        run(str(tmp_path / "others"), str(output), engine=reference_engine, options=options)
     shutil.copy(folder / "0.wav", folder / "00.wav")
     said: list[str] = []
     summary = run(
@@ -77,6 +80,31 @@ def test_a_stop_while_scanning_leaves_nothing(folder: Path, tmp_path: Path, refe
     with pytest.raises(InterruptedRun, match="while the folder was scanned"):
         run(str(folder), str(tmp_path / "out.parquet"), engine=reference_engine, stop=lambda: 15)
     assert [path.name for path in tmp_path.iterdir()] == ["music"]
+
+
+def test_a_cue_sheet_that_cannot_be_read_leaves_its_folder_for_another_night(
+    folder: Path, tmp_path: Path, reference_engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "0.cue").write_text(
+        'FILE "0.wav" WAVE\n TRACK 01 AUDIO\n  INDEX 01 00:00:00\n TRACK 02 AUDIO\n  INDEX 01 00:02:00\n',
+        encoding="utf-8",
+    )
+    output, update = tmp_path / "out.parquet", RunOptions(update=True)
+    run(str(folder), str(output), engine=reference_engine, options=update)
+    before = pq.read_table(output)
+    assert "music/0.wav#01" in before["track_id"].to_pylist()
+
+    def refused(_path: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("singerembed.catalog.walk.read_cue_sheet", refused)
+    summary = run(str(folder), str(output), engine=reference_engine, options=update)
+    assert summary.unreadable_folders == 1
+    assert pq.read_table(output).equals(before)
+    monkeypatch.undo()
+    summary = run(str(folder), str(output), engine=reference_engine, options=update)
+    assert summary.already_done
+    assert summary.unreadable_folders == 0
 
 
 def test_errors_are_retried_with_the_catalogue_of_the_run(folder: Path, tmp_path: Path, reference_engine: str) -> None:

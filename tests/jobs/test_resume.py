@@ -278,8 +278,11 @@ def test_retry_errors_goes_on_after_a_stop(
     catalog = str(library / "catalog.csv")
     run(catalog, str(output), engine=reference_engine, options=RunOptions(unit_minutes=8.0))
     options = RunOptions(unit_minutes=8.0, retry_errors=True)
+
     with pytest.raises(InterruptedRun):
-        run(catalog, str(output), engine=reference_engine, options=options, stop=stop_after(12))
+        run(catalog, str(output), engine=reference_engine, options=options, stop=stop_after(1))
+    # A run without the option has nothing to do, and leaves what the retry has done.
+    assert run(catalog, str(output), engine=reference_engine, options=RunOptions(unit_minutes=8.0)).already_done
     summary = run(catalog, str(output), engine=reference_engine, options=options)
     assert summary.units_before > 0
     assert pq.read_table(output).equals(pq.read_table(finished[0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,7 @@ def test_columns_are_those_of_todays_catalogue(music: Library, tmp_path: Path, n
                 encoding="utf-8",
             )
 
-    shutil.rmtree(music.output) if music.options.partitioned else music.output.unlink()
+    music.remove_output()
     write(rows)
     music.update(catalog)
     assert counted(music.update(catalog)) == {"kept": 3}
@@ -137,10 +136,49 @@ def test_a_recording_that_failed_in_passing_is_tried_again_and_another_is_not(
     assert music.rows().equals(music.full_run())
 
 
+def test_errors_are_retried_in_the_order_of_the_output(music: Library, tmp_path: Path) -> None:
+    catalog, late = tmp_path / "catalog.csv", tmp_path / "late.wav"
+    (music.folder / "2.wav").rename(late)
+    music.remove_output()
+    for names in ("124", "01243"):  # the output keeps its order, and has what is new at its end
+        catalog.write_text("path\n" + "".join(f"music/{name}.wav\n" for name in names), encoding="utf-8")
+        music.update(catalog)
+    late.rename(music.folder / "2.wav")
+    summary = music.update(catalog, update=False, retry_errors=True)
+    assert (summary.embedded.tracks, summary.counts.tracks, summary.counts.errors.total()) == (1, 5, 0)
+    rows = music.rows()
+    assert rows["path"].to_pylist() == [f"music/{i}.wav" for i in range(5)]
+    assert rows["embedding"].equals(music.full_run()["embedding"])
+
+
+def test_parts_of_one_recording_stay_apart_where_the_second_failed(music: Library, tmp_path: Path) -> None:
+    catalog = tmp_path / "catalog.csv"
+    catalog.write_text("path,start,end\nmusic/0.wav,0,4\nmusic/0.wav,100,104\n", encoding="utf-8")
+    music.remove_output()
+    music.update(catalog)
+    before = music.rows()
+    assert before["track_start"].to_pylist() == [None, 100]
+    assert before["status"].to_pylist() == ["ok", "error"]
+    assert counted(music.update(catalog)) == {"kept": 2}
+    assert music.rows().equals(before)
+
+
+def test_the_hash_of_the_audio_does_not_keep_an_error(music: Library) -> None:
+    path = music.add("damaged.wav", 5)
+    good = path.read_bytes()
+    path.write_bytes(good[:40] + (2 * (len(good) - 44)).to_bytes(4, "little") + good[44:])
+    music.remove_output()
+    music.update(identity="audio")
+    assert "truncated" in music.rows()["error_code"].to_pylist()
+    path.write_bytes(good)
+    assert counted(music.update(identity="audio")) == {"kept": 5, "changed": 1}
+    assert set(music.rows()["error_code"].to_pylist()) == {None}
+
+
 def test_a_file_that_is_not_there_tonight_keeps_its_rows(music: Library, tmp_path: Path) -> None:
     catalog = tmp_path / "catalog.csv"
     catalog.write_text("path\n" + "".join(f"music/{i}.wav\n" for i in range(5)), encoding="utf-8")
-    shutil.rmtree(music.output) if music.options.partitioned else music.output.unlink()
+    music.remove_output()
     music.update(catalog)
     before = music.rows()
     (tmp_path / "music").rename(tmp_path / "elsewhere")
@@ -173,7 +211,7 @@ def test_nested_columns_and_nan_are_compared(music: Library, tmp_path: Path) -> 
     catalog = tmp_path / "catalog.parquet"
     columns = {"path": ["music/0.wav", "music/1.wav"], "tags": [["a"], None], "bpm": [float("nan"), None]}
     pq.write_table(pa.table(columns), catalog)
-    shutil.rmtree(music.output) if music.options.partitioned else music.output.unlink()
+    music.remove_output()
     music.update(catalog)
     before = music.files()
     music.update(catalog)
@@ -187,7 +225,7 @@ def test_nested_columns_and_nan_are_compared(music: Library, tmp_path: Path) -> 
 def test_a_recording_that_is_listed_twice_has_rows_twice(music: Library, tmp_path: Path, twice: bool) -> None:
     catalog = tmp_path / "catalog.csv"
     catalog.write_text("path,track_id\nmusic/0.wav,a\nmusic/1.wav,b\nmusic/0.wav,c\n", encoding="utf-8")
-    shutil.rmtree(music.output) if music.options.partitioned else music.output.unlink()
+    music.remove_output()
     music.update(catalog)
     assert counted(music.update(catalog)) == {"kept": 3}
     if twice:
