@@ -30,6 +30,7 @@ _PASSING = {
 _BLOCK_BYTES, _LOOK_BYTES = 1 << 20, 256 << 20
 # A scheme has two letters or more, so that C:\ stays a path.
 _URI = re.compile(r"^[A-Za-z][A-Za-z0-9+.-]+://")
+_HALVES = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")  # of characters, as JSON may escape them; no byte is written so
 _FILE_URI = re.compile(r"file:(//(localhost)?(?=/))?", re.IGNORECASE)
 
 
@@ -45,8 +46,21 @@ def local_path(path: str) -> str:
 
 
 def portable(path: str) -> str:
-    """`path` as text that UTF-8 can hold: one with other bytes becomes a `file:` URI, which `local_path` turns back."""
+    """`path` as text that UTF-8 can hold: one with other bytes becomes a `file:` URI, which `local_path` turns back.
+
+    Halves of characters, which no name of a file has, become escapes.
+    """
+    path = _whole(path)
     return path if is_utf8(path) else f"file:{quote(os.fsencode(path))}"
+
+
+def is_bytes_or_text(text: str) -> bool:
+    """Say whether the name of a file can be `text`: whether its surrogates stand for bytes that are not UTF-8."""
+    return text.isascii() or not _HALVES.search(text)
+
+
+def _whole(text: str) -> str:
+    return text if is_bytes_or_text(text) else _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def is_utf8(text: str) -> bool:
@@ -87,8 +101,10 @@ def scrubbed(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with bytes that are not UTF-8 written as escapes, fit for Parquet and terminals."""
-    return text if text.isascii() else text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """`text` with bytes that are not UTF-8, and halves of characters, as escapes: fit for Parquet and terminals."""
+    if text.isascii():
+        return text
+    return _whole(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def open_input(path: str) -> BinaryIO:

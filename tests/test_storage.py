@@ -145,6 +145,14 @@ def test_credentials_do_not_reach_messages() -> None:
     assert storage.redacted("a?b.wav") == "a?b.wav"
 
 
+def test_halves_of_characters_become_escapes() -> None:
+    for text in ("\ud83d caf\udce9", "\ud83d", "é"):
+        storage.printable(text).encode()
+        storage.portable(text).encode()
+    assert storage.printable("\ud83d caf\udce9") == r"\ud83d caf\xe9"
+    assert storage.local_path(storage.portable("caf\udce9")) == "caf\udce9"
+
+
 def test_a_failed_block_publishes_nothing(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old", encoding="utf-8")

@@ -184,7 +184,10 @@ class _JsonRows:
                 except (ValueError, RecursionError) as exc:
                     yield RawRow({}, f"not JSON: {exc}")
                     continue
-                yield RawRow(values) if isinstance(values, dict) else RawRow({}, "not a JSON object")
+                if not isinstance(values, dict):
+                    yield RawRow({}, "not a JSON object")
+                    continue
+                yield RawRow({printable(name): value for name, value in values.items()})
 
     def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
         """See `Rows.pairs`."""

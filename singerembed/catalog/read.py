@@ -21,7 +21,7 @@ from singerembed import storage
 from singerembed.catalog.formats import BATCH_ROWS, Fingerprint, RawRow, fingerprint, open_rows
 from singerembed.catalog.layout import TextOptions
 from singerembed.errors import CatalogError, TrackError
-from singerembed.storage import printable
+from singerembed.storage import portable, printable
 
 _log = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ class Columns:
 _FINISHED_ARE_SAFE = (
     "Finished units are safe: put the file back as it was and run the same command again, or give another output"
 )
+_NAME_THE_ENCODING = "Name the encoding of the file, as in --encoding cp1252"
 # What pandas, R, Spark and databases write for a number that is not there.
 _MISSING_NUMBERS = {"", "nan", "null", "none", "na", "n/a", "<na>", "nil", "\\n"}
 # Between tries to read a catalogue on storage that fails: a minute in all, as a file server takes to start again.
@@ -105,18 +106,18 @@ class CatalogCheck:
 def _doubled_ids(pairs: Callable[[], Iterator[tuple[Any, Any]]]) -> str:
     """Name two rows of `pairs`, a track id and a path each, that have one id and two paths; empty if there are none.
 
-    By 64-bit hashes, sorted: 8 bytes a row.
+    By 64-bit hashes of the ids' text, sorted: 8 bytes a row; of equal hashes the ids are compared.
     """
     hashes = array("q")
-    hashes.extend(hash(track_id) for track_id, _ in islice(pairs(), _MAX_IDS) if track_id not in {None, ""})
+    hashes.extend(hash(text) for text in (_id(track_id) for track_id, _ in islice(pairs(), _MAX_IDS)) if text)
     ids = np.frombuffer(hashes, np.int64)
     ids.sort()
     doubled = set(ids[1:][ids[1:] == ids[:-1]].tolist())
-    first: dict[int, tuple[int, Any]] = {}
+    first: dict[str, tuple[int, Any]] = {}
     for row, (track_id, path) in enumerate(pairs() if doubled else (), start=1):
-        key = hash(track_id)
-        if key in doubled and track_id not in {None, ""}:
-            before = first.setdefault(key, (row, path))
+        text = _id(track_id)
+        if text and hash(text) in doubled:
+            before = first.setdefault(text, (row, path))
             if before[1] != path:
                 return f"rows {before[0]:,} and {row:,} are different recordings with one track id, {track_id!r}"
     return ""
@@ -149,6 +150,10 @@ class Catalog:
             raise CatalogError(f"{path} has the column {doubled[0]!r} more than once; rename one of them in the file")
         if not names:
             raise CatalogError(f"{path} is empty: it names no columns")
+        if not all(map(storage.is_utf8, names)):
+            raise CatalogError(
+                f"{path}: the names of its columns are not UTF-8 ({printable(', '.join(names))}). {_NAME_THE_ENCODING}"
+            )
         if self._columns.path not in names:
             raise CatalogError(
                 f'{path} has no column "{self._columns.path}"; it has: {", ".join(names)}. Name it with --path-column'
@@ -211,8 +216,7 @@ class Catalog:
                     continue
                 if name not in {self._columns.path, self._columns.track_id, self._columns.vocals}:
                     raise CatalogError(
-                        f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). Name the encoding '
-                        "of the file, as in --encoding cp1252"
+                        f'{self.path} row {row:,}: "{name}" is not UTF-8 ({printable(value)}). {_NAME_THE_ENCODING}'
                     )
                 count += name == self._columns.path
         return count
@@ -272,12 +276,16 @@ class Catalog:
             yield tracks, table.select(list(self._extra)).rename_columns(list(self._extra.values()))
 
     def _track(self, row: int, raw: RawRow) -> Track:
-        path = _text(raw.values.get(self._columns.path))
-        track_id = _text(raw.values.get(self._columns.track_id)) or path or f"row {row}"
-        location = storage.resolve(self.path, path)
+        names = [self._columns.path, self._columns.track_id, self._columns.vocals or ""]
+        path, track_id, stem = (_text(raw.values.get(name)) for name in names)
         try:
             if raw.problem:
                 raise ValueError(raw.problem)
+            for name, text in zip(names, (path, track_id, stem), strict=True):
+                if not storage.is_bytes_or_text(text):
+                    raise ValueError(f'"{name}" holds half a character: {printable(text)}')
+                if isinstance(raw.values.get(name), list | dict):
+                    raise ValueError(f'"{name}" is neither text nor a number: {text}')
             if not path:
                 raise ValueError(f'the column "{self._columns.path}" is empty')
             start = _seconds(raw.values, "start") or 0.0
@@ -285,11 +293,13 @@ class Catalog:
             if end is not None and end <= start:
                 raise ValueError(f"end {end:g} s is not after start {start:g} s")
         except ValueError as exc:
-            return Track(
-                row, track_id, path, location, problem=TrackError("bad_row", f"row {row} of the catalogue: {exc}")
-            )
-        stem = _text(raw.values.get(self._columns.vocals)) if self._columns.vocals else ""
-        return Track(row, track_id, path, location, start, end, vocals=stem and storage.resolve(self.path, stem))
+            path, track_id = portable(path), portable(track_id)
+            location = storage.resolve(self.path, path)
+            problem = TrackError("bad_row", f"row {row} of the catalogue: {exc}")
+            return Track(row, track_id or path or f"row {row}", path, location, problem=problem)
+        location = storage.resolve(self.path, path)
+        vocals = stem and storage.resolve(self.path, stem)
+        return Track(row, track_id or path, path, location, start, end, vocals=vocals)
 
 
 def cut_units(batches: Iterable[tuple[list[Track], pa.Table]], minutes: float, first_index: int = 0) -> Iterator[Unit]:
@@ -316,13 +326,18 @@ def _text(value: Any) -> str:
     return str(value)
 
 
+def _id(value: Any) -> str:
+    """`value` as the text of an id; empty where it is missing, or makes its row a bad one."""
+    return "" if isinstance(value, list | dict) else _text(value)
+
+
 def _seconds(values: dict[str, Any], name: str) -> float | None:
     value = values.get(name)
     if value is None or _text(value).strip().lower() in _MISSING_NUMBERS:
         return None
     try:
         seconds = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{name} {value!r} is not a number of seconds") from None
     if not math.isfinite(seconds) or seconds < 0:
         raise ValueError(f"{name} {value!r} is not a number of seconds from 0 on")

@@ -229,9 +229,38 @@ def test_bad_json_lines_become_problems(tmp_path: Path) -> None:
     assert [track.problem is None for track in found] == [True, False, False, True]
 
 
+def test_half_characters_and_lists_cost_one_row(tmp_path: Path) -> None:
+    lines = [
+        r'{"path": "a.wav", "title": "smile \ud83d", "x\udfff": ["\ud83d"], "track_id": 1}',
+        r'{"path": "\ud83d.wav"}',
+        r'{"path": "b.wav", "track_id": "\ud83d"}',
+        r'{"path": "b.wav", "track_id": ["b"]}',
+        r'{"path": ["b.wav"], "track_id": ["b"]}',
+        r'{"path": "b.wav", "start": 1' + 400 * "0" + "}",
+    ]
+    catalog = Catalog(write(tmp_path / "c.jsonl", "\n".join(lines)))
+    assert catalog.check(catalog.fingerprint()).notes == []
+    found = tracks(catalog)
+    reasons = ["", "half a character", "half a character", "neither text nor", "neither text nor", "not a number"]
+    for track, reason in zip(found, reasons, strict=True):
+        assert reason in str(track.problem or "")
+        assert (track.problem is None) == (reason == "")
+        (track.path + track.track_id + track.location + str(track.problem)).encode()
+    assert extra(catalog)[0] == {"title": r"smile \ud83d", r"x\udfff": r'["\ud83d"]'}
+
+
+def test_different_ids_with_one_hash_are_not_doubled(tmp_path: Path) -> None:
+    assert hash(-1) == hash(-2)
+    table = pa.table({"track_id": [-1, -2, 3, 3], "path": ["a.wav", "b.wav", "c.wav", "c.wav"]})
+    pq.write_table(table, tmp_path / "c.parquet")
+    catalog = Catalog(str(tmp_path / "c.parquet"))
+    assert catalog.check(catalog.fingerprint()).doubled_ids == ""
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("c.csv", b"path,caf\xe9\nx,1\n", "not UTF-8 (path, caf.*Name the encoding"),
         ("c.csv", "id,file\nx,y\n", 'has no column "path"; it has: id, file. Name it with --path-column'),
         ("c.csv", "", "is empty"),
         ("c.csv", "path,a,a\nx,1,2\n", "'a' more than once"),
@@ -242,7 +271,7 @@ def test_bad_json_lines_become_problems(tmp_path: Path) -> None:
         ("c.parquet", "not parquet", "cannot read the catalogue"),
     ],
 )
-def test_catalogues_that_cannot_be_used(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_catalogues_that_cannot_be_used(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(CatalogError, match=message.replace("(", r"\(")):
         Catalog(write(tmp_path / name, content), reserved=RESERVED_COLUMNS)
 
