@@ -266,6 +266,12 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
         ScanBar(quiet=quiet) as scan_bar,
         _log(values["log_json"]) as logs,
     ):
+
+        def say(what: str, text: str) -> None:
+            scan_bar.note(what, text)
+            for log in logs:
+                log.note(what, text)
+
         summary = run_pipeline(
             catalog,
             output,
@@ -273,7 +279,7 @@ def run(catalog: str, output: str, *, as_json: bool, **values: Any) -> None:
             options=options,
             listeners=[progress, *logs],
             stop=stop,
-            say=scan_bar.note,
+            say=say,
             scanned=scan_bar.update,
         )
         for log in logs:

@@ -28,6 +28,7 @@ def summary_fields(summary: RunSummary) -> dict[str, Any]:
         "seconds": round(summary.seconds, 3),
         "already_done": summary.already_done,
         "at_deadline": summary.at_deadline,
+        "unreadable_folders": summary.unreadable_folders,
         "update": summary.update and summary.update.to_dict(),
     }
 

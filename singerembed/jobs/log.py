@@ -17,7 +17,7 @@ from singerembed.errors import OutputError
 from singerembed.jobs.units import Listener
 from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
-from singerembed.storage import printable, redacted
+from singerembed.storage import printable, redacted, scrubbed
 
 _log = logging.getLogger(__name__)
 _SLOWEST = 10
@@ -52,6 +52,10 @@ class RunLog(Listener):
             _log.warning("cannot write to the log %s (%s); the run goes on without it", self._path, exc.strerror)
             with contextlib.suppress(OSError):
                 self._file.close()
+
+    def note(self, what: str, text: str) -> None:
+        """Log what a person is told: its subject and the text."""
+        self._write("note", what=what, text=printable(scrubbed(text)))
 
     def started(self, spec: ModelSpec, description: str, total_tracks: int) -> None:
         """Log the engine."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -57,15 +59,47 @@ def test_the_lines_of_the_documentation_work_without_terminal_home_and_locale(
         assert report["output"]["embedded_tracks"] == (1 if night else 2)
         shutil.copy(AUDIO / "tenor_1.mp3", music)
     if shutil.which("jq"):
-        script = re.findall(r"```bash\n(tail .*?)```", NIGHTLY, re.DOTALL)[0]
-        metrics = tmp_path / "metrics.prom"
-        script = script.replace("/var/log/singerembed.jsonl", str(log))
-        script = re.sub(r"/var/lib/\S+", str(metrics), script)
-        subprocess.run(script, shell=True, check=True)
-        values = dict(line.split() for line in metrics.read_text(encoding="utf-8").splitlines())
+        values = metrics_of(log)
         assert values["singerembed_tracks"] == "3"
         assert values["singerembed_embedded_tracks"] == "1"
         assert values["singerembed_at_deadline"] == "0"
+        assert values["singerembed_unreadable_folders"] == "0"
+        assert values["singerembed_finished"] == "1"
+        shutil.rmtree(music)
+        assert subprocess.run(command, check=False, capture_output=True).returncode == 1
+        assert metrics_of(log) == {"singerembed_finished": "0"}
+
+
+def metrics_of(log: Path) -> dict[str, str]:
+    """What the documentation's script makes of the log."""
+    script = re.findall(r"```bash\n(tail .*?)```", NIGHTLY, re.DOTALL)[0]
+    script = script.replace("/var/log/singerembed.jsonl", str(log))
+    script = re.sub(r"> /var/lib/\S+", "", script)
+    printed = subprocess.run(script, shell=True, check=True, capture_output=True, text=True).stdout
+    return dict(line.split() for line in printed.splitlines())
+
+
+def test_an_unreadable_folder_is_in_the_log_and_in_the_summary(
+    music: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (music / "locked").mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("/locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    command = ["run", str(music), str(tmp_path / "o.parquet"), "--update", "--quiet", "--json"]
+    result = invoke(*command, "--log-json", str(tmp_path / "log"))
+    assert (result.exit_code, result.stderr) == (3, "")
+    assert json.loads(result.stdout)["unreadable_folders"] == 1
+    events = [json.loads(line) for line in (tmp_path / "log").read_text(encoding="utf-8").splitlines()]
+    assert [event["text"] for event in events if event.get("what") == "unreadable"] == [
+        f"{music}/locked: Permission denied; what is in it is left out"
+    ]
+    assert events[-1]["output"]["unreadable_folders"] == 1
 
 
 def test_what_an_update_says(music: Path, tmp_path: Path) -> None:
