@@ -340,6 +340,17 @@ def publishing(path: str) -> Iterator[str]:
         _fsync(target.parent)
 
 
+def remove_temporaries(path: str) -> None:
+    """Remove what killed processes have left of `publishing` the local file `path`; nobody else may be writing it."""
+    if is_remote(path):
+        return
+    target = Path(path)
+    temporary = re.compile(rf"\.{re.escape(target.name)}\.\d+-[0-9a-f]{{8}}\.tmp")
+    for name in names_in(str(target.parent)):
+        if temporary.fullmatch(name):
+            remove(str(target.with_name(name)))
+
+
 def _fsync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -153,6 +153,14 @@ def test_halves_of_characters_become_escapes() -> None:
     assert storage.local_path(storage.portable("caf\udce9")) == "caf\udce9"
 
 
+def test_temporaries_of_one_file_are_removed(tmp_path: Path) -> None:
+    names = ["o.parquet", ".o.parquet.12-0123abcd.tmp", ".p.parquet.12-0123abcd.tmp", ".o.parquet.tmp", ".o.parquet"]
+    for name in names:
+        (tmp_path / name).touch()
+    storage.remove_temporaries(str(tmp_path / "o.parquet"))
+    assert {path.name for path in tmp_path.iterdir()} == set(names) - {names[1]}
+
+
 def test_a_failed_block_publishes_nothing(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old", encoding="utf-8")

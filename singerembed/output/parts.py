@@ -209,6 +209,7 @@ class PartStore:
 
     def _merge(self, schema: pa.Schema, metadata: dict[str, Any], previous: FinishedOutput | None) -> Counts:
         """Join all parts, in order, to one file. Memory holds one row group, and the index of units."""
+        storage.remove_temporaries(self.output)  # of the whole output's size, where a merge was killed
         index, total = UnitIndex(), Counts()
         schema = schema.with_metadata({METADATA_KEY: json.dumps(metadata)})
         with (
