@@ -179,7 +179,8 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
     "--max-errors",
     metavar="N|N%",
     callback=_number_or_share,
-    help="End the run when more recordings fail, or a greater share of them.  [default: never]",
+    help="End the run when more recordings fail, or a greater share of them, which is looked at from the hundredth "
+    "recording on, and at the end of a first run.  [default: never]",
 )
 @click.option(
     "--deadline",

@@ -217,6 +217,8 @@ class _Run:
         summary = RunSummary(self._job.output, embedded, embedded, units_before=units_before)
         if self._runner.left_work or not self._all_shards_done(revised):
             return replace(self._at_deadline(summary, revised), at_deadline=True)
+        for listener in () if revised else self._listeners:
+            listener.all_embedded()
         return replace(summary, counts=parts.finish(self._runner.schema, self._identity | self._facts, revised))
 
     def _all_shards_done(self, revised: FinishedOutput | None) -> bool:

@@ -71,6 +71,9 @@ class Listener:
     def embedded(self, track: Track, rows: TrackRows) -> None:
         """A track is embedded; its rows wait for the other tracks of their unit."""
 
+    def all_embedded(self) -> None:
+        """No track follows, and the output, a new one, is not finished; nor is the last unit, if it is one process's."""
+
     def published(self, unit: int, counts: Counts) -> None:
         """The part file of a unit is on the disk."""
 
@@ -285,10 +288,23 @@ class UnitRunner:
                 listener.started(threads.spec, threads.description, total_tracks)
             tasks = (Task(unit, i) for unit, positions in self.until_deadline(work) for i in positions)
             try:
-                results = threads.embed(tasks)
-                return publish_units(results, self._parts, self.schema, self._listeners, previous)
+                return publish_units(
+                    self._to_the_end(threads.embed(tasks), previous),
+                    self._parts,
+                    self.schema,
+                    self._listeners,
+                    previous,
+                )
             except Stopped as exc:
                 raise self._parts.interrupted(self._stop()) from exc
+
+    def _to_the_end(
+        self, results: Iterator[tuple[Task, TrackRows]], previous: FinishedOutput | None
+    ) -> Iterator[tuple[Task, TrackRows]]:
+        """Yield `results`, and tell the listeners of their end while the last unit can still be given up."""
+        yield from results
+        for listener in () if previous or self.left_work else self._listeners:
+            listener.all_embedded()
 
     @property
     def is_late(self) -> bool:

@@ -235,6 +235,22 @@ def test_too_many_errors_end_the_run_and_mended_files_finish_it(
     assert CliRunner().invoke(cli, [*command, "--max-errors", "100%"]).exit_code == 2
 
 
+@pytest.mark.parametrize("limit", ["5%", "0%"])
+def test_a_share_of_few_recordings_counts_at_the_end(catalog: str, tmp_path: Path, limit: str) -> None:
+    Path(catalog).write_text("path\na.wav\n" + "late.wav\n" * 3 + "a.wav\n\n\n", encoding="utf-8")
+    output = tmp_path / "o.parquet"
+    command = ["run", catalog, str(output), "--retries", "0", "--crops", "1", "--max-errors", limit]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 1
+    assert "3 of 5 recordings failed, the last one row 4" in result.stderr
+    assert not output.exists()
+    (tmp_path / "late.wav").write_bytes((tmp_path / "a.wav").read_bytes())
+    assert CliRunner().invoke(cli, command).exit_code == 0
+    with Path(catalog).open("a", encoding="utf-8") as file:
+        file.write("missing.wav\n")
+    assert CliRunner().invoke(cli, [*command, "--update"]).exit_code == 3  # a night's few are no share
+
+
 # --- streams --------------------------------------------------------------------------------------------------------
 
 
