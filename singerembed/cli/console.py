@@ -8,7 +8,18 @@ from typing import Any
 
 import click
 
-_COPIES_SECONDS = 1.0
+_MAX_NUMBER = 1e9  # of an option; seconds of thirty years, which samples are still counted in
+
+
+class NumberRange(click.FloatRange):
+    """Numbers in a range, of which NaN and what has no use as an option are none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Parse `value` as a float. Raises BadParameter."""
+        number = super().convert(value, param, ctx)
+        if abs(number) <= _MAX_NUMBER:
+            return number
+        return self.fail(f"{value!r} is no number between {-_MAX_NUMBER:.0e} and {_MAX_NUMBER:.0e}", param, ctx)
 
 
 def verbosity(ctx: click.Context) -> int:

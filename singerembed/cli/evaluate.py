@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from singerembed.cli.console import count_or_all, note, progress_bar, verbosity_options
+from singerembed.cli.console import NumberRange, count_or_all, note, progress_bar, verbosity_options
 
 
 @click.command()
@@ -41,7 +41,7 @@ from singerembed.cli.console import count_or_all, note, progress_bar, verbosity_
 )
 @click.option(
     "--silence-dbfs",
-    type=click.FloatRange(max=0),
+    type=NumberRange(max=0),
     default=-60.0,
     show_default=True,
     help="Crops whose peak is not above this are left out.",

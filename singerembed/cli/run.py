@@ -13,7 +13,7 @@ import click
 
 from singerembed import storage
 from singerembed.cli.catalog_options import catalog_options, columns_of
-from singerembed.cli.console import count_or_all, note, verbosity, verbosity_options
+from singerembed.cli.console import NumberRange, count_or_all, note, verbosity, verbosity_options
 from singerembed.cli.process import quiet_libraries, stop_signals
 from singerembed.cli.run_summary import say_summary, say_what_restarting_costs, summary_fields
 from singerembed.errors import UsageError
@@ -82,7 +82,7 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 )
 @click.option(
     "--hop",
-    type=click.FloatRange(min=0.01),
+    type=NumberRange(min=0.01),
     metavar="SECONDS",
     help="From the start of one crop to the next.  [default: 4]",
 )
@@ -102,7 +102,7 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 )
 @click.option(
     "--silence-dbfs",
-    type=click.FloatRange(max=0),
+    type=NumberRange(max=0),
     default=-60.0,
     show_default=True,
     help="Crops whose peak is not above this are not embedded.",
@@ -114,7 +114,7 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 )
 @click.option(
     "--min-vocals",
-    type=float,
+    type=NumberRange(min=-1000, max=1000),
     metavar="DB",
     help="With --separate: crops whose voice is weaker than this against the mix are not embedded.  [default: -15]",
 )
@@ -154,7 +154,7 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 @click.option("--partitioned", is_flag=True, help="Write OUTPUT as a folder of Parquet files, one a unit.")
 @click.option(
     "--unit-minutes",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     default=240.0,
     show_default=True,
     metavar="M",
@@ -162,7 +162,7 @@ def _time_of_day(_ctx: click.Context, _parameter: click.Parameter, value: str | 
 )
 @click.option(
     "--track-timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=NumberRange(min=0, min_open=True),
     default=600.0,
     show_default=True,
     metavar="S",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from singerembed.cli.console import aligned, note, percent, verbosity_options
+from singerembed.cli.console import NumberRange, aligned, note, percent, verbosity_options
 from singerembed.errors import UsageError
 from singerembed.storage import printable
 
@@ -48,7 +48,7 @@ _COPIES = 3  # of a recording that are named on the terminal
 @click.option("--where", metavar="SQL", help='Only tracks for which this holds, as "year < 1990".')
 @click.option(
     "--min-chance",
-    type=click.FloatRange(min=0, max=1),
+    type=NumberRange(min=0, max=1),
     default=0.5,
     show_default=True,
     help="With --catalog: name tracks whose nearest singer has at least this chance.",

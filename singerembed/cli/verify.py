@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from singerembed import storage
-from singerembed.cli.console import aligned, note, percent, progress_bar, verbosity_options
+from singerembed.cli.console import NumberRange, aligned, note, percent, progress_bar, verbosity_options
 from singerembed.storage import printable
 
 _LOOKED_FOR = 20  # recordings, to see whether the page can play them
@@ -25,7 +25,7 @@ _NAMED = 10  # singers with too few tracks that are named on the terminal
 @click.option("--audio-root", metavar="FOLDER", help="What paths count from.  [default: the output's folder]")
 @click.option(
     "--max-chance",
-    type=click.FloatRange(min=0, max=1),
+    type=NumberRange(min=0, max=1),
     default=0.05,
     show_default=True,
     help="Credits with at most this chance, at even odds, are suspects.",

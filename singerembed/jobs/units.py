@@ -72,7 +72,7 @@ class Listener:
         """A track is embedded; its rows wait for the other tracks of their unit."""
 
     def all_embedded(self) -> None:
-        """No track follows, and the output, a new one, is not finished; nor is the last unit, if it is one process's."""
+        """No track follows, and the output, a new one, is not finished; in one process the last unit is not either."""
 
     def published(self, unit: int, counts: Counts) -> None:
         """The part file of a unit is on the disk."""

@@ -121,6 +121,8 @@ def test_quiet_says_nothing(catalog: Path, tmp_path: Path) -> None:
 
         ["--silence-dbfs", "3"], ["--rename", "x"], ["--unit-minutes", "0"],
         ["--embedding-dtype", "int8"], ["--no-such-option"],
+        ["--hop", "nan"], ["--hop", "1e300"], ["--track-timeout", "inf"], ["--unit-minutes", "nan"],
+        ["--silence-dbfs", "nan"], ["--min-vocals", "nan", "--separate", "x"],
     ],
     ids=" ".join,
 )  # fmt: skip
