@@ -66,10 +66,12 @@ def run(
     `engine` is an engine file (default: the bundled one). `stop` returns 0, or the number of a signal on which to stop.
     `say` is called with what a person should know of the catalogue: a subject and a text; `scanned` now and then while
     a folder is scanned.
-    Raises CatalogError, EngineError, OutputError, ClusterError, or InterruptedRun after a stop.
+    Raises UsageError, CatalogError, EngineError, OutputError, ClusterError, or InterruptedRun after a stop.
     """
     options = options or RunOptions()
-    output = output.rstrip("/") if options.partitioned else output
+    if output.endswith("/") and not options.partitioned:
+        raise UsageError(f"{output} names a folder: say --partitioned too, or give the name of a file")
+    output = output.rstrip("/")
     if options.ray is not None:  # nodes have working folders of their own
         catalog, output = storage.absolute(catalog), storage.absolute(output)
     started = time.monotonic()

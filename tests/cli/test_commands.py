@@ -132,6 +132,13 @@ def test_usage_errors_exit_with_2(catalog: Path, tmp_path: Path, arguments: list
     assert arguments[0] in result.stderr
 
 
+def test_a_folder_as_output_is_refused_before_it_is_made(catalog: Path, tmp_path: Path) -> None:
+    result = invoke("run", str(catalog), f"{tmp_path}/new/")
+    assert result.exit_code == 2
+    assert "say --partitioned too" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_cannot_run_exits_with_1_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "c.csv").write_text("id,file\n1,2\n", encoding="utf-8")
     for arguments, message in (
