@@ -8,11 +8,11 @@ from typing import Any
 from singerembed.audio.ffmpeg import opened
 from singerembed.errors import TrackError
 
-_DIGEST_BYTES = 16  # no two of a billion recordings meet by chance
+_DIGEST_BYTES = 16  # the first of BLAKE2b-512; no two of a billion recordings meet by chance
 
 
 def hash_packets(path: str) -> str:
-    """Hash the codec, the sample rate, and the packets of the audio stream in the local file `path`: BLAKE2b, 128 bits.
+    """Hash the codec, the sample rate, and the packets of the audio stream in the local file `path`.
 
     Tags, pictures and the layout of the container do not count. Reads the whole file, and decodes nothing. Raises
     TrackError, FFmpegError and OSError.

@@ -24,11 +24,6 @@ _Node = tuple[str, list[str], list[str]]  # operator, inputs, outputs
 _HALVED = "_fp16"  # the suffix that precision.store_halved gives a weight
 
 
-def read_tensors(model: bytes) -> dict[str, NDArray[np.float32]]:
-    """Return the floating-point weights of an ONNX model by name, as float32. Raises EngineError if it is damaged."""
-    return _read(model)[0]
-
-
 def read_layers(model: bytes) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     """Return weights and bias of each convolution and dense layer of an ONNX model, in the order of its graph.
 
@@ -50,6 +45,7 @@ def read_layers(model: bytes) -> list[tuple[NDArray[np.float32], NDArray[np.floa
 
 
 def _read(model: bytes) -> tuple[dict[str, NDArray[np.float32]], list[_Node]]:
+    """The floating-point weights of an ONNX model by name, as float32, and its nodes."""
     try:
         tensors: dict[str, NDArray[np.float32]] = {}
         nodes = []

@@ -106,16 +106,3 @@ def _whitener(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
     """The matrix after which rows of this covariance have the same variance in all directions, but for _SHRINKAGE."""
     variance, directions = np.linalg.eigh(covariance)
     return np.asarray(directions / np.sqrt(np.maximum(variance, 0) + _SHRINKAGE * variance.max()))
-
-
-def normalised_scores(scores: NDArray[np.floating], cohort: int | None = None) -> NDArray[np.float64]:
-    """Return adaptive symmetric normalisation of scores [n, n] of rows against each other, float64 [n, n].
-
-    Each score is given in standard deviations from the mean of the highest `cohort` scores of either row (None: of
-    all), and the two are averaged (Matejka et al. 2017). For comparisons: it did not win, so no index uses it.
-    """
-    n = len(scores)
-    others = np.sort(np.asarray(scores, np.float64)[~np.eye(n, dtype=bool)].reshape(n, n - 1), axis=1)
-    near = others[:, -cohort:] if cohort else others
-    mean, deviation = near.mean(axis=1), np.maximum(near.std(axis=1), 1e-9)
-    return np.asarray(((scores - mean[:, np.newaxis]) / deviation[:, np.newaxis] + (scores - mean) / deviation) / 2)
