@@ -56,6 +56,7 @@ def catalog_of(
                 )
             say("catalog", f"{catalog}: the {metadata.num_rows:,} recordings that {source} had when the run began")
             return catalog, int(facts.get(UNREADABLE_KEY, 0))
+        storage.remove_temporaries(catalog)  # of a scan that was killed
         try:
             counts = _scan(source, catalog, finished=finished, output=output, say=say, found=going_on)
         finally:

@@ -32,8 +32,10 @@ def test_the_rows_are_those_of_a_scan_and_a_run(
     from singerembed.catalog.scan import scan
 
     output = tmp_path / ("out" if partitioned else "out.parquet")
+    (tmp_path / ".out.catalog.parquet.4194304-0123abcd.tmp").touch()  # of a scan that was killed
     summary = run(str(folder), str(output), engine=reference_engine, options=RunOptions(partitioned=partitioned))
     assert summary.counts.tracks == 3
+    assert not list(tmp_path.glob(".*.tmp"))
     scan([str(folder)], str(tmp_path / "two.parquet"))
     run(str(tmp_path / "two.parquet"), str(tmp_path / "two_out.parquet"), engine=reference_engine)
     rows = pq.read_table(output)
