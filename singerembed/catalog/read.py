@@ -276,15 +276,15 @@ class Catalog:
             yield tracks, table.select(list(self._extra)).rename_columns(list(self._extra.values()))
 
     def _track(self, row: int, raw: RawRow) -> Track:
-        names = [self._columns.path, self._columns.track_id, self._columns.vocals or ""]
-        path, track_id, stem = (_text(raw.values.get(name)) for name in names)
+        names = self._columns.path, self._columns.track_id, self._columns.vocals
+        path, track_id, stem = ("" if name is None else _text(raw.values.get(name)) for name in names)
         try:
             if raw.problem:
                 raise ValueError(raw.problem)
             for name, text in zip(names, (path, track_id, stem), strict=True):
                 if not storage.is_bytes_or_text(text):
                     raise ValueError(f'"{name}" holds half a character: {printable(text)}')
-                if isinstance(raw.values.get(name), list | dict):
+                if name is not None and isinstance(raw.values.get(name), list | dict):
                     raise ValueError(f'"{name}" is neither text nor a number: {text}')
             if not path:
                 raise ValueError(f'the column "{self._columns.path}" is empty')

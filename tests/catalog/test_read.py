@@ -49,6 +49,13 @@ def test_the_columns_that_mean_something(tmp_path: Path) -> None:
     assert extra(Catalog(path)) == [{"artist": "Ann"}, {"artist": "Bob"}]
 
 
+def test_a_column_without_a_name_is_no_stem(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", ",path\n0,a.wav\n")  # as pandas writes it
+    (track,) = tracks(Catalog(path))
+    assert (track.source, track.vocals) == (str(tmp_path / "a.wav"), "")
+    assert extra(Catalog(path)) == [{"": "0"}]
+
+
 def test_paths_resolve_against_the_catalogues_folder(tmp_path: Path) -> None:
     path = write(tmp_path / "c.csv", "path\nsub/a.wav\n/abs/b.wav\ns3://bucket/c.wav\n")
     assert [track.location for track in tracks(Catalog(path))] == [
