@@ -265,10 +265,12 @@ def test_the_page_in_a_browser(served: tuple[str, subprocess.Popen[str]], tmp_pa
         tracks = driver.find_elements("css selector", "#tracks tr")
         assert tracks[0].find_element("css selector", ".name").text == "audio/tenor_2.opus"
         assert len(tracks) == 10
-        second = tracks[1].find_element("css selector", "button[aria-label^='Play audio/tenor_1.mp3 at 0:04']")
+        name = tracks[1].find_element("css selector", ".name").text
+        second = tracks[1].find_elements("css selector", f"button[aria-label^='Play {name} at']")[-1]
+        minutes, seconds = re.findall(r" at (\d+):(\d+)", second.get_attribute("aria-label") or "")[0]
         second.click()
         player = "document.querySelectorAll('#tracks audio')[1]"
-        browser.wait(driver, f"!{player}.paused && {player}.currentTime > 4")
+        browser.wait(driver, f"!{player}.paused && {player}.currentTime > {60 * int(minutes) + int(seconds)}")
         tracks[1].find_element("css selector", "button[aria-label^='Play yours at']").click()
         browser.wait(driver, f"{player}.paused && !document.getElementById('query').paused")
         for row in range(10):
