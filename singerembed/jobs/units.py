@@ -332,10 +332,6 @@ class UnitRunner:
 
     def open_units(self) -> Work:
         """Yield the units of this shard that are not done yet, with all their tracks. Raises Stopped."""
-        for unit in self._open():
-            yield unit, range(len(unit.tracks))
-
-    def _open(self) -> Iterator[Unit]:
         job = self._job
         for unit in self._catalog.units(job.options.unit_minutes, job.unchanged_since):
             if self._stop():
@@ -343,7 +339,7 @@ class UnitRunner:
             if unit.index % job.shards != job.shard:
                 continue
             if unit.index not in self._parts.done:
-                yield unit
+                yield unit, range(len(unit.tracks))
                 continue
             for listener in self._listeners:
                 listener.skipped(len(unit.tracks))
