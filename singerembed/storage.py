@@ -115,6 +115,19 @@ def open_input(path: str) -> BinaryIO:
     return Path(path).open("rb")
 
 
+def open_parquet(path: str) -> Any:
+    """Open `path` as what Arrow reads Parquet from. Raises OSError as `open` does.
+
+    A local file is one of Arrow's own: its threads still let go of pages when a read is over, and pages that belong to
+    Python would end the process with SIGABRT if the interpreter is just ending too.
+    """
+    if is_remote(path):
+        return open_input(path)
+    import pyarrow as pa
+
+    return pa.OSFile(os.fsencode(path), "rb")
+
+
 def may_pass(exc: BaseException) -> bool:
     """Say whether the trouble `exc` with a file may pass by itself, so that trying again makes sense.
 

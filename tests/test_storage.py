@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
@@ -188,3 +190,15 @@ def test_a_failed_block_publishes_nothing(tmp_path: Path) -> None:
 )
 def test_resolve(base: str, path: str, expected: str) -> None:
     assert storage.resolve(base, path) == expected
+
+
+def test_local_parquet_is_read_from_a_file_of_arrows_own(tmp_path: Path) -> None:
+    """Pages of a Python file, which a thread of Arrow lets go of as the interpreter ends, abort the process."""
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.parquet")
+    with Path(path).open("wb") as out:
+        pq.write_table(pa.table({"a": [1, 2]}), out)
+    with storage.open_parquet(path) as file:
+        assert isinstance(file, pa.NativeFile)
+        assert pq.ParquetFile(file).read()["a"].to_pylist() == [1, 2]
+    with pytest.raises(FileNotFoundError):
+        storage.open_parquet(str(tmp_path / "none.parquet"))

@@ -239,12 +239,12 @@ class _ParquetRows:
 
     def pairs(self, one: str, other: str) -> Iterator[tuple[Any, Any]]:
         """See `Rows.pairs`."""
-        with _naming(self._path), storage.open_input(self._path) as file:
+        with _naming(self._path), storage.open_parquet(self._path) as file:
             for batch in pq.ParquetFile(file).iter_batches(columns=[one, other]):
                 yield from zip(*(_python_values(batch[name]) for name in (one, other)), strict=True)
 
     def batches(self) -> Iterator[tuple[list[RawRow], pa.Table]]:
-        with _naming(self._path), storage.open_input(self._path) as file:
+        with _naming(self._path), storage.open_parquet(self._path) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=BATCH_ROWS):
                 table = _plain(pa.Table.from_batches([batch.replace_schema_metadata(None)]))
                 columns = [_python_values(table[name]) for name in self._used]

@@ -138,7 +138,7 @@ def read_schema(output: str) -> pa.Schema:
 
 def read_index(output: str) -> UnitIndex:
     """Read the index of a finished partitioned output."""
-    with storage.open_input(f"{output}/{_INDEX}") as file:
+    with storage.open_parquet(f"{output}/{_INDEX}") as file:
         return UnitIndex(pq.read_table(file))
 
 
@@ -184,7 +184,7 @@ class FinishedOutput:
             if partitioned:
                 found = read_schema(output).metadata or {}
             else:
-                self._parquet = pq.ParquetFile(self._files.enter_context(storage.open_input(output)))
+                self._parquet = pq.ParquetFile(self._files.enter_context(storage.open_parquet(output)))
                 found = self._parquet.metadata.metadata or {}
         except (pa.ArrowException, OSError) as exc:
             raise OutputError(
@@ -224,7 +224,7 @@ class FinishedOutput:
     def rows(self, unit: int, columns: list[str] | None = None) -> pa.Table:
         """The rows of unit `unit`; other row groups than its own are not read."""
         if self._partitioned:
-            with storage.open_input(part_path(self._output, unit)) as file:
+            with storage.open_parquet(part_path(self._output, unit)) as file:
                 return pq.ParquetFile(file).read(columns=columns)
         start, end = self._unit_ends[unit - 1] if unit else 0, self._unit_ends[unit]
         first, last = bisect_right(self._group_ends, start), bisect_left(self._group_ends, end)

@@ -219,7 +219,7 @@ class PartStore:
             groups = _RowGroups(writer, schema)
             for unit in sorted(self.done | set(range(previous.n_units if previous else 0))):
                 if unit in self.done:
-                    with storage.open_input(self._part(unit)) as file:
+                    with storage.open_parquet(self._part(unit)) as file:
                         part = pq.ParquetFile(file)
                         for group in range(part.num_row_groups):
                             groups.add(part.read_row_group(group))
