@@ -111,7 +111,7 @@ def embed_recording(
         raise UsageError(
             f"{name} is too short: {seconds:.1f} s, and a crop takes {spec.crop_seconds:g} s. Give a longer recording"
         )
-    if not start and n_silent < n_crops:
+    if not start and separation and n_silent < n_crops:
         raise UsageError(f"in {name} nobody seems to sing: none of its {n_crops} crops has a voice. Give another part")
     if not start:
         raise UsageError(
