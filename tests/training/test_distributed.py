@@ -125,6 +125,7 @@ def run(corpus: Path, out: Path, devices: int, kill_at: int = 0) -> dict[str, An
         "data.validation_fraction=0.3", "data.crop_seconds=0.5", "augment.pitch_probability=0", "trainer.threads=1",
         f"trainer.devices={devices}", "trainer.accelerator=cpu", "trainer.deterministic=true", "trainer.max_epochs=2",
         "trainer.validate_every_epochs=1", "trainer.checkpoint_every_steps=3",
+        "optimiser.learning_rate=1e-7",  # Adam's steps have a size whatever the gradient, and would magnify rounding
     )  # fmt: skip
     configs = [CONFIGS / "contrastive.yaml", CONFIGS / "small.yaml"]
     options = [word for path in configs for word in ("--config", str(path))]
