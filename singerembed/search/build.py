@@ -179,7 +179,8 @@ def _rows_of(index: StoredIndex, numbers: NDArray[np.int64]) -> Iterator[TrackRo
     for number, fingerprint in zip(numbers.tolist(), prints.to_pylist(), strict=True):
         part = index.crops_of(of_print[fingerprint])
         table = index.crops.slice(part.start, part.stop - part.start)
-        columns = tracks.slice(number, 1).drop_columns(list(INDEX_COLUMNS)).to_pylist()[0]
+        row = tracks.slice(number, 1).to_pylist()[0]
+        columns = {name: value for name, value in row.items() if name not in INDEX_COLUMNS}
         crops = {name: table[name].to_numpy() for name in CROP_COLUMNS}
         yield TrackRow(columns, fingerprint, crops, index.vectors["crops"].take(np.arange(part.start, part.stop)))
 

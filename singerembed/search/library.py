@@ -16,6 +16,7 @@ from singerembed import storage
 from singerembed.errors import OutputError, UsageError
 from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
 from singerembed.output.schema import OK, RESERVED_COLUMNS, Counts
+from singerembed.search.store import INDEX_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,18 @@ def _voices(separator: dict[str, Any] | None) -> str:
 
 def check_column(column: str, schema: pa.Schema, where: str) -> None:
     """Raise UsageError unless the catalogue's column `column` is in `schema`."""
-    others = [name for name in schema.names if name not in RESERVED_COLUMNS]
+    others = columns_of(schema).values()
     if column not in others:
         raise UsageError(
             f'{where} has no column "{column}"; it has: {", ".join(others) or "none of the catalogue"}. '
             "Name it with --singer-column"
         )
+
+
+def columns_of(schema: pa.Schema) -> dict[str, str]:
+    """The catalogue's columns in the `schema` of an output, and what an index calls each: some names are its own."""
+    names = [name for name in schema.names if name not in RESERVED_COLUMNS]
+    return {name: f"{name}_" if name.rstrip("_") in INDEX_COLUMNS else name for name in names}
 
 
 class _Facts(NamedTuple):
@@ -125,14 +132,15 @@ def _facts(output: str) -> _Facts:
 def _tracks_of(rows: pa.Table) -> Iterator[LibraryTrack]:
     bounds = track_bounds(rows)
     ok = rows["status"].to_numpy() == OK
-    others = [name for name in rows.column_names if name not in RESERVED_COLUMNS]
-    columns = rows.select(["track_id", "path", *others]).take(pa.array(bounds[:-1], pa.int64())).to_pylist()
+    others = columns_of(rows.schema)
+    columns = rows.select(["track_id", "path", *others]).rename_columns(["track_id", "path", *others.values()])
+    of_tracks = columns.take(pa.array(bounds[:-1], pa.int64())).to_pylist()
     stored = rows["embedding"].combine_chunks()
     flat = stored.values if hasattr(stored, "values") else stored.flatten()
     dim = stored.type.list_size
     embedding = np.asarray(flat, np.float32).reshape(-1, dim)[stored.offset : stored.offset + len(stored)]
     crop, start, end, rms = (rows[name].to_numpy() for name in ("crop", "start", "end", "rms_dbfs"))
-    for i, values in enumerate(columns):
+    for i, values in enumerate(of_tracks):
         kept = np.arange(bounds[i], bounds[i + 1])[ok[bounds[i] : bounds[i + 1]]]
         kept = kept[np.isfinite(embedding[kept]).all(axis=1)]
         if len(kept):

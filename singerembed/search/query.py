@@ -272,16 +272,17 @@ class Index:
         except ImportError as exc:
             raise MissingDependencyError("--where", "duckdb", "search") from exc
         names = [name for name in self.stored.tracks.column_names if name not in INDEX_COLUMNS]
-        connection = duckdb.connect(config={"enable_external_access": "false"})
+        number = "row" + "_" * max(map(len, names))  # which none of them is called
         rows = np.arange(self.stored.tracks.num_rows)
-        connection.register("tracks", self.stored.tracks.select(names).append_column("row number", [rows]))
+        table = self.stored.tracks.select(names).append_column(number, [rows])
+        connection = duckdb.connect(config={"enable_external_access": "false"})
         try:
-            found = connection.sql(f'select "row number" from tracks where ({where})').fetchnumpy()
+            found = connection.from_arrow(table).filter(where).project(number).fetchnumpy()
         except duckdb.Error as exc:
             first = str(exc).strip().splitlines()[0]
             raise UsageError(f"--where {where}: {first}. Columns: {', '.join(names)}") from exc
         mask = np.zeros(len(rows), bool)
-        mask[found["row number"].astype(np.int64)] = True
+        mask[found[number].astype(np.int64)] = True
         return mask
 
 

@@ -13,7 +13,16 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed.search.copies import TracksAndCrops, find_copies
-from singerembed.search.store import KINDS, StoredIndex, StoredVectors, Vectors, track_vector, write_mapped_table
+from singerembed.search.store import (
+    KINDS,
+    StoredIndex,
+    StoredVectors,
+    Vectors,
+    joined_tables,
+    text_column,
+    track_vector,
+    write_mapped_table,
+)
 
 _FLUSH_TRACKS = 4096
 _CROPS = pa.schema(
@@ -73,7 +82,7 @@ class Segment:
             return
         self.crops = pa.concat_tables([self.crops, *self._crops])
         write_mapped_table(self._folder / f"{self.name}.crops.arrow", self.crops)
-        tracks = pa.concat_tables(self._tables, promote_options="permissive")
+        tracks = joined_tables(self._tables)
         self._tables = []
         same_as = self._resolved(tracks)
         column = pa.array(same_as, pa.int64(), mask=same_as < 0)
@@ -104,7 +113,8 @@ class Segment:
 
     def _flush(self) -> None:
         if self._rows:
-            table = pa.Table.from_pylist(self._rows)
+            names = dict.fromkeys(name for row in self._rows for name in row)  # outputs may have different ones
+            table = pa.table({name: _column([row.get(name) for row in self._rows]) for name in names})
             same_as = table["same_as"].cast(pa.int64())
             table = table.set_column(table.schema.get_field_index("same_as"), "same_as", same_as)
             flat = pa.array(np.stack(self._vectors).astype(np.float16).ravel())
@@ -156,3 +166,11 @@ class Segment:
         if self._before and number < self.offset:
             return str(self._before.tracks["path"][number].as_py())
         return str(self.tracks["path"][number - self.offset].as_py())
+
+
+def _column(values: list[Any]) -> pa.Array:
+    """Return `values` as a column: as text where they are not of one type."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return text_column(values)

@@ -29,7 +29,8 @@ MANIFEST, SCORING = "index.json", "scoring.npz"
 FORMAT_VERSION = 3
 MIN_LENGTH = 1e-6  # of a sum of vectors; what is shorter points nowhere
 KINDS = ("tracks", "crops")
-INDEX_COLUMNS = ("n_crops", "same_as", "fingerprint", "coherence")  # of tracks, which are not the catalogue's
+# Of tracks, which are not the catalogue's; the vector is in the Parquet files alone.
+INDEX_COLUMNS = ("n_crops", "same_as", "fingerprint", "coherence", "vector")
 Vectors = NDArray[np.float32]
 
 
@@ -105,10 +106,7 @@ class StoredIndex:
         dim = self.scoring.dim
         self.vectors = {kind: StoredVectors([self.folder / f"{n}.{kind}.f16" for n in names], dim) for kind in KINDS}
         self.tracks, self.crops = (
-            pa.concat_tables(
-                [_mapped_table(self.folder / f"{name}.{kind}.arrow") for name in names], promote_options="permissive"
-            )
-            for kind in KINDS
+            joined_tables([_mapped_table(self.folder / f"{name}.{kind}.arrow") for name in names]) for kind in KINDS
         )
         if len(self.vectors["tracks"]) != self.tracks.num_rows or len(self.vectors["crops"]) != self.crops.num_rows:
             raise ValueError("its tables and vectors are not of one length")
@@ -174,6 +172,26 @@ class StoredIndex:
 
 def _mapped_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+def joined_tables(tables: list[pa.Table]) -> pa.Table:
+    """Join tables of any columns; one whose types cannot be told as one type, as numbers and text, becomes text."""
+    for name in dict.fromkeys(name for table in tables for name in table.column_names):
+        schemas = [pa.schema([table.schema.field(name)]) for table in tables if name in table.column_names]
+        try:
+            pa.unify_schemas(schemas, promote_options="permissive")
+        except (pa.ArrowInvalid, pa.ArrowTypeError):
+            tables = [_with_text(table, name) if name in table.column_names else table for table in tables]
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def _with_text(table: pa.Table, name: str) -> pa.Table:
+    return table.set_column(table.schema.get_field_index(name), name, text_column(table[name].to_pylist()))
+
+
+def text_column(values: list[Any]) -> pa.Array:
+    """Return `values` as text; None stays."""
+    return pa.array([None if value is None else str(value) for value in values], pa.string())
 
 
 def write_mapped_table(path: Path, table: pa.Table) -> None:

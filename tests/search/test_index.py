@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from made_library import MadeTrack, made_tracks, write_output
 from numpy.typing import NDArray
@@ -296,3 +298,34 @@ def test_scorings_separate_made_singers() -> None:
 def test_a_tracks_vector_weighs_crops_alike() -> None:
     crops = np.eye(3, dtype=np.float32)[:2]
     assert track_vector(crops) == pytest.approx([np.sqrt(0.5), np.sqrt(0.5), 0])
+
+
+def test_outputs_may_have_other_columns_and_types(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    plain = write_output(tmp_path / "plain.parquet", tracks[:8])
+    numbers = write_output(tmp_path / "numbers.parquet", tracks[8:12])
+    text = write_output(tmp_path / "text.parquet", tracks[12:])
+    for path, name, new, values in (
+        (numbers, "label", pa.int64(), lambda row: row % 2),
+        (text, "label", pa.string(), lambda row: f"label {row % 2}"),
+        (text, "vector", pa.string(), lambda row: "an own column"),
+        (text, "row number", pa.int64(), lambda row: 7),
+    ):
+        table = pq.read_table(path)
+        pq.write_table(table.append_column(name, pa.array([values(row) for row in range(len(table))], new)), path)
+    together, nights = str(tmp_path / "together.index"), str(tmp_path / "nights.index")
+    assert build_index([plain, numbers, text], together).n_tracks == 20
+    assert [build_index([night], nights).n_tracks for night in (plain, numbers, text)] == [8, 12, 20]
+    for path in (together, nights):
+        index = open_index(path)
+        for where, n in (("label = '1'", 2), ("label like 'label%'", 8), ("vector_ like 'an own%'", 8), ("true", 19)):
+            assert len(index.search_track("s0-0", top=30, where=where).tracks) == n, where
+
+
+def test_a_condition_is_one_expression(output: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    build_index([output], path)
+    index = open_index(path)
+    for where in ("true); select 1 --", "true; select 1", "", "year = 1980) or (year = 1981"):
+        with pytest.raises(UsageError, match="--where"):
+            index.search_track("s0-0", where=where)
+    assert index.search_track("s0-0", where="year < 1990 -- a note").tracks
