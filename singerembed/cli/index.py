@@ -26,8 +26,9 @@ def index(outputs: tuple[str, ...], index: str, singer_column: str | None, scori
     """Make an INDEX for search of OUTPUTS, Parquet files or folders written by run.
 
     Crops without an embedding are left out. A recording that is there twice counts once, also in two formats if it has
-    six crops or more. If INDEX exists, tracks that it does not have are added, and those whose recording has changed
-    are replaced. Singers and scoring are fixed when the index is made. Needs the extra search.
+    six crops or more. If INDEX exists, tracks that it does not have are added, and those whose recording or singer has
+    changed are replaced; none are taken out. The column of singers and the scoring are fixed when the index is made.
+    Needs the extra search.
 
     \b
     singerembed index library.parquet library.index

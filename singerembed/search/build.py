@@ -33,6 +33,7 @@ from singerembed.search.store import (
     SCORING,
     StoredIndex,
     publish_manifest,
+    singer_name,
 )
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
@@ -46,7 +47,7 @@ class IndexSummary:
     added_tracks: int
     added_crops: int
     known: int  # tracks that the index had, unchanged
-    replaced: int  # tracks whose recording has changed
+    replaced: int  # tracks whose recording or singer has changed
     doubled: list[tuple[str, str]]  # paths of recordings that are there twice, and of their first copy; the first few
     n_doubled: int
     silent: int  # crops that were left out
@@ -143,26 +144,31 @@ class _Changes:
     def __init__(self, index: StoredIndex | None) -> None:
         self.gone = set[int](index.manifest["replaced"] if index else [])  # tracks that are replaced, also by `rows`
         self.n_known = self.n_replaced = 0
-        self._known = dict[tuple[str, str], tuple[int, str]]()  # number and fingerprint
+        self._known = dict[tuple[str, str], tuple[int, str, str]]()  # number, fingerprint, singer
         self._n_tracks = index.tracks.num_rows if index else 0
         if index:
             columns = [index.tracks[name].to_pylist() for name in ("track_id", "path", "fingerprint")]
-            for number, (name, path, fingerprint) in enumerate(zip(*columns, strict=True)):
+            for number, (name, path, *facts) in enumerate(zip(*columns, index.singers, strict=True)):
                 if number not in self.gone:
-                    self._known[name, path] = number, fingerprint
+                    self._known[name, path] = number, *facts
 
-    def rows(self, library: Library, scoring: Scoring, advance: Callable[[], object]) -> Iterator[TrackRow]:
-        """Yield the new and the changed tracks, in order."""
+    def rows(
+        self, library: Library, singer_column: str | None, scoring: Scoring, advance: Callable[[], object]
+    ) -> Iterator[TrackRow]:
+        """Yield the new and the changed tracks, in order: of another recording, or by another singer."""
         for track in library.tracks():
             fingerprint = track.fingerprint
             before = self._known.get(track.key)
-            if before is not None and before[1] == fingerprint:
+            singer = singer_name(track.columns.get(singer_column or ""))
+            if before is not None and singer_column not in track.columns:
+                singer = before[2]
+            if before is not None and before[1:] == (fingerprint, singer):
                 self.n_known += 1
             else:
                 if before is not None:
                     self.n_replaced += 1
                     self.gone.add(before[0])
-                self._known[track.key] = self._n_tracks, fingerprint
+                self._known[track.key] = self._n_tracks, fingerprint, singer
                 self._n_tracks += 1
                 crops = {name: getattr(track, name) for name in CROP_COLUMNS}
                 yield TrackRow(track.columns, fingerprint, crops, scoring.vectors(track.embedding))
@@ -194,7 +200,7 @@ def _add(
     generation = manifest.get("generation", -1) + 1
     segment = Segment(folder, f"{generation:06d}", scoring.dim, index, changes.gone)
     try:
-        segment.write(changes.rows(library, scoring, advance))
+        segment.write(changes.rows(library, manifest["singer_column"], scoring, advance))
         if segment.n_tracks:
             manifest.update(generation=generation, segments=[*manifest["segments"], segment.name])
             manifest["replaced"] = sorted(changes.gone)

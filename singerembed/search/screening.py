@@ -13,7 +13,7 @@ from singerembed.errors import UsageError
 from singerembed.search.calibration import Calibration
 from singerembed.search.library import Library, check_engine, check_separator
 from singerembed.search.query import Index, chances_of
-from singerembed.search.store import MIN_LENGTH, Vectors, track_vector
+from singerembed.search.store import MIN_LENGTH, Vectors, singer_name, track_vector
 
 _MAX_BATCH = 512  # tracks that are compared with all singers at a time
 _MAX_SCORES = 4_000_000  # that are held at a time
@@ -60,7 +60,7 @@ def screen(index: Index, output: str, min_chance: float, n_singers: int = 3) -> 
         assert chance is not None
         order = _highest(score, n_singers)
         for i, track in enumerate(batch):
-            credited = str(track.columns.get(column) or "")
+            credited = singer_name(track.columns.get(column))
             best = order[i, 0]
             if chance[i, best] >= min_chance and credited != profiles.names[best]:
                 singers = [(profiles.names[j], round(float(score[i, j]), 6), float(chance[i, j])) for j in order[i]]

@@ -34,6 +34,11 @@ INDEX_COLUMNS = ("n_crops", "same_as", "fingerprint", "coherence", "vector")
 Vectors = NDArray[np.float32]
 
 
+def singer_name(value: Any) -> str:
+    """The name of a singer in a column of any type; empty if there is none."""
+    return "" if value is None else str(value)
+
+
 def track_vector(crops: Vectors) -> Vectors:
     """Return the vector of a track, [dim]: the mean of its crops' vectors [n, dim], scaled to length 1."""
     return np.asarray(unit_rows(crops.mean(axis=0, keepdims=True))[0])
@@ -151,12 +156,11 @@ class StoredIndex:
         """The singer of each track; empty where there is none or no column of them."""
         if self.singer_column is None:
             return [""] * self.tracks.num_rows
-        return ["" if name is None else str(name) for name in self.tracks[self.singer_column].to_pylist()]
+        return [singer_name(name) for name in self.tracks[self.singer_column].to_pylist()]
 
     def singer(self, track: int) -> str:
         """The singer of one track; empty if there is none."""
-        name = self.tracks[self.singer_column][track].as_py() if self.singer_column is not None else None
-        return "" if name is None else str(name)
+        return singer_name(self.tracks[self.singer_column][track].as_py()) if self.singer_column is not None else ""
 
     @cached_property
     def profiles(self) -> Profiles:

@@ -23,7 +23,7 @@ from singerembed.search.calibration import (
     singer_numbers,
     singer_sums,
 )
-from singerembed.search.store import StoredIndex, Vectors
+from singerembed.search.store import StoredIndex, Vectors, singer_name
 from singerembed.search.voices import chance_of_two_voices
 
 CHECKED, TOO_FEW, UNCREDITED = "checked", "too few tracks", "no singer"
@@ -88,7 +88,7 @@ def verify_credits(index: StoredIndex, singer_column: str) -> Verification:
         raise UsageError(f'there is no column "{singer_column}". Name the column of credits with --singer-column')
     track = np.flatnonzero(index.active)
     column = index.tracks[singer_column].take(pa.array(track)).to_pylist()
-    singers, singer = singer_numbers(["" if name is None else str(name) for name in column])
+    singers, singer = singer_numbers([singer_name(name) for name in column])
     vectors = index.vectors["tracks"].take(track)
     counts = np.bincount(singer[singer >= 0], minlength=len(singers))
     enough = (singer >= 0) & (counts[np.maximum(singer, 0)] >= MIN_TRACKS) if len(singers) else singer >= 0

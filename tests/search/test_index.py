@@ -329,3 +329,17 @@ def test_a_condition_is_one_expression(output: str, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="--where"):
             index.search_track("s0-0", where=where)
     assert index.search_track("s0-0", where="year < 1990 -- a note").tracks
+
+
+def test_a_credit_that_was_put_right_is_right_in_the_index(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    wrong = dataclasses.replace(tracks[0], singer="singer 4")
+    build_index([write_output(tmp_path / "one.parquet", [wrong, *tracks[1:]])], path)
+    for replaced in (1, 0):
+        done = build_index([write_output(tmp_path / "two.parquet", tracks)], path)
+        assert (done.known, done.replaced, done.n_tracks) == (20 - replaced, replaced, 20)
+    assert StoredIndex(path).profiles.n_tracks.tolist() == [4] * 5
+    assert {found.singer for found in open_index(path).search_track("s0-1", top=3).tracks} == {"singer 0"}
+    without = pq.read_table(tmp_path / "two.parquet").drop_columns(["singer"])
+    pq.write_table(without, tmp_path / "three.parquet")
+    assert build_index([str(tmp_path / "three.parquet")], path).known == 20
