@@ -77,7 +77,10 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
     from singerembed.evaluation.result import EvaluationOptions
     from singerembed.evaluation.run import evaluate as compare
     from singerembed.evaluation.table import as_text
+    from singerembed.evaluation.write import check_folder, write_folder
 
+    if output is not None:
+        check_folder(output)
     options = EvaluationOptions(
         crops=values["crops"],
         pairs_file=values["pairs"],
@@ -96,8 +99,6 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
         loaders = [partial(load_model, model, how) for model in models]
         found = compare(labelled, loaders, options, say=note, advance=advance)
     if output is not None:
-        from singerembed.evaluation.write import write_folder
-
         write_folder(found, output)
         note("wrote", f"{output}: table.md, table.csv, evaluation.json, pairs.txt, index.html, figures/")
     click.echo(json.dumps(found.to_dict(), allow_nan=False) if as_json else as_text(found))

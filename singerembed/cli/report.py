@@ -12,7 +12,7 @@ from singerembed.errors import UsageError
 
 @click.command()
 @click.argument("parquet")
-@click.option("-o", "--output", required=True, metavar="FILE", help="The page to write; figures go beside it.")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The page, FILE.html; figures go beside it.")
 @click.option(
     "--singer-column",
     metavar="NAME",
@@ -33,8 +33,9 @@ def report(parquet: str, output: str, singer_column: str | None, conditions: tup
     from singerembed.evaluation.data import is_output, read_labelled
     from singerembed.evaluation.result import EvaluationOptions
     from singerembed.evaluation.run import evaluate as examine
-    from singerembed.evaluation.write import write_page
+    from singerembed.evaluation.write import check_page_path, write_page
 
+    check_page_path(output)
     if not os.path.exists(parquet) or not is_output(parquet):  # noqa: PTH110
         raise UsageError(f"{parquet} is not a Parquet file written by singerembed run")
     options = EvaluationOptions(conditions=conditions, seed=seed)

@@ -59,7 +59,7 @@ def verify(
     table = None
     if output is not None:
         check_result_path(output, ".html", ".parquet")
-        table = str(Path(output).with_suffix(".parquet"))
+        table = output.removesuffix(".html").removesuffix(".parquet") + ".parquet"
         check_result_path(table)
         check_table_path(table)
     with progress_bar(None, "tracks") as advance, index_of(source, singer_column, lambda: advance("")) as index:

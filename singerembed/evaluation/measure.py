@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.errors import UsageError
 from singerembed.evaluation.embed import EmbeddedTable, standardised
 from singerembed.evaluation.metrics import (
     Bools,
@@ -177,9 +176,9 @@ def _conditions(
         "two recordings": lambda a, b: crops.recording[a] != crops.recording[b]
     }
     for column in options.within:
-        tests[f"within {column}"] = _Sharing(_values(crops, column, "--within"))
+        tests[f"within {column}"] = _Sharing(crops.same_value(column))
     for column in options.conditions:
-        value = _values(crops, column, "--condition")
+        value = crops.same_value(column)
         tests |= {f"{column}: same": _Sharing(value), f"{column}: different": _Sharing(value, apart=True)}
         for number, name in enumerate(sorted({r.conditions.get(column, "") for r in crops.recordings} - {""})):
             both = (value[pairs.first] == number) & (value[pairs.second] == number)
@@ -187,14 +186,6 @@ def _conditions(
             if min(n_positive, int(both.sum()) - n_positive) >= _MIN_PAIRS_OF_VALUE:
                 tests[f"{column}: {name}"] = _Sharing(np.where(value == number, number, -1))
     return {name: _equal_error(unit, crops, pairs, scores, options, test)[0] for name, test in tests.items()}
-
-
-def _values(crops: Crops, column: str, option: str) -> Ints:
-    """Return the value of a column for each crop, as a number. Raises UsageError if there is no such column."""
-    if not any(column in r.conditions for r in crops.recordings):
-        known = sorted({name for r in crops.recordings for name in r.conditions})
-        raise UsageError(f"{option} {column}: there is no such column; there are: {', '.join(known) or 'none'}")
-    return crops.same_value(column)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ def evaluate(
     recording. Raises UsageError if there is nothing to compare.
     """
     options = options or EvaluationOptions()
+    _check_columns(data, options)
+    pair_rows = None if options.pairs_file is None else read_pair_file(options.pairs_file)
     tables = [stored_table(data.stored)] if data.stored else []
     for load in models:
         model = load()
@@ -50,7 +52,7 @@ def evaluate(
     crops = describe_crops(data.recordings, tables[0])
     if not len(crops.singer):
         raise UsageError("the models have embedded no crop in common")
-    pairs, pair_notes = _find_pairs(crops, options)
+    pairs, pair_notes = _find_pairs(crops, pair_rows, options)
     notes += pair_notes
     if len(np.unique(crops.singer)) < 2:
         notes.append("there is one singer only: no error rates, ranks or identification")
@@ -93,10 +95,21 @@ def _notes_on_dropped(tables: list[EmbeddedTable]) -> list[str]:
     return notes
 
 
-def _find_pairs(crops: Crops, options: EvaluationOptions) -> tuple[Pairs, list[str]]:
-    if options.pairs_file is None:
+def _check_columns(data: LabelledData, options: EvaluationOptions) -> None:
+    """Raise UsageError where pairs are wanted by a column that no recording has."""
+    known = {name for recording in data.recordings for name in recording.conditions}
+    for option, columns in (("--within", options.within), ("--condition", options.conditions)):
+        for column in columns:
+            if column not in known:
+                there_are = ", ".join(sorted(known)) or "none"
+                raise UsageError(f"{option} {column}: there is no such column; there are: {there_are}")
+
+
+def _find_pairs(
+    crops: Crops, rows: list[tuple[bool, str, str]] | None, options: EvaluationOptions
+) -> tuple[Pairs, list[str]]:
+    if rows is None:
         return draw_pairs(crops.singer, options.n_pairs, options.seed), []
-    rows = read_pair_file(options.pairs_file)
     row_of = {name: row for row, name in reversed(list(enumerate(crops.names)))}
     for row in reversed(range(len(crops.names))):  # the name of a recording without @seconds is its first crop
         row_of[crops.recordings[crops.recording[row]].name] = row

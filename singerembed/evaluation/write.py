@@ -6,15 +6,34 @@ import json
 from pathlib import Path
 
 from singerembed import storage
-from singerembed.errors import OutputError
+from singerembed.errors import OutputError, UsageError
 from singerembed.evaluation.figures import save_figures
 from singerembed.evaluation.page import make_page
 from singerembed.evaluation.pairs import write_pair_file
 from singerembed.evaluation.result import Evaluation
 from singerembed.evaluation.table import as_csv, as_markdown
 from singerembed.evaluation.views import View, make_view
+from singerembed.output.finished import check_result_path
 
 COMPARED_POINTS = 1500  # points per map in a comparison of models; a map takes 3 s
+
+
+def check_folder(folder: str) -> None:
+    """Raise UsageError unless `write_folder` may write to `folder`."""
+    _check_local(folder)
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise UsageError(f"{folder} is there, and is no folder. Give -o another name")
+
+
+def check_page_path(path: str) -> None:
+    """Raise UsageError unless `write_page` may write to `path`."""
+    _check_local(path)
+    check_result_path(path, ".html")
+
+
+def _check_local(path: str) -> None:
+    if storage.is_remote(path):
+        raise UsageError(f"{path}: pages and figures are written to a local disk. Write them there, and copy them")
 
 
 def write_folder(evaluation: Evaluation, folder: str) -> None:

@@ -68,6 +68,8 @@ def build_index(
     track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError, the latter also
     while another process adds to the index.
     """
+    if storage.is_remote(path):
+        raise UsageError(f"{path}: an index is mapped into memory from a local disk. Make it there, and copy it")
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
         with _locked(path):

@@ -145,7 +145,7 @@ def _nearest_others(
 
 def check_table_path(path: str) -> None:
     """Raise UsageError where a table at `path` would replace another file than an earlier table of credits."""
-    if not Path(path).exists():
+    if storage.is_remote(path) or not Path(path).exists():
         return
     try:
         names = pq.read_schema(path).names

@@ -15,6 +15,7 @@ import soundfile
 from click.testing import CliRunner, Result
 
 import singerembed
+from singerembed import storage
 from singerembed.cli.main import cli
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -169,11 +170,18 @@ def test_no_result_replaces_what_run_has_written(output: str, tmp_path: Path) ->
         ("verify", str(mine), "-o", str(tmp_path / "mine.html")),
         ("verify", str(mine), "-o", str(mine)),
         ("cluster", str(mine), "-o", str(mine)),
+        ("report", str(mine), "-o", str(mine)),
         ("scan", str(tmp_path / "music"), str(mine)),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2, arguments
-        assert "is an output of run, and would be replaced" in result.stderr
+        message = "must end in .html" if arguments[0] == "report" else "is an output of run, and would be replaced"
+        assert message in result.stderr
+    page = tmp_path / "mine.html"  # as a user may have called an output
+    page.write_bytes(before)
+    assert "is an output of run" in invoke("report", str(mine), "-o", str(page)).stderr
+    assert page.read_bytes() == before
+    assert "is no folder" in invoke("evaluate", str(mine), "-o", str(mine)).stderr
     assert mine.read_bytes() == before
     (tmp_path / "notes.parquet").write_text("a catalogue, say", encoding="utf-8")
     result = invoke("verify", str(mine), "-o", str(tmp_path / "notes.html"))
@@ -182,6 +190,24 @@ def test_no_result_replaces_what_run_has_written(output: str, tmp_path: Path) ->
     assert "must end in .parquet" in invoke("cluster", str(mine), "-o", str(tmp_path / "g.csv")).stderr
     (tmp_path / "folder.parquet").mkdir()
     assert "not a regular file" in invoke("cluster", str(mine), "-o", str(tmp_path / "folder.parquet")).stderr
+
+
+def test_results_go_to_object_storage_or_it_is_said_that_they_do_not(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert invoke("verify", output, "-o", "memory://results/a.html").exit_code == 0
+    assert storage.read("memory://results/a.html").startswith(b"<!doctype html>")
+    assert storage.exists("memory://results/a.parquet")
+    for arguments in (
+        ("index", output, "s3://bucket/out.index"),
+        ("report", output, "-o", "s3://bucket/page.html"),
+        ("evaluate", output, "-o", "s3://bucket/report"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 2, arguments
+        assert "local disk" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_no_output_is_not_to_be_removed(output: str, tmp_path: Path) -> None:
