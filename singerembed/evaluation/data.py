@@ -42,7 +42,6 @@ class StoredEmbeddings:
     """The embeddings in an output of `run`."""
 
     recording: NDArray[np.int64]  # [n], index of the crop's recording
-    crop: NDArray[np.int64]  # [n], number of the crop in the recording
     start: NDArray[np.float64]  # [n], seconds
     embedding: NDArray[np.float32]  # [n, dim]
     n_silent: int  # or without voice
@@ -154,7 +153,8 @@ def read_output(path: str, singer_column: str | None, audio_root: str | None = N
             f'{path} has no column "{column}"; it has: {", ".join(others) or "none of the catalogue"}. '
             "Name it with --singer-column (track_id: each recording for itself)"
         )
-    wanted = dict.fromkeys(["track_id", "path", "crop", "start", "status", *others])
+    parts = [name for name in ("track_start", "track_end") if name in schema.names]  # an earlier version had none
+    wanted = dict.fromkeys(["track_id", "path", "start", "status", *parts, *others])
     labels, embeddings = [], []
     for batch in dataset(path, schema).to_batches(columns=[*wanted, "embedding"], batch_size=4096):
         table = pa.Table.from_batches([batch])
@@ -180,20 +180,20 @@ def _stored(
     labelled = np.array([singer != "" for singer in singers], bool)
     if not labelled.any():
         raise UsageError(f'{path}: no embedded row has a value in "{column}"')
-    recordings: dict[tuple[str, str], int] = {}
+    recordings: dict[tuple[str, str, float, float | None], int] = {}
     of_row, made = list[int](), list[Recording]()
     conditions = [name for name in found.column_names if name not in RESERVED_COLUMNS and name != column]
-    for row in found.filter(pa.array(labelled)).drop_columns(["status", "crop", "start"]).to_pylist():
-        key = (row["track_id"], row["path"])
+    for row in found.filter(pa.array(labelled)).drop_columns(["status", "start"]).to_pylist():
+        part = (row.get("track_start") or 0.0, row.get("track_end"))
+        key = (row["track_id"], row["path"], *part)
         if key not in recordings:
             recordings[key] = len(made)
             values = {name: _as_text(row[name]) for name in conditions}
             location = storage.resolve(base, row["path"])
-            made.append(Recording(row["path"], location, _as_text(row[column]), conditions=values))
+            made.append(Recording(row["path"], location, _as_text(row[column]), *part, conditions=values))
         of_row.append(recordings[key])
     stored = StoredEmbeddings(
         recording=np.array(of_row, np.int64),
-        crop=np.asarray(found["crop"].to_numpy(), np.int64)[labelled],
         start=found["start"].to_numpy()[labelled],
         embedding=embedding[labelled],
         n_silent=int(unheard.sum()),

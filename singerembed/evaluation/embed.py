@@ -21,6 +21,7 @@ from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 
 CROP_SECONDS = 4.0  # as in the paper
 MAX_FAILURES_KEPT = 5
+_SAME_START_SECONDS = 0.01  # a sample at another rate is less
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,6 @@ class EmbeddedTable:
 
     facts: ModelFacts
     recording: Ints  # [n], index of the crop's recording
-    crop: Ints  # [n], number of the crop in the recording
     start: NDArray[np.float64]  # [n], seconds from the start of the recording
     layers: dict[str, NDArray[np.float32]]  # [n, dim] each
     n_silent: int
@@ -41,14 +41,11 @@ class EmbeddedTable:
     def select(self, rows: Ints) -> EmbeddedTable:
         """Return the table with only the crops `rows`."""
         layers = {name: embedding[rows] for name, embedding in self.layers.items()}
-        return replace(
-            self, recording=self.recording[rows], crop=self.crop[rows], start=self.start[rows], layers=layers
-        )
+        return replace(self, recording=self.recording[rows], start=self.start[rows], layers=layers)
 
 
 @dataclass(frozen=True)
 class _RecordingResult:
-    crop: list[int]
     start: list[float]
     layers: dict[str, NDArray[np.float32]]
     n_silent: int
@@ -79,15 +76,14 @@ def embed_recordings(
     with ThreadPoolExecutor(model.workers) as pool:
         results = list(pool.map(embed, recordings))
     failures = [r.failure for r in results if r.failure]
-    filled = [i for i, r in enumerate(results) if r.crop]
+    filled = [i for i, r in enumerate(results) if r.start]
     if not filled:
         reason = failures[0] if failures else "every crop is silent"
         raise UsageError(f"{model.facts.name} could embed none of the {len(recordings)} recordings: {reason}")
     names = results[filled[0]].layers
     table = EmbeddedTable(
         facts=model.facts,
-        recording=np.repeat(filled, [len(results[i].crop) for i in filled]),
-        crop=np.array([c for i in filled for c in results[i].crop], np.int64),
+        recording=np.repeat(filled, [len(results[i].start) for i in filled]),
         start=np.array([s for i in filled for s in results[i].start]),
         layers={name: np.concatenate([results[i].layers[name] for i in filled]) for name in names},
         n_silent=sum(r.n_silent for r in results),
@@ -104,7 +100,7 @@ def _embed_recording(model: Model, recording: Recording, crops: int | None, sile
     size = round(CROP_SECONDS * rate)
     stop = None if recording.end is None else round(recording.end * rate)
     plan = CropPlan(size, size, crops, round(recording.start * rate), stop)
-    index, start = list[int](), list[float]()
+    start = list[float]()
     parts: dict[str, list[NDArray[np.float32]]] = {}
     n_silent, n_invalid, failure = 0, 0, ""
     try:
@@ -116,14 +112,13 @@ def _embed_recording(model: Model, recording: Recording, crops: int | None, sile
                 n_invalid += int((~finite).sum())
                 n_silent += int((finite & ~loud).sum())
                 if loud.any():
-                    index += [i for i, is_loud in zip(block.index, loud, strict=True) if is_loud]
                     start += (block.start[loud] / rate).tolist()
                     for name, embedding in model.embed(np.ascontiguousarray(pcm[loud])).items():
                         parts.setdefault(name, []).append(embedding)
     except TrackError as exc:  # crops before the damage are kept
         failure = f"{recording.name}: {exc}"
     layers = {name: np.concatenate(blocks) for name, blocks in parts.items()}
-    return _RecordingResult(index, start, layers, n_silent, n_invalid, failure)
+    return _RecordingResult(start, layers, n_silent, n_invalid, failure)
 
 
 def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
@@ -137,7 +132,7 @@ def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
     )
     return _without_invalid(
         EmbeddedTable(
-            facts, stored.recording, stored.crop, stored.start, {ONLY_LAYER: stored.embedding},
+            facts, stored.recording, stored.start, {ONLY_LAYER: stored.embedding},
             stored.n_silent, 0, stored.n_errors, [], 0.0,
         )
     )  # fmt: skip
@@ -145,7 +140,7 @@ def stored_table(stored: StoredEmbeddings) -> EmbeddedTable:
 
 def _without_invalid(table: EmbeddedTable) -> EmbeddedTable:
     """Drop, and count, crops with NaN or infinity in any layer."""
-    finite = np.ones(len(table.crop), bool)
+    finite = np.ones(len(table.start), bool)
     for embedding in table.layers.values():
         finite &= np.isfinite(embedding).all(axis=1)
     if finite.all():
@@ -154,13 +149,23 @@ def _without_invalid(table: EmbeddedTable) -> EmbeddedTable:
 
 
 def in_common(tables: list[EmbeddedTable]) -> list[EmbeddedTable]:
-    """Return the tables restricted to the crops that all of them have, in the same order."""
-    keys = [set(zip(t.recording.tolist(), t.crop.tolist(), strict=True)) for t in tables]
-    shared = sorted(set.intersection(*keys))
+    """Return the tables restricted to the crops that all of them have, in the same order.
+
+    Crops are the same where they begin at the same time: those of an output may have other hops, and other numbers.
+    """
+    recording, start = (np.concatenate([getattr(table, name) for table in tables]) for name in ("recording", "start"))
+    order = np.lexsort([start, recording])
+    apart = (np.diff(recording[order]) != 0) | (np.diff(start[order]) > _SAME_START_SECONDS)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.concatenate([[0], np.cumsum(apart)])[: len(order)]
+    of_table = np.split(place, np.cumsum([len(table.start) for table in tables])[:-1])
+    shared = of_table[0]
+    for places in of_table[1:]:
+        shared = np.intersect1d(shared, places)
     selected = []
-    for table in tables:
-        row_of = {key: i for i, key in enumerate(zip(table.recording.tolist(), table.crop.tolist(), strict=True))}
-        selected.append(table.select(np.array([row_of[key] for key in shared], np.int64)))
+    for table, places in zip(tables, of_table, strict=True):
+        rows = np.unique(places, return_index=True)
+        selected.append(table.select(rows[1][np.isin(rows[0], shared)]))
     return selected
 
 

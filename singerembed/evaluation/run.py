@@ -89,7 +89,7 @@ def _notes_on_dropped(tables: list[EmbeddedTable]) -> list[str]:
         if table.n_failed:
             example = f", first: {table.failures[0]}" if table.failures else ""
             notes.append(f"{name}: {table.n_failed} recordings could not be read{example}")
-    most, least = max(len(t.crop) for t in tables), len(in_common(tables)[0].crop)
+    most, least = max(len(t.start) for t in tables), len(in_common(tables)[0].start)
     if most > least:
         notes.append(f"compared on the {least} crops that all models have embedded (one has {most})")
     return notes

@@ -285,6 +285,17 @@ def test_a_parquet_holds_what_its_engine_gives(output: Path, corpus: Path) -> No
     assert expected @ actual / np.linalg.norm(expected) / np.linalg.norm(actual) > SAME_CROP_COSINE
 
 
+def test_a_parquet_is_compared_where_its_crops_begin(corpus: Path, tmp_path: Path) -> None:
+    rows = [f"{corpus}/s{n % 2}/{n // 2}.wav,s{n % 2},1.5,7.9" for n in range(6)]
+    (tmp_path / "parts.csv").write_text("\n".join(["path,singer,start,end", *rows]) + "\n", encoding="utf-8")
+    output = str(tmp_path / "out.parquet")
+    singerembed.run(str(tmp_path / "parts.csv"), output, options=singerembed.RunOptions(hop_seconds=2.0))
+    data = read_labelled(output)
+    found = evaluate(data, [LevelModel])
+    assert "compared on the 6 crops that all models have embedded (one has 12)" in found.notes
+    assert [result.table.start.tolist() for result in found.results] == [[1.5] * 6, [1.5] * 6]
+
+
 def hover_on(driver: Any, element: Any) -> None:
     from selenium.webdriver import ActionChains
 
