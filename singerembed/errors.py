@@ -2,6 +2,7 @@
 
 SingerEmbedError                a person has to act: the CLI prints one line and exits with `exit_code`
 ├── UsageError                  the command or an argument is wrong (exit 2)
+├── InputError                  a file that was given is missing, or is not what is read, or cannot be used
 ├── MissingDependencyError      a package is not installed; the message names the extra
 ├── CatalogError                the catalogue cannot be read as one
 ├── CheckpointError             a checkpoint is damaged, malicious, or not this model
@@ -41,6 +42,10 @@ class UsageError(SingerEmbedError):
     """A command-line argument or option has a value that cannot work."""
 
     exit_code = 2
+
+
+class InputError(SingerEmbedError):
+    """A file that was given to be read is missing, is not of the kind that is read, or is of no use."""
 
 
 class MissingDependencyError(SingerEmbedError):

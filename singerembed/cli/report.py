@@ -7,7 +7,7 @@ import os
 import click
 
 from singerembed.cli.console import note, verbosity_options
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 
 
 @click.command()
@@ -37,7 +37,7 @@ def report(parquet: str, output: str, singer_column: str | None, conditions: tup
 
     check_page_path(output)
     if not os.path.exists(parquet) or not is_output(parquet):  # noqa: PTH110
-        raise UsageError(f"{parquet} is not a Parquet file written by singerembed run")
+        raise InputError(f"{parquet} is not a Parquet file written by singerembed run")
     options = EvaluationOptions(conditions=conditions, seed=seed)
     found = examine(read_labelled(parquet, singer_column), [], options, say=note)
     note("wrote", f"{output}, {write_page(found, output)}/")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from singerembed.cli.console import NumberRange, aligned, note, percent, verbosity_options
-from singerembed.errors import UsageError
+from singerembed.errors import InputError, UsageError
 from singerembed.storage import printable
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def search(index: str, queries: tuple[str, ...], as_csv: bool, as_json: bool, **
 
     "where" names crops that match: a time in the query, and the time in the track that is like it. A singer's chance
     supposes that the query is sung by one of the index's singers in one case of two. With --catalog, a line for each
-    track of an output that sounds like a singer it is not credited to. Needs the extra search.
+    track of an output that sounds like a singer it is not credited to. Of several recordings, those that cannot be
+    looked up are named, and the exit code is 3. Needs the extra search.
 
     \b
     singerembed search library.index demo.m4a --top 3
@@ -78,15 +80,35 @@ def search(index: str, queries: tuple[str, ...], as_csv: bool, as_json: bool, **
     if values["catalog"] is not None:
         _screen(opened, values["catalog"], values["min_chance"], as_csv, as_json)
     how = {"top": values["top"], "by": values["by"], "where": values["where"]}
-    answers = [(name, opened.search_track(name, **how)) for name in values["tracks"]]
-    answers += [(name, opened.search_file(name, **how)) for name in queries]
-    if as_csv and answers:
-        _print_csv(answers)
-    for name, answer in [] if as_csv else answers:
-        if as_json:
-            click.echo(json.dumps({"query": printable(name), **answer.to_dict()}))
-        else:
-            _print_answer(printable(name) if len(answers) > 1 else "", answer)
+    asked = list[tuple[str, Callable[[], "Answer"]]]()
+    asked += [(name, partial(opened.search_track, name, **how)) for name in values["tracks"]]
+    asked += [(name, partial(opened.search_file, name, **how)) for name in queries]
+    print_answer = _print_json if as_json else _csv_printer() if as_csv and asked else _print_answer
+    n_answers = 0
+    for name, answer in _answers(asked):
+        n_answers += 1
+        print_answer(printable(name) if as_csv or as_json or len(asked) > 1 else "", answer)
+        if answer.note:
+            note("short", printable(answer.note))
+    if n_answers < len(asked):
+        note("looked up", f"{n_answers:,} of {len(asked):,}")
+        sys.exit(3 if n_answers else InputError.exit_code)
+
+
+def _answers(asked: list[tuple[str, Callable[[], Answer]]]) -> Iterator[tuple[str, Answer]]:
+    """Yield the name and the answer of each query; of several, those that cannot be looked up are told on stderr."""
+    for name, ask in asked:
+        try:
+            yield name, ask()
+        except InputError as exc:
+            if len(asked) == 1:
+                raise
+            click.secho("Error: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(printable(str(exc)), err=True)
+
+
+def _print_json(name: str, answer: Answer) -> None:
+    click.echo(json.dumps({"query": name, **answer.to_dict()}))
 
 
 def _print_answer(title: str, answer: Answer) -> None:
@@ -114,13 +136,14 @@ def _clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
-def _print_csv(answers: Sequence[tuple[str, Answer]]) -> None:
+def _csv_printer() -> Callable[[str, Answer], None]:
+    """Print the header; return what prints the rows of an answer."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(
         ["query", "kind", "score", "chance", "track_id", "path", "singer", "query_seconds", "track_seconds"]
     )
-    for name, answer in answers:
-        query = printable(name)
+
+    def print_rows(query: str, answer: Answer) -> None:
         for track in answer.tracks:
             times = [
                 ";".join(f"{getattr(m, side):g}" for m in track.matches) for side in ("query_seconds", "track_seconds")
@@ -129,6 +152,8 @@ def _print_csv(answers: Sequence[tuple[str, Answer]]) -> None:
         for singer in answer.singers:
             chance = "" if singer.chance is None else singer.chance
             writer.writerow([query, "singer", singer.score, chance, "", "", singer.singer, "", ""])
+
+    return print_rows
 
 
 def _screen(opened: Index, catalog: str, min_chance: float, as_csv: bool, as_json: bool) -> None:

@@ -17,7 +17,7 @@ from pyarrow.dataset import dataset
 
 from singerembed import storage
 from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
-from singerembed.errors import UsageError
+from singerembed.errors import InputError, UsageError
 from singerembed.output.finished import is_partitioned, read_schema
 from singerembed.output.schema import METADATA_KEY, NO_VOICE, OK, RESERVED_COLUMNS, SILENT
 from singerembed.storage import portable
@@ -66,27 +66,27 @@ def read_labelled(
 
     `singer_column`: of a catalogue or an output; default `singer`. `audio_root`: base of relative paths in an output,
     for models that read the audio; default the output's own folder.
-    Raises UsageError or CatalogError if `source` is none of these, or has no singer column.
+    Raises InputError or CatalogError if `source` is none of these, UsageError if it has no singer column.
     """
     if is_partitioned(source):
         return read_output(source.rstrip("/"), singer_column, audio_root)
     if Path(source).is_dir():
         return _read_folder(source)
     if not Path(source).exists():
-        raise UsageError(f"{source}: no such file or folder")
+        raise InputError(f"{source}: no such file or folder")
     if Path(source).suffix.lower() in {".parquet", ".pq"} and is_output(source):
         return read_output(source, singer_column, audio_root)
     return _read_catalog(source, singer_column or DEFAULT_SINGER_COLUMN, path_column)
 
 
 def is_output(path: str) -> bool:
-    """Return whether the Parquet file or folder `path` was written by `run`. Raises UsageError if it is not Parquet."""
+    """Return whether the Parquet file or folder `path` was written by `run`. Raises InputError if it is not Parquet."""
     if is_partitioned(path):
         return True
     try:
         return METADATA_KEY in (pq.read_schema(path).metadata or {})
     except (pa.ArrowException, OSError) as exc:
-        raise UsageError(f"cannot read {path} as Parquet: {exc}") from exc
+        raise InputError(f"cannot read {path} as Parquet: {exc}") from exc
 
 
 def _read_folder(folder: str) -> LabelledData:
@@ -99,7 +99,7 @@ def _read_folder(folder: str) -> LabelledData:
             continue
         recordings.append(Recording("/".join(parts), str(path), parts[0]))
     if not recordings:
-        raise UsageError(
+        raise InputError(
             f"{folder} holds no recordings as <singer>/<name>.wav; sort them into a folder for each singer"
         )
     notes = [f"{stray} recordings lie in no singer's folder and are left out"] if stray else []
@@ -129,7 +129,7 @@ def _read_catalog(path: str, singer_column: str, path_column: str) -> LabelledDa
                 continue
             recordings.append(Recording(portable(track.path), track.location, singer, track.start, track.end, values))
     if not recordings:
-        raise UsageError(f'{path}: no row has both a path and a value in "{singer_column}"')
+        raise InputError(f'{path}: no row has both a path and a value in "{singer_column}"')
     notes = [f"{unlabelled} rows without a singer are left out"] if unlabelled else []
     notes += [f"{bad} rows cannot be read and are left out"] if bad else []
     return LabelledData(path, recordings, notes=notes)
@@ -163,7 +163,7 @@ def read_output(path: str, singer_column: str | None, audio_root: str | None = N
         rows = table["embedding"].filter(ok).combine_chunks()
         embeddings.append(np.asarray(rows.flatten(), np.float32).reshape(-1, schema.field("embedding").type.list_size))
     if not labels:
-        raise UsageError(f"{path} holds no rows")
+        raise InputError(f"{path} holds no rows")
     metadata = json.loads(schema.metadata[METADATA_KEY])
     base = storage.resolve(path, "") if audio_root is None else os.path.join(audio_root, "")  # noqa: PTH118
     return _stored(path, base, pa.concat_tables(labels), np.concatenate(embeddings), column, metadata)
@@ -179,7 +179,7 @@ def _stored(
     singers = [_as_text(value) for value in found[column].to_pylist()]
     labelled = np.array([singer != "" for singer in singers], bool)
     if not labelled.any():
-        raise UsageError(f'{path}: no embedded row has a value in "{column}"')
+        raise InputError(f'{path}: no embedded row has a value in "{column}"')
     recordings: dict[tuple[str, str, float, float | None], int] = {}
     of_row, made = list[int](), list[Recording]()
     conditions = [name for name in found.column_names if name not in RESERVED_COLUMNS and name != column]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from singerembed.audio.crops import CropPlan, read_crops
 from singerembed.audio.limits import DEFAULT_TRACK_TIMEOUT_SECONDS, TimeLimit
 from singerembed.audio.recording import open_recording
-from singerembed.errors import TrackError, UsageError
+from singerembed.errors import InputError, TrackError
 from singerembed.evaluation.baselines.base import ONLY_LAYER, Model, ModelFacts
 from singerembed.evaluation.data import Recording, StoredEmbeddings
 from singerembed.evaluation.metrics import Ints
@@ -64,7 +64,7 @@ def embed_recordings(
     """Cut each recording into crops of 4 s at the model's rate, and embed those that are not silent.
 
     `crops`: number per recording, evenly spaced; None: all consecutive ones, as in `run`. `advance` is called after
-    each recording. Raises UsageError if no crop of any recording could be embedded.
+    each recording. Raises InputError if no crop of any recording could be embedded.
     """
     started = time.monotonic()
 
@@ -79,7 +79,7 @@ def embed_recordings(
     filled = [i for i, r in enumerate(results) if r.start]
     if not filled:
         reason = failures[0] if failures else "every crop is silent"
-        raise UsageError(f"{model.facts.name} could embed none of the {len(recordings)} recordings: {reason}")
+        raise InputError(f"{model.facts.name} could embed none of the {len(recordings)} recordings: {reason}")
     names = results[filled[0]].layers
     table = EmbeddedTable(
         facts=model.facts,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.evaluation.metrics import (
     Bools,
     EqualErrorRate,
@@ -63,21 +63,21 @@ def pair_scores(unit: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float32]:
 
 
 def read_pair_file(path: str) -> list[tuple[bool, str, str]]:
-    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises UsageError with the line."""
+    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises InputError with the line."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as exc:
-        raise UsageError(f"cannot read the pair file {path}: {getattr(exc, 'strerror', None) or exc}") from exc
+        raise InputError(f"cannot read the pair file {path}: {getattr(exc, 'strerror', None) or exc}") from exc
     rows = []
     for number, line in enumerate(lines, start=1):
         fields = line.split(",")
         if not line.strip():
             continue
         if len(fields) != 3 or fields[0] not in {"0", "1"}:
-            raise UsageError(f"{path} line {number}: expected label,path1,path2 with label 0 or 1, got {line[:80]!r}")
+            raise InputError(f"{path} line {number}: expected label,path1,path2 with label 0 or 1, got {line[:80]!r}")
         rows.append((fields[0] == "1", fields[1].strip(), fields[2].strip()))
     if not rows:
-        raise UsageError(f"{path} holds no pairs")
+        raise InputError(f"{path} holds no pairs")
     return rows
 
 

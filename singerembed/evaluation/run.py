@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError, UsageError
 from singerembed.evaluation.baselines.base import Model
 from singerembed.evaluation.data import LabelledData, Recording
 from singerembed.evaluation.embed import EmbeddedTable, embed_recordings, in_common, stored_table
@@ -26,7 +26,7 @@ def evaluate(
     """Compare `models`, and the embeddings in `data` if any, on the crops that all of them have embedded.
 
     One model at a time is in memory. Callbacks: `say(what, text)` for each model and note, `advance(model)` after each
-    recording. Raises UsageError if there is nothing to compare.
+    recording. Raises InputError or UsageError if there is nothing to compare.
     """
     options = options or EvaluationOptions()
     _check_columns(data, options)
@@ -51,7 +51,7 @@ def evaluate(
     tables = in_common(tables)
     crops = describe_crops(data.recordings, tables[0])
     if not len(crops.singer):
-        raise UsageError("the models have embedded no crop in common")
+        raise InputError("the models have embedded no crop in common")
     pairs, pair_notes = _find_pairs(crops, pair_rows, options)
     notes += pair_notes
     if len(np.unique(crops.singer)) < 2:
@@ -115,7 +115,7 @@ def _find_pairs(
         row_of[crops.recordings[crops.recording[row]].name] = row
     pairs, n_missing = pairs_of_names(rows, row_of)
     if not len(pairs):
-        raise UsageError(
+        raise InputError(
             f"{options.pairs_file}: none of its paths is among the data's. The first is {rows[0][1]}, "
             f"the data's first is {crops.names[0]}"
         )

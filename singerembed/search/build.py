@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InputError, OutputError, UsageError
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring, needs_second_moments
 from singerembed.output.lock import take_lock
 from singerembed.search.calibration import calibrate, draw_trials, singer_numbers, singer_sums
@@ -65,8 +65,8 @@ def build_index(
 
     `singer_column`: the catalogue's column of singers, fixed when the index is made (default: `singer`, if there is
     one). `scoring`: of INDEX_SCORINGS (default: centred); fitted when the index is made. `advance` is called after each
-    track. An index is whole or not there, whenever this is killed. Raises UsageError and OutputError, the latter also
-    while another process adds to the index.
+    track. An index is whole or not there, whenever this is killed. Raises InputError, UsageError, and OutputError, the
+    latter also while another process adds to the index.
     """
     if storage.is_remote(path):
         raise UsageError(f"{path}: an index is mapped into memory from a local disk. Make it there, and copy it")
@@ -100,7 +100,7 @@ def _fit(library: Library, kind: str) -> Scoring:
     for track in library.tracks():
         moments.add(track.embedding)
     if not moments.n:
-        raise UsageError(
+        raise InputError(
             f"{', '.join(library.outputs)}: no row has an embedding ({library.n_silent:,} silent crops, "
             f"{library.n_error_tracks:,} tracks with errors): there is nothing to index"
         )
@@ -312,7 +312,7 @@ def _remove_abandoned(target: Path) -> None:
 def index_of(
     source: str, singer_column: str | None = None, advance: Callable[[], object] = lambda: None
 ) -> Iterator[StoredIndex]:
-    """The index `source`, or one made of the output `source` and removed afterwards. Raises UsageError, OutputError."""
+    """The index `source`, or one made of the output `source` and removed afterwards. Raises as build_index."""
     if (Path(source) / MANIFEST).exists():
         yield StoredIndex(source)
         return

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import MissingDependencyError, OutputError, UsageError
+from singerembed.errors import InputError, MissingDependencyError, OutputError
 from singerembed.search.store import StoredIndex, Vectors
 
 DEFAULT_MIN_TRACKS = 2
@@ -38,14 +38,14 @@ def group_tracks(index: StoredIndex, min_tracks: int = DEFAULT_MIN_TRACKS, seed:
     """Group the tracks of `index` by HDBSCAN (Campello et al. 2013) on their vectors; each recording counts once.
 
     `min_tracks`: of a group, 2 or more. A group's stability is the mean, over replicates without a fifth of the tracks,
-    of its best overlap (Jaccard) with a group that is found there (Hennig 2007). Raises UsageError for fewer than
+    of its best overlap (Jaccard) with a group that is found there (Hennig 2007). Raises InputError for fewer than
     twice `min_tracks` or more than MAX_TRACKS tracks, MissingDependencyError without scikit-learn.
     """
     track = np.flatnonzero(index.active)
     if len(track) < 2 * min_tracks:
-        raise UsageError(f"{len(track)} tracks are too few for groups of {min_tracks} or more")
+        raise InputError(f"{len(track)} tracks are too few for groups of {min_tracks} or more")
     if len(track) > MAX_TRACKS:
-        raise UsageError(f"{len(track):,} tracks are too many to group: at most {MAX_TRACKS:,}. Give a part of them")
+        raise InputError(f"{len(track):,} tracks are too many to group: at most {MAX_TRACKS:,}. Give a part of them")
     vectors = index.vectors["tracks"].take(track)
     labels, membership = _hdbscan(vectors, min_tracks)
     order = np.argsort(-np.bincount(labels[labels >= 0]), kind="stable") if (labels >= 0).any() else np.empty(0, int)

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InputError, OutputError, UsageError
 from singerembed.output.finished import FinishedOutput, is_partitioned, track_bounds
 from singerembed.output.schema import OK, RESERVED_COLUMNS, Counts
 from singerembed.search.store import INDEX_COLUMNS
@@ -45,7 +45,7 @@ class Library:
     """One or more finished outputs of one engine, read in order. Rows that are silent or errors are left out."""
 
     def __init__(self, outputs: list[str]) -> None:
-        """Raises OutputError or UsageError where one is missing, was not written by `run`, or has another engine."""
+        """Raises InputError where one is missing or not written by `run`, UsageError where one has another engine."""
         self.outputs = [output.rstrip("/") for output in outputs]
         found = [_facts(output) for output in self.outputs]
         self.engine: dict[str, Any] = found[0].metadata["engine"]
@@ -114,13 +114,13 @@ class _Facts(NamedTuple):
 
 
 def _facts(output: str) -> _Facts:
-    """What a finished output says of itself. Raises OutputError and UsageError."""
+    """What a finished output says of itself. Raises InputError."""
     if not storage.exists(output):
-        raise UsageError(f"{output}: no such file or folder. Make it with: singerembed run CATALOG {output}")
+        raise InputError(f"{output}: no such file or folder. Make it with: singerembed run CATALOG {output}")
     try:
         opened = FinishedOutput(output, partitioned=is_partitioned(output))
     except OutputError as exc:
-        raise UsageError(
+        raise InputError(
             f"{output} is not an output of run, or another program has rewritten it. Make one with: singerembed run "
             "CATALOG OUTPUT"
         ) from exc

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from singerembed import storage
 from singerembed.engine.base import Engine
 from singerembed.engine.embedder import Embedder
 from singerembed.engine.separation import Separation
@@ -20,6 +21,7 @@ from singerembed.search.recording import (
     QueryCrops,
     embed_recording,
     embed_separated,
+    note_on_length,
     open_engine_of,
     open_separation_of,
 )
@@ -71,6 +73,7 @@ class Answer:
 
     tracks: list[FoundTrack]
     singers: list[FoundSinger]
+    note: str = ""  # what a person should know of the query; empty: nothing
 
     def to_dict(self) -> dict[str, Any]:
         """The answer as JSON types."""
@@ -84,7 +87,7 @@ class Index:
         """Open the index at `path`; `engine`: file of the engine it was made with (None: the bundled one).
 
         `separator`: file of the separator that its voices came out of, if any did. Both are opened when they are first
-        needed. Raises UsageError and OutputError.
+        needed. Raises InputError and OutputError.
         """
         self.stored = StoredIndex(path)
         self._engine_path, self._separator_path = engine, separator
@@ -131,11 +134,13 @@ class Index:
         if not loud.any():
             raise ValueError("the audio is silent")
         start = np.asarray(np.flatnonzero(loud) * self.engine.spec.crop_seconds, np.float64)
-        return self.search_crops(QueryCrops(start, embedding[loud]), top=top, by=by, where=where)
+        note = note_on_length("the audio", len(audio) / sample_rate, self.engine.spec)
+        return self.search_crops(QueryCrops(note, start, embedding[loud]), top=top, by=by, where=where)
 
     def search_file(self, path: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
-        """Look up the recording `path`; arguments as `search`. Raises UsageError if it cannot be looked up."""
-        return self.search_crops(embed_recording(path, self.engine, self.separation), top=top, by=by, where=where)
+        """Look up the recording `path`; arguments as `search`. Raises InputError if it cannot be looked up."""
+        query = embed_recording(storage.local_path(path), self.engine, self.separation, name=path)
+        return self.search_crops(query, top=top, by=by, where=where)
 
     def search_track(self, track_id: str, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up a track of the index, by its id or its path, among the others; its copies are left out.
@@ -158,7 +163,8 @@ class Index:
 
     def search_crops(self, query: QueryCrops, *, top: int = 10, by: str = "track", where: str | None = None) -> Answer:
         """Look up embedded crops; arguments as `search`."""
-        return self._answer(self.stored.scoring.vectors(query.embedding), query.start, top, by, where, None)
+        found = self._answer(self.stored.scoring.vectors(query.embedding), query.start, top, by, where, None)
+        return replace(found, note=query.note)
 
     def _answer(
         self, crops: Vectors, start: NDArray[np.float64], top: int, by: str, where: str | None, itself: int | None
@@ -304,6 +310,6 @@ def open_index(path: str, engine: str | None = None, separator: str | None = Non
     """Open the index `path` for queries; `engine`: file of the engine it was made with (None: the bundled one).
 
     `separator`: file of the separator that its voices came out of, where it was made with `run --separate`.
-    Raises UsageError if there is no index, OutputError if it is damaged.
+    Raises InputError if there is no index, OutputError if it is damaged.
     """
     return Index(path, engine, separator)

@@ -20,7 +20,7 @@ from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.engine.file import read_engine_file, read_separator_file
 from singerembed.engine.load import bundled_engine_path, open_engine
 from singerembed.engine.separation import MAX_BLOCK, Separation, open_separation
-from singerembed.errors import TrackError, UsageError
+from singerembed.errors import InputError, TrackError, UsageError
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, LOUD, SILENT
 from singerembed.model.spec import BUNDLED_NAME, ModelSpec
 from singerembed.search.library import check_engine
@@ -31,6 +31,7 @@ from singerembed.search.store import StoredIndex
 class QueryCrops:
     """The loud crops of a query; at least one."""
 
+    note: str  # what a person should know of the query; empty: nothing
     start: NDArray[np.float64]  # [n], seconds
     embedding: NDArray[np.float32]  # [n, dim]
 
@@ -70,7 +71,7 @@ def open_separation_of(index: StoredIndex, path: str | None, spec: ModelSpec) ->
     return open_separation(file, spec, wanted["min_vocals_db"], DEFAULT_SILENCE_DBFS)
 
 
-class TooLong(UsageError):
+class TooLong(InputError):
     """A recording is longer than whoever looks it up allows."""
 
 
@@ -84,8 +85,8 @@ def embed_recording(
 ) -> QueryCrops:
     """Embed all consecutive crops of the recording `path`, or the voice in them. `name`: what errors call it.
 
-    Raises UsageError if it cannot be decoded, is shorter than a crop, is silent, or nobody sings in it, and TooLong,
-    which is one, if it is longer than `max_seconds`.
+    One that is shorter than a crop is padded with silence, as `run` does. Raises InputError if it cannot be decoded, is
+    silent, or nobody sings in it, and TooLong, which is one, if it is longer than `max_seconds`.
     """
     spec, name = engine.spec, name or path
     start, embedding = list[float](), list[NDArray[np.float32]]()
@@ -106,18 +107,21 @@ def embed_recording(
                     raise TooLong(f"{name} is longer than {max_seconds / 60:g} minutes. Give a part of it")
     except TrackError as exc:
         if not start:
-            raise UsageError(f"{name} cannot be looked up: {exc}") from exc
-    if seconds < spec.crop_seconds:
-        raise UsageError(
-            f"{name} is too short: {seconds:.1f} s, and a crop takes {spec.crop_seconds:g} s. Give a longer recording"
-        )
+            raise InputError(f"{name} cannot be looked up: {exc}") from exc
     if not start and separation and n_silent < n_crops:
-        raise UsageError(f"in {name} nobody seems to sing: none of its {n_crops} crops has a voice. Give another part")
+        raise InputError(f"in {name} nobody seems to sing: none of its {n_crops} crops has a voice. Give another part")
     if not start:
-        raise UsageError(
+        raise InputError(
             f"{name} is silent: none of its {n_crops} crops is louder than -60 dBFS. Give another recording"
         )
-    return QueryCrops(np.array(start), np.concatenate(embedding))
+    return QueryCrops(note_on_length(name, seconds, spec), np.array(start), np.concatenate(embedding))
+
+
+def note_on_length(name: str, seconds: float, spec: ModelSpec) -> str:
+    """What to say of a query that is shorter than a crop; empty for others."""
+    if seconds >= spec.crop_seconds:
+        return ""
+    return f"{name} lasts {seconds:.1f} s, and a crop {spec.crop_seconds:g} s: what it is like is the less certain"
 
 
 def embed_separated(audio: NDArray[Any], sample_rate: int, engine: Engine, separation: Separation) -> QueryCrops:
@@ -130,7 +134,7 @@ def embed_separated(audio: NDArray[Any], sample_rate: int, engine: Engine, separ
         try:
             soundfile.write(path, audio, sample_rate, subtype="FLOAT")
             return embed_recording(path, engine, separation, name="the audio")
-        except (UsageError, soundfile.LibsndfileError, TypeError) as exc:
+        except (InputError, soundfile.LibsndfileError, TypeError) as exc:
             raise ValueError(str(exc)) from exc
 
 

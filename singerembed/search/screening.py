@@ -9,7 +9,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.search.calibration import Calibration
 from singerembed.search.library import Library, check_engine, check_separator
 from singerembed.search.query import Index, chances_of
@@ -44,7 +44,7 @@ def screen(index: Index, output: str, min_chance: float, n_singers: int = 3) -> 
     """Yield the tracks of `output` whose nearest singer has at least `min_chance`, in the order of the output.
 
     A track credited to its nearest singer is left out, where both sides say who sings. Raises UsageError for an output
-    of another engine, and for an index that is not calibrated.
+    of another engine, and InputError for an index that is not calibrated.
     """
     _check_calibrated(index)
     library = Library([output])
@@ -116,12 +116,12 @@ def _highest(score: Vectors, k: int) -> NDArray[np.int64]:
 
 def _check_calibrated(index: Index) -> Calibration:
     if index.stored.singer_column is None:
-        raise UsageError(
+        raise InputError(
             f"{index.stored.folder} has no column of singers, and screening names singers. Make the index with "
             "--singer-column"
         )
     if index.calibration is None:
-        raise UsageError(
+        raise InputError(
             f"{index.stored.folder} has fewer than four singers with two tracks or more: chances cannot be calibrated "
             "on it. Add labelled tracks"
         )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from singerembed import storage
-from singerembed.errors import MissingDependencyError, UsageError
+from singerembed.errors import InputError, MissingDependencyError, UsageError
 from singerembed.evaluation.page import STYLE
 from singerembed.search.query import Answer, Index
 from singerembed.search.recording import TooLong, embed_recording
@@ -113,7 +113,7 @@ class _Service:
                     answer = await asyncio.to_thread(self._look_up, path, name, by)
         except ClientDisconnect:
             return _refusal(400, "the recording broke off")  # which nobody reads
-        except UsageError as exc:
+        except InputError as exc:
             return _refusal(413 if isinstance(exc, TooLong) else 422, str(exc))
         except OSError as exc:
             return _refusal(507, f"the recording could not be kept while it is looked up: {exc.strerror or exc}")

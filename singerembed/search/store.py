@@ -21,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InputError, OutputError
 from singerembed.evaluation.pairs import unit_rows
 from singerembed.evaluation.scoring import Scoring
 
@@ -85,12 +85,12 @@ class StoredIndex:
     """An index as it is on disk, opened for reading."""
 
     def __init__(self, path: str) -> None:
-        """Raises UsageError if `path` is no index, OutputError if it is damaged or of another version."""
+        """Raises InputError if `path` is no index, OutputError if it is damaged or of another version."""
         self.folder = Path(path)
         try:
             self.manifest: dict[str, Any] = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as exc:
-            raise UsageError(f"{path} is not an index. Make one with: singerembed index OUT.parquet {path}") from exc
+            raise InputError(f"{path} is not an index. Make one with: singerembed index OUT.parquet {path}") from exc
         except (OSError, ValueError) as exc:
             raise OutputError(f"cannot read the index {path}: {exc}") from exc
         if self.manifest.get("format") != FORMAT_VERSION:

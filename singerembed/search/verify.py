@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InputError, OutputError, UsageError
 from singerembed.search.calibration import (
     MIN_SINGERS,
     Calibration,
@@ -81,8 +81,8 @@ class Verification:
 def verify_credits(index: StoredIndex, singer_column: str) -> Verification:
     """Compare each track with the other tracks of its credited singer, and with all other singers.
 
-    `singer_column`: the column of `index` with the credits. Raises UsageError where there is no such column, or too few
-    singers have tracks enough to calibrate on.
+    `singer_column`: the column of `index` with the credits. Raises UsageError where there is no such column, InputError
+    where too few singers have tracks enough to calibrate on.
     """
     if singer_column not in index.tracks.column_names:
         raise UsageError(f'there is no column "{singer_column}". Name the column of credits with --singer-column')
@@ -96,7 +96,7 @@ def verify_credits(index: StoredIndex, singer_column: str) -> Verification:
     total = singer_sums(vectors, compared, len(singers))
     fitted = calibrate(draw_trials(vectors, compared, total)) if enough.any() else None
     if fitted is None:
-        raise UsageError(
+        raise InputError(
             f"too few labels to calibrate on: {int((counts >= MIN_TRACKS).sum())} singers have {MIN_TRACKS} tracks or "
             f"more, {MIN_SINGERS} are needed"
         )

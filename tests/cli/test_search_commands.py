@@ -76,30 +76,57 @@ def test_a_recording_of_the_library_finds_itself(index: str) -> None:
     assert [track.track_id for track in answer.tracks] == [track["track_id"] for track in found["tracks"]]
 
 
-def test_unfit_queries_exit_with_2(index: str, output: str, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "short.wav", np.full(44_100, 0.1), 44_100)
+def test_unfit_queries_are_told_apart_from_unfit_commands(index: str, output: str, tmp_path: Path) -> None:
     soundfile.write(tmp_path / "silent.wav", np.zeros(441_000), 44_100)
     (tmp_path / "text.wav").write_text("no audio", encoding="utf-8")
-    for arguments, message in (
-        ([str(tmp_path / "short.wav")], "too short: 1.0 s, and a crop takes 4 s"),
-        ([str(tmp_path / "silent.wav")], "is silent"),
-        ([str(tmp_path / "text.wav")], "cannot be looked up"),
-        ([str(tmp_path / "none.wav")], "file not found"),
-        ([], "nothing to look up"),
-        (["--track", "nobody"], 'no track of the id or path "nobody"; the first is "bass-1", audio/bass_1.wav'),
-        (["--track", "bass-1", "--where", "singer ="], "--where singer ="),
-        (["--track", "bass-1", "--csv", "--json"], "not both"),
-        (["--catalog", output], ""),
+    for code, arguments, message in (
+        (1, [str(tmp_path / "silent.wav")], "is silent"),
+        (1, [str(tmp_path / "text.wav")], "cannot be looked up"),
+        (1, [str(tmp_path / "none.wav")], "file not found"),
+        (2, [], "nothing to look up"),
+        (2, ["--track", "nobody"], 'no track of the id or path "nobody"; the first is "bass-1", audio/bass_1.wav'),
+        (2, ["--track", "bass-1", "--where", "singer ="], "--where singer ="),
+        (2, ["--track", "bass-1", "--csv", "--json"], "not both"),
+        (0, ["--catalog", output], "of 1,000 tracks"),
     ):
         result = invoke("search", index, *arguments)
-        if message:
-            assert result.exit_code == 2, arguments
-            assert message in result.stderr
-            assert "Traceback" not in result.stderr
-        else:
-            assert result.exit_code == 0
-            assert "of 1,000 tracks" in result.stderr
+        assert result.exit_code == code, arguments
+        assert message in result.stderr
+        assert "Traceback" not in result.stderr
     assert "is not an index" in invoke("search", str(tmp_path), "--track", "x").stderr
+
+
+def test_of_several_recordings_each_is_answered_that_can_be(index: str, tmp_path: Path) -> None:
+    good, none = str(EXAMPLES / "audio" / "bass_1.wav"), str(tmp_path / "none.wav")
+    result = invoke("search", index, none, good, none, (EXAMPLES / "audio" / "alto_2.wav").as_uri(), "--json")
+    assert result.exit_code == 3
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["tracks"][0]["track_id"] for answer in answers] == ["bass-1", "alto-2"]
+    assert result.stderr.count("none.wav cannot be looked up: file not found") == 2
+    table = invoke("search", index, none, good, "--csv")
+    assert table.exit_code == 3
+    assert {row["query"] for row in csv.DictReader(io.StringIO(table.stdout))} == {good}
+    assert invoke("search", index, none, none).exit_code == 1
+
+
+def test_a_recording_shorter_than_a_crop_is_looked_up_as_run_embeds_it(index: str, tmp_path: Path) -> None:
+    samples, rate = soundfile.read(EXAMPLES / "audio" / "bass_1.wav")
+    short = tmp_path / "short.wav"
+    soundfile.write(short, samples[: int(1.5 * rate)], rate, subtype="FLOAT")
+    result = invoke("search", index, str(short), "--json")
+    assert result.exit_code == 0
+    assert "lasts 1.5 s, and a crop 4 s" in result.stderr
+    found = json.loads(result.stdout)
+    assert "lasts 1.5 s" in found["note"]
+    answer = singerembed.open_index(index).search(soundfile.read(short)[0], rate)
+    assert answer.note
+    assert answer.tracks[0].track_id == found["tracks"][0]["track_id"]
+    assert not singerembed.open_index(index).search(samples, rate).note
+    output = str(tmp_path / "short.parquet")
+    assert invoke("run", str(tmp_path), output).exit_code == 0
+    assert invoke("index", output, str(tmp_path / "short.index")).exit_code == 0
+    itself = json.loads(invoke("search", str(tmp_path / "short.index"), str(short), "--json").stdout)
+    assert itself["tracks"][0]["path"] == "short.wav"
 
 
 def test_verify_writes_a_table_and_a_page(output: str, tmp_path: Path) -> None:
@@ -219,7 +246,7 @@ def test_what_is_no_output_is_not_to_be_removed(output: str, tmp_path: Path) -> 
     for path in (tmp_path / "lib.csv", tmp_path, rewritten, slice_of_it):
         for arguments in (("cluster", str(path)), ("index", str(path), str(tmp_path / "i.index"))):
             result = invoke(*arguments)
-            assert result.exit_code == 2, result.stderr
+            assert result.exit_code == 1, result.stderr
             assert "is not an output of run" in result.stderr
             assert "remove" not in result.stderr
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tolerances import MNR_STANDARD_ERRORS, SHARE
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.evaluation import pairs as module
 from singerembed.evaluation.metrics import equal_error_rate, normalised_rank
 from singerembed.evaluation.pairs import (
@@ -93,7 +93,7 @@ def test_a_pair_file_goes_there_and_back(tmp_path: Path) -> None:
 def test_a_bad_pair_file_names_the_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pairs.txt"
     path.write_text(f"1,a.wav,b.wav\n{line}\n", encoding="utf-8")
-    with pytest.raises(UsageError, match=r"pairs\.txt line 2: expected label,path1,path2"):
+    with pytest.raises(InputError, match=r"pairs\.txt line 2: expected label,path1,path2"):
         read_pair_file(str(path))
 
 
@@ -102,7 +102,7 @@ def test_no_pairs(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "pairs.txt"
     if content is not None:
         path.write_text(content, encoding="utf-8")
-    with pytest.raises(UsageError, match=r"cannot read|holds no pairs"):
+    with pytest.raises(InputError, match=r"cannot read|holds no pairs"):
         read_pair_file(str(path))
 
 

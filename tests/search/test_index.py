@@ -17,7 +17,7 @@ from made_library import MadeTrack, made_tracks, write_output
 from numpy.typing import NDArray
 from tolerances import SCORE_FLOAT16
 
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import InputError, OutputError, UsageError
 from singerembed.evaluation.scoring import Moments, fit_scoring
 from singerembed.search import nearest as nearest_module
 from singerembed.search.build import build_index
@@ -184,7 +184,7 @@ def test_an_index_killed_while_it_is_made_is_not_there(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not path.exists()
-    with pytest.raises(UsageError, match="is not an index"):
+    with pytest.raises(InputError, match="is not an index"):
         open_index(str(path))
     assert list(tmp_path.glob(".i.index.*"))
     assert build_index([output], str(path)).n_tracks == 100
@@ -240,9 +240,9 @@ def test_plain_messages(output: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"engine byol .* cannot be compared"):
         build_index([output, other], path)
     silent = write_output(tmp_path / "silent.parquet", [MadeTrack("a", "x", [None])])
-    with pytest.raises(UsageError, match=r"no row has an embedding .1 silent crops"):
+    with pytest.raises(InputError, match=r"no row has an embedding .1 silent crops"):
         build_index([silent], path)
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(InputError, match="no such file"):
         build_index([str(tmp_path / "none.parquet")], path)
     assert not Path(path).exists()
     build_index([output], path)

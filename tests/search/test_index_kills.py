@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from made_library import made_tracks, write_output
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.search.build import build_index
 from singerembed.search.query import open_index
 
@@ -58,7 +58,7 @@ def state_of(path: Path) -> set[tuple[str, str]] | None:
     """The tracks that count in an index, and what they are; None if it is not there. Anything in between raises."""
     try:
         index = open_index(str(path))
-    except UsageError:
+    except InputError:
         return None
     rows = np.flatnonzero(index.stored.active).tolist()
     names, prints = (index.stored.tracks[column].to_pylist() for column in ("track_id", "fingerprint"))

@@ -19,7 +19,7 @@ import singerembed
 from singerembed.cli.main import cli
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
-from singerembed.errors import UsageError
+from singerembed.errors import InputError, UsageError
 from singerembed.search.query import open_index
 from singerembed.search.serve import Recordings, make_app
 from singerembed.search.store import StoredIndex
@@ -112,13 +112,13 @@ def test_where_nobody_sings_it_is_said(
         return 1e-12 * segment
 
     monkeypatch.setattr(Separator, "vocals", faint)
-    with pytest.raises(UsageError, match="nobody seems to sing"):
+    with pytest.raises(InputError, match="nobody seems to sing"):
         index.search_file(str(folder / "1.wav"))
     pcm, _ = soundfile.read(folder / "1.wav", dtype="float32")
     with pytest.raises(ValueError, match="in the audio nobody seems to sing"):
         index.search(pcm, RATE)
     soundfile.write(tmp_path / "silent.wav", np.zeros(9 * RATE), RATE)
-    with pytest.raises(UsageError, match="is silent"):
+    with pytest.raises(InputError, match="is silent"):
         index.search_file(str(tmp_path / "silent.wav"))
 
 

@@ -80,7 +80,6 @@ def test_the_answer_is_that_of_search(client: Any, index: str, name: str, by: st
 
 
 def test_unfit_recordings_get_the_words_of_search(client: Any, index: str, tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "short.wav", np.full(44_100, 0.1), 44_100)
     soundfile.write(tmp_path / "silent.wav", np.zeros(441_000), 44_100)
     (tmp_path / "text <b>.wav").write_text("no audio", encoding="utf-8")
     (tmp_path / "empty.flac").touch()

@@ -11,7 +11,7 @@ import pytest
 from made_library import MadeTrack, made_tracks, write_output
 from numpy.typing import NDArray
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.evaluation.metrics import error_curve
 from singerembed.search.audit_page import make_audit
 from singerembed.search.build import build_index, index_of
@@ -73,7 +73,7 @@ def test_singers_with_few_tracks_are_named_and_not_guessed(tmp_path: Path) -> No
     table = pq.read_table(tmp_path / "c.parquet")
     assert table["chance"].null_count == 2
     assert table["credited"].to_pylist()[-2:] == ["rare", None]
-    with pytest.raises(UsageError, match="0 singers have 3 tracks or more, 4 are needed"):
+    with pytest.raises(InputError, match="0 singers have 3 tracks or more, 4 are needed"):
         verified(made_tracks(6, 2, 1), tmp_path)
 
 
@@ -130,7 +130,7 @@ def test_screening_names_those_that_sound_like_others(tmp_path: Path) -> None:
     assert alarms.known < 50
     assert alarms.unknown <= 1000
     build_index([write_output(tmp_path / "few.parquet", made_tracks(2, 3, 1))], str(tmp_path / "few.index"))
-    with pytest.raises(UsageError, match="fewer than four singers"):
+    with pytest.raises(InputError, match="fewer than four singers"):
         list(screen(open_index(str(tmp_path / "few.index")), output, 0.5))
 
 
@@ -181,7 +181,7 @@ def test_groups_are_singers(tmp_path: Path) -> None:
     with index_of(write_output(tmp_path / "o.parquet", [*tracks, alone])) as index:
         groups = group_tracks(index, 3)
         write_groups(index, groups, str(tmp_path / "g.parquet"))
-        with pytest.raises(UsageError, match="too few"):
+        with pytest.raises(InputError, match="too few"):
             group_tracks(index, 30)
     assert groups.n_groups == 6
     assert [len(set(groups.group[5 * i : 5 * i + 5].tolist())) for i in range(6)] == [1] * 6

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).parents[1] / "search"))
 from made_library import MadeTrack, made_tracks, write_output
 
-from singerembed.errors import UsageError
+from singerembed.errors import InputError
 from singerembed.search import build, nearest
 from singerembed.search.query import open_index
 
@@ -40,7 +40,7 @@ def state_of(path: Path) -> State | None:
     """What an index holds; None if it is not there. Anything in between raises."""
     try:
         index = open_index(str(path))
-    except UsageError:
+    except InputError:
         return None
     tracks = index.stored.tracks
     rows = np.flatnonzero(index.stored.active).tolist()
