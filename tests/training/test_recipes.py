@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import sys
+import types
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from singerembed.errors import UsageError
 from training.recipes import free_voices
 from training.recipes.channel import through_channel
 from training.recipes.singing import Speech, analyse, draw_notes, draw_phrases, draw_tract, render
-from training.recipes.speakers import SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_speech
+from training.recipes.speakers import SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_lines, read_speech
 from training.synthetic import draw_singer, sing
 
 
@@ -96,7 +101,7 @@ def test_a_package_that_is_not_installed_is_named(tmp_path: Path) -> None:
 def test_a_faster_excerpt_is_higher() -> None:
     tone = np.sin(2 * np.pi * 300 * np.arange(10 * SAMPLE_RATE) / SAMPLE_RATE)
     for speed in (1.0, 1.2, 0.85):
-        clip = free_voices._excerpt(tone, speed, np.random.default_rng(0))
+        clip = free_voices._excerpt([tone], speed, np.random.default_rng(0))
         assert len(clip) / SAMPLE_RATE == pytest.approx(free_voices.CLIP_SECONDS, abs=1e-3)
         loudest = np.abs(np.fft.rfft(clip)).argmax() * SAMPLE_RATE / len(clip)
         assert loudest == pytest.approx(300 * speed, rel=1e-2)
@@ -108,6 +113,72 @@ def test_only_files_of_a_speakers_pattern_are_read(tmp_path: Path) -> None:
         soundfile.write(tmp_path / name, np.sin(2 * np.pi * hz * np.arange(SAMPLE_RATE) / SAMPLE_RATE), SAMPLE_RATE)
     pcm, _ = read_speech(Speaker("v", "p", "x", "nl/*-v-*.wav"), tmp_path, np.random.default_rng(0))
     assert np.abs(np.fft.rfft(pcm)).argmax() * SAMPLE_RATE / len(pcm) == pytest.approx(500, rel=1e-2)
+
+
+def _tone(hz: float, rate: int = SAMPLE_RATE, seconds: float = 1.2) -> Samples:
+    return np.asarray(np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate))
+
+
+def _encoded(pcm: Samples, rate: int, kind: str) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, pcm, rate, format=kind)
+    return file.getvalue()
+
+
+def _heard(pcm: Samples) -> float:
+    return round(float(np.abs(np.fft.rfft(pcm)).argmax()) * SAMPLE_RATE / len(pcm), -1)
+
+
+def _pitches(speaker: Speaker, root: Path) -> list[float]:
+    return sorted(_heard(line) for line in read_lines(speaker, root, np.random.default_rng(0), 9))
+
+
+def test_only_the_folder_and_the_patterns_of_an_archive_are_read(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pk3", "w") as file:
+        for name, hz in (("v/x/a_ack1.ogg", 300), ("v/a_sel.ogg", 400), ("v/a_die.ogg", 500), ("w/a_ack.ogg", 600)):
+            file.writestr(name, _encoded(_tone(hz), SAMPLE_RATE, "OGG"))
+        file.writestr("v/a_ack.txt", "no audio")
+    assert _pitches(Speaker("s", "p", "v", "*_ack*|*_sel*", "a.pk3"), tmp_path) == [300, 400]
+    with pytest.raises(UsageError, match="Install the package p"):
+        read_lines(Speaker("s", "p", "v", archive="b.pk3"), tmp_path, np.random.default_rng(0), 1)
+
+
+def test_the_roles_of_dialogues_are_told_apart(tmp_path: Path) -> None:
+    dialogue = bytes(24) + (7).to_bytes(2) + bytes(10)
+    files = {"BOB2.DOG": dialogue} | {
+        name: _encoded(_tone(hz, 11_025), 11_025, "MP3")
+        for name, hz in (("070001P1.SB", 300), ("070001J1.SB", 400), ("JOE001.SB", 500), ("C1A00101.SB", 600))
+    }
+    table, data, offset = b"", b"", 15 + 21 * len(files)
+    for name, content in files.items():
+        table += struct.pack(">12sBII", name.encode(), 1, offset + len(data), len(content))
+        data += content
+    (tmp_path / "queen.1c").write_bytes(b"QTBLCEM10".ljust(13, b"\0") + len(files).to_bytes(2) + table + data)
+    for role, pitches in (("BOB", [300]), ("JOE", [400, 500]), ("scenes", [600])):
+        assert _pitches(Speaker("s", "p", role, archive="queen.1c"), tmp_path) == pitches
+
+
+def test_packed_speech_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packer = types.ModuleType("propack")
+    packer.unpack = lambda data: data[3:]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "propack", packer)
+    disk, table = bytes(32), b""
+    for number, hz in ((50_001, 300), (60_001, 400)):
+        content = bytes(22) + b"RNC" + (128 + 100 * _tone(hz, 11_025)).astype(np.uint8).tobytes()
+        table += struct.pack("<H", number) + (len(disk) // 16 | 1 << 23).to_bytes(3, "little")
+        table += len(content).to_bytes(3, "little")
+        disk += content + bytes(-len(content) % 16)
+    (tmp_path / "sky.dsk").write_bytes(disk)
+    (tmp_path / "sky.dnr").write_bytes((2).to_bytes(4, "little") + table)
+    assert _pitches(Speaker("s", "p", "speech", archive="sky.dsk"), tmp_path) == [300]
+
+
+def test_an_excerpt_is_of_one_line_and_fills_the_clip() -> None:
+    lines = [_tone(hz) for hz in (300, 500)]
+    clips = [free_voices._excerpt(lines, 1.0, np.random.default_rng(seed)) for seed in range(8)]
+    assert {len(clip) / SAMPLE_RATE for clip in clips} == {free_voices.CLIP_SECONDS}
+    assert {_heard(clip) for clip in clips} == {300, 500}
+    assert all(np.abs(clip[-SAMPLE_RATE:]).max() > 0.9 for clip in clips)
 
 
 def test_the_corpus_is_laid_out_and_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

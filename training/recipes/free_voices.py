@@ -11,7 +11,7 @@ writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and for other speakers `corpus/va
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from singerembed.errors import UsageError
 from training.command import command
 from training.recipes.channel import through_channel
 from training.recipes.singing import Speech, Tract, analyse, draw_notes, draw_phrases, draw_tract, render
-from training.recipes.speakers import PACKAGES, SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_speech
+from training.recipes.speakers import PACKAGES, SAMPLE_RATE, SPEAKERS, Samples, Speaker, read_lines, read_speech
 from training.synthetic import draw_singer, sing
 
 CLIP_SECONDS = 4.5  # a bit longer than a crop of the encoder
@@ -76,7 +76,8 @@ def main(
     synthesise = partial(_make_synthetic, folder=folder, clips=clips, seed=seed)
     with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
         each: Any = pool.imap_unordered if pool else map
-        for _ in tqdm(each(make, SPEAKERS), total=len(SPEAKERS), unit=" speakers", disable=None):
+        single = [speaker for speaker in SPEAKERS if not speaker.many]  # one person's recordings can be made to sing
+        for _ in tqdm(each(make, single), total=len(single), unit=" speakers", disable=None):
             pass
         training = [speaker for speaker in SPEAKERS if speaker.name not in {*TEST, *VALIDATION}]
         for _ in tqdm(each(record, training), total=len(training), unit=" speakers", disable=None):
@@ -124,21 +125,31 @@ def _make_identities(
 def _make_spoken(speaker: Speaker, *, folder: Path, root: Path, speeds: int, clips: int, seed: int) -> None:
     """Write clips of a training speaker's own recordings; each identity has another speed, the first its own."""
     number = SPEAKERS.index(speaker)
+    clips *= speaker.plenty
     homes = [folder / "train" / f"{speaker.name}-spoken-{speed:02d}" for speed in range(speeds)]
     if all(len(list(home.glob("*.flac"))) >= clips for home in homes):
         return  # made by an earlier run
-    pcm, _ = read_speech(speaker, root, np.random.default_rng((seed, number, 6)), _SPOKEN_SECONDS)
+    rng = np.random.default_rng((seed, number, 6))
+    if speaker.many:
+        lines = read_lines(speaker, root, rng, speeds * clips)
+    else:
+        lines = [read_speech(speaker, root, rng, _SPOKEN_SECONDS * speaker.plenty)[0]]
     for index, home in enumerate(homes):
         rng = np.random.default_rng((seed, number, 7, index))
         speed = float(2 ** rng.uniform(-_SPOKEN_OCTAVES, _SPOKEN_OCTAVES)) if index else 1.0
-        _write_clips(home, clips, partial(_excerpt, pcm, speed), (seed, number, 8, index))
+        _write_clips(home, clips, partial(_excerpt, lines, speed), (seed, number, 8, index))
 
 
-def _excerpt(pcm: Samples, speed: float, rng: np.random.Generator) -> Samples:
-    """Return a random stretch of `pcm` played at `speed`, float64 of at most CLIP_SECONDS, with its peak at 1."""
+def _excerpt(lines: Sequence[Samples], speed: float, rng: np.random.Generator) -> Samples:
+    """Return a random stretch of one of `lines` played at `speed`, float64 of CLIP_SECONDS, with its peak at 1.
+
+    A shorter line is repeated.
+    """
+    pcm = lines[int(rng.integers(len(lines))) if len(lines) > 1 else 0]
     length = round(CLIP_SECONDS * SAMPLE_RATE * speed)
     start = int(rng.integers(max(1, len(pcm) - length)))
     clip = soxr.resample(pcm[start : start + length], SAMPLE_RATE * speed, SAMPLE_RATE)
+    clip = np.resize(clip, round(CLIP_SECONDS * SAMPLE_RATE))
     return np.asarray(clip / max(float(np.abs(clip).max()), 1e-9))
 
 
