@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from training import files
 from training.command import command
 from training.evaluate import embedder, labelled_crops
 
-LAST_BIAS = "classifier.1.bias"
+LAST_WEIGHT, LAST_BIAS = "classifier.1.weight", "classifier.1.bias"
 CENTRED_ON = 1000  # recordings, at most, of which a crop each makes the mean
 
 
@@ -51,12 +52,8 @@ def main(source: Path, target: Path, layout: str, centre: str | None, half: bool
         if half:
             raise UsageError("--half is for --layout singerembed; the official code expects FP32")
         export_official(checkpoint, target)
-        if checkpoint.spec.normalise != "crop":
-            click.echo(
-                f"note     trained with log-mel spectrograms divided by {checkpoint.spec.normalise}, which the official"
-                " layout cannot say: its readers divide by a maximum",
-                err=True,
-            )
+        for note in _lost_in_the_official_layout(checkpoint.spec):
+            click.echo(f"note     {note}", err=True)
     else:
         files.save_checkpoint(checkpoint, training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
@@ -133,6 +130,16 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
         "encoder": {"backbone": spec.backbone, "pretrained": False, "embedding_dim": spec.embedding_dim},
     }
     (target / "hyperparams.yaml").write_text(yaml.safe_dump(hyperparams), encoding="utf-8")
+
+
+def _lost_in_the_official_layout(spec: ModelSpec) -> Iterator[str]:
+    if spec.normalise != "crop":
+        yield (
+            f"trained with log-mel spectrograms divided by {spec.normalise}, which the official layout cannot say: its "
+            "readers divide by a maximum"
+        )
+    if spec.rectified:
+        yield "negative values of the embedding should be set to 0, which the official layout cannot say"
 
 
 def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:

@@ -10,9 +10,14 @@ import torch
 from click.testing import CliRunner
 from training_audio import RATE, write
 
-from singerembed.model.checkpoint import load_checkpoint
-from training.recipes import memory_corpus
+from singerembed.evaluation.metrics import effective_rank
+from singerembed.model.checkpoint import Checkpoint, load_checkpoint
+from singerembed.model.spec import ModelSpec
+from training.export import LAST_BIAS, LAST_WEIGHT
+from training.model import Encoder
+from training.recipes import free_voices_training, memory_corpus
 from training.recipes.free_voices_training import main
+from training.recipes.last_layer import whitened
 from training.recipes.memory_corpus import Corpus, Recordings, through_channel
 from training.synthetic import draw_singer, sing
 from training.targets import Windows, read_targets, write_targets
@@ -86,7 +91,10 @@ def test_a_band_plays_under_some_crops_as_loud_as_drawn(folder: Path, monkeypatc
     assert (share < 0.3).sum() > 16
 
 
-def test_a_checkpoint_that_the_encoder_reads_and_starts_from(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_that_the_encoder_reads_and_starts_from(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(free_voices_training, "WHITENED_ON", 5)
     target = tmp_path / "voices.pt"
     arguments = [str(folder / "voices"), str(folder / "targets.parquet"), "--device", "cpu", "--minutes", "0.05"]
     arguments += ["--batch-seconds", "6.5", "--backing", str(folder / "bands")]
@@ -94,7 +102,8 @@ def test_a_checkpoint_that_the_encoder_reads_and_starts_from(folder: Path, tmp_p
     assert result.exit_code == 0, result.output
     checkpoint = load_checkpoint(str(target))
     assert checkpoint.facts["step"] >= 1
-    assert checkpoint.spec.normalise == 9.2
+    assert (checkpoint.spec.normalise, checkpoint.spec.rectified) == (9.2, True)
+    assert checkpoint.spec.centred_on == "5 crops of the training"
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.state_dict.values())
     hours = checkpoint.facts["hours"]
     write(tmp_path / "separated" / "a" / "0.flac", np.sin(np.arange(36 * RATE) / 30))  # so long that hours show it
@@ -102,6 +111,27 @@ def test_a_checkpoint_that_the_encoder_reads_and_starts_from(folder: Path, tmp_p
     result = CliRunner().invoke(main, [*arguments[:2], str(tmp_path / "on.pt"), *arguments[2:]])
     assert result.exit_code == 0, result.output
     assert load_checkpoint(str(tmp_path / "on.pt")).facts["hours"] == pytest.approx(hours + 0.01, abs=0.002)
+
+
+def test_a_whitened_encoder_counts_weak_directions() -> None:
+    """Of what goes into the last layer 20 directions are loud and 80 weak, as where a student is unsure."""
+    torch.manual_seed(0)
+    spec, rng = ModelSpec(name="made", method="made"), np.random.default_rng(0)
+    checkpoint = Checkpoint(spec, Encoder(spec, normalise="crop").backbone.state_dict(), "", {})
+    pooled = rng.standard_normal((4000, 1280)).astype(np.float32) * 0.1
+    weight, bias = (checkpoint.state_dict[name].numpy() for name in (LAST_WEIGHT, LAST_BIAS))
+    axes = np.linalg.svd(weight, full_matrices=False)[2]
+    learnt = pooled @ (axes[:20].T @ axes[:20] + 0.1 * axes[20:100].T @ axes[20:100])
+    given = learnt @ weight.T + bias
+    made = whitened(checkpoint, given, rank=100)
+    after = learnt @ made.state_dict[LAST_WEIGHT].numpy().T + made.state_dict[LAST_BIAS].numpy()
+    assert made.spec.rectified
+    np.testing.assert_allclose(after.mean(axis=0), 0, atol=1e-3)
+    assert effective_rank(after) > effective_rank(given) + 3
+    cosine = (after * (given - given.mean(axis=0))).sum(axis=1) / (
+        np.linalg.norm(after, axis=1) * np.linalg.norm(given - given.mean(axis=0), axis=1)
+    )
+    assert cosine.min() > 0.8  # symmetric: it turns nothing
 
 
 def test_what_is_no_corpus_is_said(folder: Path, tmp_path: Path) -> None:

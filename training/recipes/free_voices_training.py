@@ -9,7 +9,7 @@
 
 The corpus lies in memory (memory_corpus.py). The encoder learns the teacher's embeddings of the recordings, their
 similarities, and their neighbours in the corpus from ever longer crops, each through a channel of its own, some over a
-band; the rate falls to 0 at the end of the time.
+band; the rate falls to 0 at the end of the time. In the end the last layer is whitened (last_layer.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import click
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from singerembed.model.checkpoint import Checkpoint, load_checkpoint
@@ -28,6 +29,7 @@ from singerembed.model.spec import ModelSpec
 from training import files, losses
 from training.command import command
 from training.model import Encoder, MelSpectrogram
+from training.recipes.last_layer import whitened
 from training.recipes.memory_corpus import Corpus
 from training.targets import read_targets
 from training.train import keep_freed_memory
@@ -39,6 +41,7 @@ AVERAGED_STEPS = 200  # of the exponential moving average of the weights, which 
 RELATIONS = 5.0  # weight of the similarities, beside the cosine's 1
 NEIGHBOURS, TEMPERATURE = 0.2, 0.1  # weight of the divergence among all targets of the corpus
 WARMUP = 0.03  # share of the time
+WHITENED_ON = 3000  # crops
 LOG_EVERY_STEPS = 100
 
 
@@ -85,6 +88,10 @@ def main(
     facts = {"method": "teacher", "recipe": Path(__file__).stem, "seed": seed, "minutes": minutes, "rate": rate} | {
         "batch_seconds": batch_seconds, "hours": round(voices.seconds / 3600, 2)
     }  # fmt: skip
+
+    def write(checkpoint: Checkpoint, path: Path) -> None:
+        files.save_checkpoint(checkpoint, facts | {"step": run.steps, "crops": run.crops}, path, half=True)
+
     started, snapshot = time.monotonic(), 1
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
         seconds = next(length for share, length in PHASES if done < share)
@@ -94,9 +101,10 @@ def main(
             words = ", ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
             click.echo(f"step     {run.steps} at {done:.0%}, crops of {seconds} s, {run.crops} crops: {words}")
         if snapshot <= snapshots and done > snapshot / (snapshots + 1):
-            run.save(target.with_stem(f"{target.stem}_{snapshot}"), facts)
+            write(run.averaged(), target.with_stem(f"{target.stem}_{snapshot}"))
             snapshot += 1
-    run.save(target, facts)
+    embeddings = run.embed(voices, WHITENED_ON, batch_seconds)
+    write(whitened(run.averaged(), embeddings, rank=voices.targets.shape[1]), target)
     click.echo(f"wrote    {target} after {run.steps} steps, {run.crops} crops")
 
 
@@ -152,11 +160,18 @@ class _Run:
             else:
                 self._average[name].copy_(tensor)
 
-    def save(self, target: Path, facts: dict[str, Any]) -> None:
-        """Write the average of the weights, halved."""
-        tensors = {name: tensor.cpu() for name, tensor in self._average.items()}
-        checkpoint = Checkpoint(self.spec, tensors, "", {})
-        files.save_checkpoint(checkpoint, facts | {"step": self.steps, "crops": self.crops}, target, half=True)
+    @torch.inference_mode()
+    def embed(self, voices: Corpus, crops: int, batch_seconds: float) -> NDArray[np.float32]:
+        """Return embeddings of drawn crops of the encoder's length, by the average of the weights: [crops, dim]."""
+        self._encoder.backbone.load_state_dict(self._average)
+        self._encoder.eval()
+        size = max(1, round(batch_seconds / self.spec.crop_seconds))
+        batches = (voices.draw(min(size, crops - i), self.spec.crop_samples)[0] for i in range(0, crops, size))
+        return torch.cat([self._encoder(self._mel(pcm)) for pcm in batches]).cpu().numpy()
+
+    def averaged(self) -> Checkpoint:
+        """Return the encoder with the average of the weights."""
+        return Checkpoint(self.spec, {name: tensor.cpu() for name, tensor in self._average.items()}, "", {})
 
 
 if __name__ == "__main__":
