@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,11 @@ def embed_recording(
     *,
     name: str | None = None,
     max_seconds: float = float("inf"),
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> QueryCrops:
     """Embed all consecutive crops of the recording `path`, or the voice in them. `name`: what errors call it.
 
+    `is_stopped` is asked between blocks of crops; those that there are by then will do if it says so.
     One that is shorter than a crop is padded with silence, as `run` does. Raises InputError if it cannot be decoded, is
     silent, or nobody sings in it, and TooLong, which is one, if it is longer than `max_seconds`.
     """
@@ -105,6 +107,8 @@ def embed_recording(
                 embedding.append(result.embedding)
                 if seconds > max_seconds:
                     raise TooLong(f"{name} is longer than {max_seconds / 60:g} minutes. Give a part of it")
+                if is_stopped():
+                    break
     except TrackError as exc:
         if not start:
             raise InputError(f"{name} cannot be looked up: {exc}") from exc

@@ -13,6 +13,8 @@ import logging
 import secrets
 import socket
 import tempfile
+import threading
+from collections.abc import AsyncIterator
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,8 @@ MAX_SECONDS = 900.0
 MAX_WAITING = 8  # recordings that are received or wait; one at a time is decoded
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _SHUTDOWN_SECONDS = 1
+_PAUSE_SECONDS = 30.0  # in which nothing more of a recording comes, before it is given up
+_MAX_DIGITS = 20  # of a track's number
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -73,6 +77,7 @@ class _Service:
     def __init__(self, index: Index, recordings: Recordings) -> None:
         self._index, self._recordings = index, recordings
         self._separation = index.separation  # opened now, so that a missing one is said at the start
+        self.is_stopped = threading.Event()
         self._turn = asyncio.Lock()
         self._waiting = 0
         facts = {
@@ -111,8 +116,8 @@ class _Service:
                     return _refusal(413, f"{name} is larger than {megabytes:g} MB. Give a shorter recording, or a part")
                 async with self._turn:
                     answer = await asyncio.to_thread(self._look_up, path, name, by)
-        except ClientDisconnect:
-            return _refusal(400, "the recording broke off")  # which nobody reads
+        except (ClientDisconnect, TimeoutError):
+            return _refusal(408, f"nothing more of {name} came: it broke off")
         except InputError as exc:
             return _refusal(413 if isinstance(exc, TooLong) else 422, str(exc))
         except OSError as exc:
@@ -124,13 +129,17 @@ class _Service:
     async def audio(self, request: Request) -> Response:
         from starlette.responses import FileResponse
 
-        path = self._recordings.file(request.path_params["number"])
+        number = request.path_params["number"]
+        path = self._recordings.file(int(number)) if number.isdecimal() and len(number) < _MAX_DIGITS else None
         if path is None:
             return _refusal(404, "there is no such track, or it cannot be played")
         return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix.lower()])
 
     def _look_up(self, path: Path, name: str, by: str) -> Answer:
-        query = embed_recording(str(path), self._index.engine, self._separation, name=name, max_seconds=MAX_SECONDS)
+        query = embed_recording(
+            str(path), self._index.engine, self._separation, name=name, max_seconds=MAX_SECONDS,
+            is_stopped=self.is_stopped.is_set,
+        )  # fmt: skip
         return self._index.search_crops(query, by=by)
 
     def _described(self, answer: Answer) -> dict[str, Any]:
@@ -159,9 +168,7 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         given = Headers(scope=scope)
-        host, origin = given.get("host", ""), given.get("origin")
-        strange = self._hosts is not None and urlsplit(f"//{host}").hostname not in self._hosts
-        if strange or (origin is not None and urlsplit(origin).netloc != host):
+        if not self._is_expected(given.get("host", ""), given.get("origin")):
             await _refusal(403, "this is for the page of singerembed serve alone")(scope, receive, send)
             return
 
@@ -173,6 +180,13 @@ class _Guard:
             await send(message)
 
         await self._app(scope, receive, with_headers)
+
+    def _is_expected(self, host: str, origin: str | None) -> bool:
+        try:
+            is_here = self._hosts is None or urlsplit(f"//{host}").hostname in self._hosts
+            return is_here and (origin is None or urlsplit(origin).netloc == host)
+        except ValueError:  # no address
+            return False
 
 
 def make_app(index: Index, recordings: Recordings, hosts: tuple[str, ...] | None = LOOPBACK) -> Starlette:
@@ -187,12 +201,18 @@ def make_app(index: Index, recordings: Recordings, hosts: tuple[str, ...] | None
     except ImportError as exc:
         raise MissingDependencyError("serve", "starlette", "serve") from exc
     service = _Service(index, recordings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        yield
+        service.is_stopped.set()  # the process waits for the thread that looks a recording up
+
     routes = [
         Route("/", service.page),
         Route("/search", service.search, methods=["POST"]),
-        Route("/audio/{number:int}", service.audio),
+        Route("/audio/{number}", service.audio),
     ]
-    return Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=hosts)])
+    return Starlette(routes=routes, middleware=[Middleware(_Guard, hosts=hosts)], lifespan=lifespan)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -233,13 +253,16 @@ def serve(app: Starlette, listener: socket.socket) -> None:
 
 
 async def _received(request: Request, path: Path) -> bool:
-    """Write the body of `request` to `path`; False if it is larger than MAX_BYTES, of which no more is read."""
+    """Write the body of `request` to `path`; False if it is larger than MAX_BYTES, of which no more is read.
+
+    Raises TimeoutError where nothing comes for _PAUSE_SECONDS.
+    """
     with contextlib.suppress(ValueError):
         if int(request.headers.get("content-length", "0")) > MAX_BYTES:
             return False
-    size = 0
+    size, chunks = 0, aiter(request.stream())
     with path.open("wb") as file:
-        async for chunk in request.stream():
+        while (chunk := await asyncio.wait_for(anext(chunks, None), _PAUSE_SECONDS)) is not None:
             size += len(chunk)
             if size > MAX_BYTES:
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -121,7 +122,17 @@ def test_only_tracks_of_the_index_are_sent(client: Any, index: str, tmp_path: Pa
         assert response.headers["content-type"].startswith("audio/")
     whole = client.get("/audio/0")
     assert whole.content == recording("bass_1.wav")
-    for path in ("12", "-1", "secret.wav", "../audio/secret.wav", "%2e%2e/secret.wav", "..%2fsecret.wav", "0/../x", ""):
+    for path in (
+        "12",
+        "-1",
+        "secret.wav",
+        "../audio/secret.wav",
+        "%2e%2e/secret.wav",
+        "..%2fsecret.wav",
+        "0/../x",
+        "",
+        "9" * 5000,
+    ):
         response = client.get(f"/audio/{path}")
         assert response.status_code in {404, 405}
         assert SECRET not in response.text
@@ -138,7 +149,8 @@ def test_only_tracks_of_the_index_are_sent(client: Any, index: str, tmp_path: Pa
 
 
 def test_pages_of_other_sites_are_refused(client: Any, index: str) -> None:
-    for headers in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}):
+    others = ({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"})
+    for headers in (*others, {"Host": "[::1"}, {"Origin": "http://[evil"}):
         for response in (
             client.post("/search", content=b"", headers=headers),
             client.get("/audio/0", headers=headers),
@@ -197,6 +209,44 @@ def test_one_recording_is_decoded_at_a_time(index: str, monkeypatch: pytest.Monk
             thread.join()
     assert codes == [200, 200, 200]
     assert most == [1, 1, 1]
+
+
+def test_those_who_send_nothing_more_are_given_up(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve_module, "_PAUSE_SECONDS", 0.05)
+    opened = open_index(index)
+    app = make_app(opened, Recordings(opened, "/"))
+    coming, sent = [{"type": "http.request", "body": b"half", "more_body": True}], list[Any]()
+
+    async def receive() -> Any:
+        return coming.pop() if coming else await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/search", "query_string": b"name=a.wav", "headers": headers}
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 408
+    assert b"nothing more of a.wav came" in sent[1]["body"]
+
+
+def test_a_recording_that_is_looked_up_keeps_nobody_from_ending_it(index: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[Any]()
+
+    def telling(*args: Any, is_stopped: Any, **options: Any) -> Any:
+        asked.append(is_stopped)
+        return embed_recording(*args, is_stopped=is_stopped, **options)
+
+    monkeypatch.setattr(serve_module, "embed_recording", telling)
+    with client_of(index) as client:
+        assert client.post("/search", params={"name": "bass.wav"}, content=recording("bass_1.wav")).status_code == 200
+        assert not asked[0]()
+    assert asked[0]()
+    engine = open_index(index).engine
+    long = str(EXAMPLES / "audio" / "bass_1.wav")
+    monkeypatch.setattr(engine, "batch", 1, raising=False)
+    assert len(embed_recording(long, engine).start) > 1
+    assert len(embed_recording(long, engine, is_stopped=lambda: True).start) == 1
 
 
 def test_a_port_that_is_taken_and_an_engine_that_is_another(index: str, tmp_path: Path) -> None:
