@@ -110,7 +110,10 @@ def test_a_checkpoint_that_the_encoder_reads_and_starts_from(
     arguments += ["--separated", str(tmp_path / "separated"), "--initial", str(target)]
     result = CliRunner().invoke(main, [*arguments[:2], str(tmp_path / "on.pt"), *arguments[2:]])
     assert result.exit_code == 0, result.output
-    assert load_checkpoint(str(tmp_path / "on.pt")).facts["hours"] == pytest.approx(hours + 0.01, abs=0.002)
+    trained_on = load_checkpoint(str(tmp_path / "on.pt"))
+    assert trained_on.facts["hours"] == pytest.approx(hours + 0.01, abs=0.002)
+    for name, kept in (("features.0.0.weight", True), ("features.5.0.block.0.0.weight", False)):
+        assert torch.equal(trained_on.state_dict[name], checkpoint.state_dict[name]) == kept
 
 
 def test_a_whitened_encoder_counts_weak_directions() -> None:

@@ -41,6 +41,7 @@ AVERAGED_STEPS = 200  # of the exponential moving average of the weights, which 
 RELATIONS = 5.0  # weight of the similarities, beside the cosine's 1
 NEIGHBOURS, TEMPERATURE = 0.2, 0.1  # weight of the divergence among all targets of the corpus
 WARMUP = 0.03  # share of the time
+FROZEN = 4  # first stages, of 9, of a checkpoint that the training starts from: 1.4 times as many steps in the time
 WHITENED_ON = 3000  # crops
 LOG_EVERY_STEPS = 100
 
@@ -122,6 +123,8 @@ class _Run:
         self._encoder = Encoder(self.spec, normalise=NORMALISE, dropout=0.0, stochastic_depth_prob=0.0)
         if initial:
             self._encoder.backbone.load_state_dict(load_checkpoint(str(initial)).state_dict)
+            for stage in range(FROZEN):
+                self._encoder.backbone.get_submodule(f"features.{stage}").requires_grad_(False)
         self._encoder.to(device)
         self._optimiser = torch.optim.AdamW(self._encoder.parameters(), lr=rate, weight_decay=1e-2, fused=True)
         self._average = {name: tensor.clone() for name, tensor in self._encoder.backbone.state_dict().items()}
