@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -37,6 +38,9 @@ from singerembed.search.store import (
 )
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
+_OWN_FILES = re.compile(
+    rf"\d{{6}}\.(({'|'.join(KINDS)})\.(arrow|f16|parquet|faiss)|singers\.np[yz])|\.{re.escape(MANIFEST)}\..*\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def build_index(
         raise UsageError(f"{path}: an index is mapped into memory from a local disk. Make it there, and copy it")
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
-        with _locked(path):
+        with _writing(path), _locked(path):
             return _extend(library, StoredIndex(path), singer_column, scoring, advance)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{path} exists and is not an index. Give another name, or remove it")
@@ -86,7 +90,7 @@ def build_index(
         "format": FORMAT_VERSION, "engine": library.engine, "separator": library.separator, "spec": library.spec,
         "singer_column": column, "scoring": SCORING, "segments": [], "replaced": [], "quantised": {},
     }  # fmt: skip
-    with _new_folder(target) as folder:
+    with _writing(path), _new_folder(target) as folder:
         arrays = {"kind": np.array(fitted.kind), "mean": fitted.mean}
         if fitted.projection is not None:
             arrays["projection"] = fitted.projection
@@ -109,19 +113,21 @@ def _fit(library: Library, kind: str) -> Scoring:
 
 @contextlib.contextmanager
 def _locked(path: str) -> Iterator[None]:
-    """Let nobody else add to the index for the block. Raises OutputError where somebody does, or it is read-only."""
-    try:
-        release = take_lock(path, path)
-    except OSError as exc:
-        raise _unwritable(path, exc) from exc
+    """Let nobody else add to the index for the block. Raises OutputError where somebody does."""
+    release = take_lock(path, path)
     try:
         yield
     finally:
         release()
 
 
-def _unwritable(path: object, exc: OSError) -> OutputError:
-    return OutputError(f"cannot write the index {path}: {exc.strerror or exc}")
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Raise OutputError in the place of OSError for the block, which writes the index."""
+    try:
+        yield
+    except OSError as exc:
+        raise OutputError(f"cannot write the index {path}: {exc.strerror or exc}") from exc
 
 
 def _extend(
@@ -201,18 +207,16 @@ def _add(
     changes = _Changes(index)
     generation = manifest.get("generation", -1) + 1
     segment = Segment(folder, f"{generation:06d}", scoring.dim, index, changes.gone)
-    try:
-        segment.write(changes.rows(library, manifest["singer_column"], scoring, advance))
-        if segment.n_tracks:
-            manifest.update(generation=generation, segments=[*manifest["segments"], segment.name])
-            manifest["replaced"] = sorted(changes.gone)
-            _keep_copies(folder, manifest, changes.gone)
-            _describe(folder, manifest, manifest["segments"][-1])
-            publish_manifest(folder, manifest)
-    except OSError as exc:
-        raise _unwritable(folder, exc) from exc
+    segment.write(changes.rows(library, manifest["singer_column"], scoring, advance))
+    if segment.n_tracks:
+        manifest.update(generation=generation, segments=[*manifest["segments"], segment.name])
+        manifest["replaced"] = sorted(changes.gone)
+        _keep_copies(folder, manifest, changes.gone)
+        _describe(folder, manifest, manifest["segments"][-1])
+        publish_manifest(folder, manifest)
     found = StoredIndex(str(folder))
-    remove_leftovers(found)
+    if not segment.n_tracks:
+        remove_leftovers(found)
     n_crops = found.tracks["n_crops"].to_numpy()
     added = np.arange(len(n_crops))[segment.offset : segment.offset + segment.n_tracks]
     return IndexSummary(
@@ -267,35 +271,31 @@ class _OpenedDraft(StoredIndex):
 
 
 def remove_leftovers(index: StoredIndex) -> None:
-    """Remove files in the index's folder that a killed call, or an older state of it, has left."""
+    """Remove files in the index's folder that a killed call, or an older state of it, has left.
+
+    Those of the state before this one stay until the next call: somebody may have read its manifest, and open them yet.
+    """
     wanted = {MANIFEST, index.manifest["scoring"], *index.manifest["quantised"].values()}
     wanted |= {f"{index.manifest.get('singers')}.{end}" for end in ("npy", "npz")}
     wanted |= {
         f"{n}.{kind}.{end}" for n in index.manifest["segments"] for kind in KINDS for end in ("arrow", "f16", "parquet")
     }
     for path in index.folder.iterdir():
-        is_ours = path.name[:6].isdecimal() or (path.name.startswith(f".{MANIFEST}.") and path.suffix == ".tmp")
-        if path.name not in wanted and is_ours and path.is_file():
+        if path.name not in wanted and _OWN_FILES.fullmatch(path.name):
             path.unlink()
 
 
 @contextlib.contextmanager
 def _new_folder(target: Path) -> Iterator[Path]:
     """A folder beside `target` that takes its name when the block ends well; otherwise nothing is left."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(target)
-        folder = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-        folder.mkdir()
-    except OSError as exc:
-        raise _unwritable(target, exc) from exc
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
+    folder = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    folder.mkdir()
     try:
         yield folder
         storage.remove_empty_folder(str(target))
-        try:
-            folder.rename(target)
-        except OSError as exc:  # as when another process has made it meanwhile
-            raise _unwritable(target, exc) from exc
+        folder.rename(target)  # fails where another process has made it meanwhile
     finally:
         storage.remove_folder(str(folder))
 

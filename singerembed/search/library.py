@@ -59,11 +59,17 @@ class Library:
         self.n_error_tracks = sum(facts.counts.error_tracks for facts in found)
 
     def tracks(self) -> Iterator[LibraryTrack]:
-        """Read the tracks that have an embedding, one at a time; a work unit at a time is in memory."""
+        """Read the tracks that have an embedding, one at a time; a work unit at a time is in memory.
+
+        Raises InputError where an output cannot be read.
+        """
         for output in self.outputs:
-            with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
-                for unit in range(finished.n_units):
-                    yield from _tracks_of(finished.rows(unit))
+            try:
+                with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
+                    for unit in range(finished.n_units):
+                        yield from _tracks_of(finished.rows(unit))
+            except (OSError, pa.ArrowException) as exc:
+                raise InputError(f"cannot read {output}: {exc}. If it is damaged, make it again") from exc
 
 
 def check_engine(found: dict[str, Any], wanted: dict[str, Any], what: str, of: str) -> None:
@@ -125,8 +131,7 @@ def _facts(output: str) -> _Facts:
             "CATALOG OUTPUT"
         ) from exc
     with closing(opened) as finished:
-        schema = finished.rows(0).schema if finished.n_units else pa.schema([])
-        return _Facts(finished.metadata, schema, finished.counts)
+        return _Facts(finished.metadata, finished.schema, finished.counts)
 
 
 def _tracks_of(rows: pa.Table) -> Iterator[LibraryTrack]:

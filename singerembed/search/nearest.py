@@ -75,7 +75,7 @@ def _exact(
 def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> None:
     """Write a quantised index of `vectors`; one of the first rows, at `before`, is added to instead of made anew.
 
-    Raises MissingDependencyError without faiss.
+    Raises OSError, and MissingDependencyError without faiss.
     """
     faiss = _faiss()
     if before is not None:
@@ -92,7 +92,10 @@ def write_quantised(path: Path, vectors: StoredVectors, before: Path | None) -> 
         index.train(vectors.take(some))
     for rows in _blocks(index.ntotal, len(vectors)):
         index.add(vectors.take(rows))
-    faiss.write_index(index, str(path))
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as exc:  # the system's words come last, in brackets
+        raise OSError(str(exc).rpartition("(")[2].rstrip(")")) from exc
 
 
 def read_quantised(path: Path) -> Any:

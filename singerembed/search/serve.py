@@ -25,6 +25,7 @@ from singerembed.errors import InputError, MissingDependencyError, UsageError
 from singerembed.evaluation.page import STYLE
 from singerembed.search.query import Answer, Index
 from singerembed.search.recording import TooLong, embed_recording
+from singerembed.search.store import KINDS
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -76,7 +77,10 @@ class _Service:
 
     def __init__(self, index: Index, recordings: Recordings) -> None:
         self._index, self._recordings = index, recordings
-        self._separation = index.separation  # opened now, so that a missing one is said at the start
+        # Opened now, so that what is missing is said at the start, and an index that grows may drop its old files.
+        self._separation = index.separation
+        for kind in KINDS:
+            index.quantised(kind)
         self.is_stopped = threading.Event()
         self._turn = asyncio.Lock()
         self._waiting = 0

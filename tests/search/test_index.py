@@ -19,6 +19,7 @@ from tolerances import SCORE_FLOAT16
 
 from singerembed.errors import InputError, OutputError, UsageError
 from singerembed.evaluation.scoring import Moments, fit_scoring
+from singerembed.search import build as build_module
 from singerembed.search import nearest as nearest_module
 from singerembed.search.build import build_index
 from singerembed.search.library import Library
@@ -149,7 +150,7 @@ def test_quantised_vectors_find_what_exact_search_finds(
     before = sorted(p.name for p in Path(path).glob("*.faiss"))
     build_index([write_output(tmp_path / "two.parquet", tracks[350:])], path)
     assert before == ["000000.crops.faiss", "000000.tracks.faiss"]
-    assert sorted(p.name for p in Path(path).glob("*.faiss")) == ["000001.crops.faiss", "000001.tracks.faiss"]
+    assert sorted(p.name for p in Path(path).glob("*.faiss")) == [*before, "000001.crops.faiss", "000001.tracks.faiss"]
     index = open_index(path)
     crops = index.stored.vectors["crops"]
     allowed = np.random.default_rng(0).random(len(crops)) < allowed_share
@@ -208,6 +209,64 @@ def test_an_index_killed_while_it_grows_stays_as_it_was(output: str, tmp_path: P
     assert open_index(str(path)).search_track("s0-0") == answer
     assert build_index([more], str(path)).n_tracks == 40
     assert {p.name[:6] for p in path.iterdir()} == {"000000", "000001", "index.", "lock", "scorin"}
+
+
+def test_who_has_opened_an_index_may_ask_it_while_it_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build_module, "EXACT_ROWS", 130)
+    monkeypatch.setattr(nearest_module, "EXACT_ROWS", 130)
+    nights = [
+        write_output(tmp_path / f"{night}.parquet", made_tracks(20, 10, 1, seed=night, first=10 * night))
+        for night in range(3)
+    ]
+    path = tmp_path / "i.index"
+    build_index([nights[0]], str(path))
+    notes = path / "123456 notes of mine.txt"
+    notes.touch()
+    opened = open_index(str(path))
+    build_index([nights[1]], str(path))
+    found = opened.search_track("s0-0", top=200).tracks
+    assert {track.track_id.partition("-")[2] for track in found} == {str(number) for number in range(10)}
+    assert opened.search_track("s0-0").singers
+    build_index([nights[2]], str(path))
+    build_index([nights[2]], str(path))
+    assert sorted(p.name for p in path.glob("*.faiss")) == ["000002.crops.faiss", "000002.tracks.faiss"]
+    assert sorted(p.name for p in path.glob("*.f16"))[-1] == "000002.tracks.f16"
+    assert notes.exists()
+
+
+@pytest.mark.parametrize("bytes_left", [100, 3_000, 300_000, 600_000])
+def test_a_full_disk_is_told_and_leaves_the_index_as_it_was(tmp_path: Path, bytes_left: int) -> None:
+    more = write_output(tmp_path / "o.parquet", made_tracks(20, 10, 1))
+    code = (
+        "import resource, signal, sys\n"
+        "from singerembed.errors import OutputError\n"
+        "from singerembed.search import build, nearest\n"
+        "build.EXACT_ROWS = nearest.EXACT_ROWS = 130\n"
+        "limit = int(sys.argv[3])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))\n"
+        "try:\n"
+        "    build.build_index([sys.argv[1]], sys.argv[2])\n"
+        "except OutputError as exc:\n"
+        "    print(exc)\n"
+    )
+    for path, n_files in (tmp_path / "new.index", 0), (tmp_path / "old.index", 1):
+        if n_files:
+            build_index([write_output(tmp_path / "few.parquet", made_tracks(5, 4, 1, first=20))], str(path))
+        command = [sys.executable, "-c", code, more, str(path), str(bytes_left)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert said == f"cannot write the index {path}: File too large\n"
+        assert len(list(tmp_path.glob("*.index"))) == n_files
+        assert not list(tmp_path.glob(".*"))
+    assert open_index(str(path)).stored.active.sum() == 20
+
+
+def test_an_output_that_is_damaged_is_named(output: str, tmp_path: Path) -> None:
+    content = bytearray(Path(output).read_bytes())
+    content[4:400] = bytes(396)
+    Path(output).write_bytes(content)
+    with pytest.raises(InputError, match=r"cannot read .*out\.parquet: "):
+        build_index([output], str(tmp_path / "i.index"))
 
 
 def test_one_process_adds_to_an_index_at_a_time(output: str, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def test_an_index_killed_at_any_step_is_whole_or_not_there(
     assert states == [before] * turn + [after] * (len(states) - turn)
     assert turn > 5  # files were written before
     for copy in copies:
-        build_index([output], str(copy / "i.index"))
+        for _ in range(2):  # files of the state before stay until the next call
+            build_index([output], str(copy / "i.index"))
         assert state_of(copy / "i.index") == after
         assert [path.name for path in copy.iterdir()] == ["i.index"]
-        assert files_of(copy / "i.index") == files_of(copies[-1] / "i.index")
+        assert files_of(copy / "i.index") == files_of(copies[0] / "i.index")
