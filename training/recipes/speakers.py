@@ -35,7 +35,7 @@ _MIN_FILE_SECONDS = 0.25
 _MIN_LINE_SECONDS = 1.0
 _SILENCE_DB = -45.0  # relative to the file's peak; quieter ends are trimmed
 _SKY_HEADER = 22  # bytes before a packed file of sky.dsk
-_SUFFIXES = {".wav", ".ogg", ".opus", ".gsm", ".mp3"}
+_SUFFIXES = {".wav", ".ogg", ".opus", ".gsm", ".mp3", ".au"}
 
 Samples = NDArray[np.float64]
 Recording = Callable[[], tuple[Samples, int]]  # read when called: [samples, channels], and their rate in Hz
@@ -209,6 +209,9 @@ SPEAKERS = (
     _tuxpaint("nl"),
     Speaker("tuxpaint-en", "tuxpaint-stamps-default", "usr/share/tuxpaint/stamps", "*_desc.ogg"),
     _asterisk("allison-es", "asterisk-core-sounds-es-wav", "es_MX_f_Allison"),
+    *_recorded("unknown-horizons", "usr/share/unknown-horizons/content/audio/voice", ("de", "en", "fr")),
+    Speaker("saytime", "saytime", "usr/share/saytime"),
+    Speaker("freedroidrpg", "freedroidrpg-data", "usr/share/freedroidrpg/data/sound/effects/tux_ingame_comments"),
 )
 PACKAGES = tuple(dict.fromkeys(["festival", *(speaker.package for speaker in SPEAKERS)]))
 
