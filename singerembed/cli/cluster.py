@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from singerembed.cli.console import aligned, note, progress_bar, verbosity_options
 from singerembed.storage import printable
+
+if TYPE_CHECKING:
+    from singerembed.search.cluster import Groups
 
 
 @click.command()
@@ -36,9 +40,13 @@ def cluster(source: str, output: str | None, min_tracks: int, top: int, as_json:
         check_result_path(output, ".parquet")
     with progress_bar(None, "tracks") as advance, index_of(source, None, lambda: advance("")) as index:
         groups = group_tracks(index, min_tracks)
-        paths = index.tracks["path"].to_pylist()
+        _print_groups(groups, index.tracks["path"].to_pylist(), top, as_json=as_json)
         if output is not None:
             write_groups(index, groups, output)
+            note("wrote", output)
+
+
+def _print_groups(groups: Groups, paths: list[str], top: int, *, as_json: bool) -> None:
     members = [groups.track[groups.group == number].tolist() for number in range(groups.n_groups)]
     if as_json:
         facts = [
@@ -54,5 +62,3 @@ def cluster(source: str, output: str | None, min_tracks: int, top: int, as_json:
         click.echo(aligned(["group", "tracks", "stability", "first track"], rows))
     alone = int((groups.group < 0).sum())
     note("groups", f"{groups.n_groups:,} groups of {len(groups.track) - alone:,} tracks; {alone:,} tracks in none")
-    if output is not None:
-        note("wrote", output)

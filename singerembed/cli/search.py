@@ -121,7 +121,7 @@ def _print_answer(title: str, answer: Answer) -> None:
         singers = [[f"{s.score:.2f}", percent(s.chance), str(s.n_tracks), s.singer] for s in answer.singers]
         click.echo("\n" + aligned(["score", "chance", "tracks", "singer"], singers))
     if answer.singers and answer.singers[0].chance is None:
-        note("chance", "not calibrated: that takes four singers with two tracks or more")
+        note("chance", "not calibrated: that takes four singers with two tracks or more, which are alike")
 
 
 def _where(track: Any) -> str:

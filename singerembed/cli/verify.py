@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,13 +13,16 @@ from singerembed import storage
 from singerembed.cli.console import NumberRange, aligned, note, percent, progress_bar, verbosity_options
 from singerembed.storage import printable
 
+if TYPE_CHECKING:
+    from singerembed.search.verify import Verification
+
 _LOOKED_FOR = 20  # recordings, to see whether the page can play them
 _NAMED = 10  # singers with too few tracks that are named on the terminal
 
 
 @click.command()
 @click.argument("source")
-@click.option("--singer-column", default="singer", show_default=True, metavar="NAME", help="The column of credits.")
+@click.option("--singer-column", metavar="NAME", help="The column of credits.  [default: the index's, or singer]")
 @click.option(
     "-o", "--output", metavar="FILE", help="Write FILE.parquet, and, if FILE ends in .html, a page to listen."
 )
@@ -35,7 +39,7 @@ _NAMED = 10  # singers with too few tracks that are named on the terminal
 @verbosity_options
 def verify(
     source: str,
-    singer_column: str,
+    singer_column: str | None,
     output: str | None,
     audio_root: str | None,
     max_chance: float,
@@ -64,6 +68,7 @@ def verify(
         check_table_path(table)
     with progress_bar(None, "tracks") as advance, index_of(source, singer_column, lambda: advance("")) as index:
         found = verify_credits(index, singer_column)
+        _print_found(found, max_chance, top, as_json=as_json)  # before files are written, which may fail
         if output is not None and table is not None:
             write_credits(found, table, max_chance)
             if output.endswith(".html"):
@@ -76,6 +81,11 @@ def verify(
                         f"the page cannot play the recordings: {places[0]} is not there. Name the folder that paths "
                         "count from with --audio-root",
                     )
+            note("wrote", f"{output}, {table}" if output.endswith(".html") else output)
+
+
+def _print_found(found: Verification, max_chance: float, top: int, *, as_json: bool) -> None:
+    """Print suspects on stdout, and what they are compared by on stderr."""
     credits, fit = found.credits, found.calibration
     suspects, divided = found.suspects(max_chance), found.divided(1 - max_chance)
     nearest = [
@@ -126,5 +136,3 @@ def verify(
             "too few",
             f"{len(found.too_few):,} singers have fewer than 3 tracks: {', '.join(found.too_few[:_NAMED])}{more}",
         )
-    if output is not None:
-        note("wrote", f"{output}, {table}" if output.endswith(".html") else output)

@@ -117,7 +117,8 @@ def draw_trials(vectors: Vectors, singer: NDArray[np.int64], total: Vectors, see
 
 
 def calibrate(trials: Trials, seed: int = 0) -> Calibration | None:
-    """Fit the calibration on `trials`; None where there are fewer than MIN_SINGERS singers with two tracks.
+    """Fit the calibration on `trials`; None where there are fewer than MIN_SINGERS singers with two tracks, or where
+    scores are no higher for a track's own singer than for others, and say nothing.
 
     How good it is, is measured on folds of singers: what is tested involves a singer that the fit has not seen. Raises
     MissingDependencyError without scikit-learn.
@@ -126,6 +127,8 @@ def calibrate(trials: Trials, seed: int = 0) -> Calibration | None:
     if len(singers) < MIN_SINGERS:
         return None
     slope, offset = calibrate_scores(trials.score, trials.same)
+    if slope <= 0:
+        return None
     fold_of = np.full(int(max(trials.singer.max(), trials.track_singer.max())) + 1, -1)
     fold_of[singers] = np.random.default_rng(seed).permutation(len(singers)) % min(_FOLDS, len(singers))
     llr, same = list[Floats](), list[NDArray[np.bool_]]()

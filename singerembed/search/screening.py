@@ -122,7 +122,7 @@ def _check_calibrated(index: Index) -> Calibration:
         )
     if index.calibration is None:
         raise InputError(
-            f"{index.stored.folder} has fewer than four singers with two tracks or more: chances cannot be calibrated "
-            "on it. Add labelled tracks"
+            f"{index.stored.folder} has fewer than four singers with two tracks or more, or no likeness among these "
+            "tracks: chances cannot be calibrated on it. Add labelled tracks"
         )
     return index.calibration

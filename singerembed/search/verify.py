@@ -23,10 +23,11 @@ from singerembed.search.calibration import (
     singer_numbers,
     singer_sums,
 )
-from singerembed.search.store import StoredIndex, Vectors, singer_name
+from singerembed.search.store import INDEX_COLUMNS, StoredIndex, Vectors, singer_name
 from singerembed.search.voices import chance_of_two_voices
 
 CHECKED, TOO_FEW, UNCREDITED = "checked", "too few tracks", "no singer"
+DEFAULT_SINGER_COLUMN = "singer"
 MIN_TRACKS = 3  # of a singer: the track itself, and two to compare it with
 _BLOCK = 2048  # tracks that are compared with all singers at a time
 
@@ -78,14 +79,19 @@ class Verification:
         return np.asarray(found[np.argsort(-self.credits.two_voices[found], kind="stable")])
 
 
-def verify_credits(index: StoredIndex, singer_column: str) -> Verification:
+def verify_credits(index: StoredIndex, singer_column: str | None = None) -> Verification:
     """Compare each track with the other tracks of its credited singer, and with all other singers.
 
-    `singer_column`: the column of `index` with the credits. Raises UsageError where there is no such column, InputError
-    where too few singers have tracks enough to calibrate on.
+    `singer_column`: the column of `index` with the credits; default: its column of singers. Raises
+    UsageError where there is no such column, InputError where too few singers have tracks enough to calibrate on.
     """
+    singer_column = singer_column or index.singer_column or DEFAULT_SINGER_COLUMN
     if singer_column not in index.tracks.column_names:
-        raise UsageError(f'there is no column "{singer_column}". Name the column of credits with --singer-column')
+        others = [name for name in index.tracks.column_names if name not in {*INDEX_COLUMNS, "track_id", "path"}]
+        raise UsageError(
+            f'there is no column "{singer_column}"; there are: {", ".join(others) or "none of the catalogue"}. Name '
+            "the column of credits with --singer-column"
+        )
     track = np.flatnonzero(index.active)
     column = index.tracks[singer_column].take(pa.array(track)).to_pylist()
     singers, singer = singer_numbers([singer_name(name) for name in column])
@@ -96,9 +102,15 @@ def verify_credits(index: StoredIndex, singer_column: str) -> Verification:
     total = singer_sums(vectors, compared, len(singers))
     fitted = calibrate(draw_trials(vectors, compared, total)) if enough.any() else None
     if fitted is None:
+        n_singers = int((counts >= MIN_TRACKS).sum())
+        if n_singers < MIN_SINGERS:
+            raise InputError(
+                f"too few labels to calibrate on: {n_singers} singers have {MIN_TRACKS} tracks or more, {MIN_SINGERS} "
+                "are needed"
+            )
         raise InputError(
-            f"too few labels to calibrate on: {int((counts >= MIN_TRACKS).sum())} singers have {MIN_TRACKS} tracks or "
-            f"more, {MIN_SINGERS} are needed"
+            f"nothing to calibrate on: tracks are no more like others of their {n_singers} singers than like others. "
+            "Are the credits those of the recordings?"
         )
     score = own_scores(vectors, compared, total)
     other, other_score, others_llr = _nearest_others(vectors, singer, total, fitted)

@@ -129,6 +129,18 @@ def test_a_recording_shorter_than_a_crop_is_looked_up_as_run_embeds_it(index: st
     assert itself["tracks"][0]["path"] == "short.wav"
 
 
+def test_verify_knows_the_singers_of_an_index(tmp_path: Path) -> None:
+    catalog, path = tmp_path / "artists.csv", str(tmp_path / "artists.parquet")
+    text = (EXAMPLES / "catalog.csv").read_text(encoding="utf-8")
+    catalog.write_text(text.replace("singer", "artist").replace("audio/", f"{EXAMPLES}/audio/"), encoding="utf-8")
+    assert invoke("run", str(catalog), path).exit_code == 0
+    result = invoke("verify", path)
+    assert result.exit_code == 2
+    assert 'no column "singer"; there are: artist, title' in result.stderr
+    assert invoke("index", path, str(tmp_path / "i.index"), "--singer-column", "artist").exit_code == 0
+    assert "of 12 credits" in invoke("verify", str(tmp_path / "i.index")).stderr
+
+
 def test_verify_writes_a_table_and_a_page(output: str, tmp_path: Path) -> None:
     page = tmp_path / "audit.html"
     result = invoke("verify", output, "-o", str(page), "--audio-root", str(EXAMPLES), "--max-chance", "1", "--json")
@@ -217,6 +229,14 @@ def test_no_result_replaces_what_run_has_written(output: str, tmp_path: Path) ->
     assert "must end in .parquet" in invoke("cluster", str(mine), "-o", str(tmp_path / "g.csv")).stderr
     (tmp_path / "folder.parquet").mkdir()
     assert "not a regular file" in invoke("cluster", str(mine), "-o", str(tmp_path / "folder.parquet")).stderr
+
+
+def test_what_was_found_is_printed_though_it_cannot_be_written(output: str, tmp_path: Path) -> None:
+    for arguments in (("verify", output, "--max-chance", "1"), ("cluster", output)):
+        result = invoke(*arguments, "-o", str(tmp_path / "none" / "t.parquet"))
+        assert result.exit_code == 1
+        assert "audio/bass_1.wav" in result.stdout
+        assert "cannot write" in result.stderr
 
 
 def test_results_go_to_object_storage_or_it_is_said_that_they_do_not(

@@ -77,6 +77,17 @@ def test_singers_with_few_tracks_are_named_and_not_guessed(tmp_path: Path) -> No
         verified(made_tracks(6, 2, 1), tmp_path)
 
 
+def test_credits_that_say_nothing_are_not_calibrated_on(tmp_path: Path) -> None:
+    voice = made_tracks(1, 1, 1)[0].crops[0]
+    assert voice is not None
+    tracks = [MadeTrack(f"t{n}", f"singer {n % 5}", [voice * np.float32(1 + n / 1000)]) for n in range(20)]
+    path = str(tmp_path / "i.index")
+    build_index([write_output(tmp_path / "o.parquet", tracks)], path)
+    with pytest.raises(InputError, match="no more like others of their 5 singers"):
+        verify_credits(open_index(path).stored)
+    assert open_index(path).search_track("t0").singers[0].chance is None
+
+
 def test_a_calibration_of_known_ratios_is_good() -> None:
     rng = np.random.default_rng(0)
     same = rng.random(20_000) < 0.5
