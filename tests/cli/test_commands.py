@@ -304,3 +304,21 @@ def test_a_reader_that_goes_away_is_no_mistake() -> None:
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 1
+
+
+@pytest.mark.parametrize(("ignored", "code"), [(False, -signal.SIGINT), (True, 0)])
+def test_ctrl_c_while_modules_are_imported_leaves_no_traceback(ignored: bool, code: int) -> None:
+    interrupting = (
+        "import os, signal, sys\n"
+        f"if {ignored}: signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'singerembed.cli.search': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "from singerembed.__main__ import main\n"
+        "sys.argv = ['singerembed', '--version']\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupting], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert not done.stderr
