@@ -102,7 +102,7 @@ std::unique_ptr<Encoder::Workspace> Encoder::new_workspace() const {
     }
     ring = std::max(ring, s.padded_row() * s.size * std::max(group_blocks(), blocks_of(kStemChannels)));
     row = std::max(row, s.padded_row());
-    if (i < first_late_) gated = std::max(gated, static_cast<std::size_t>(s.expanded) * padded(s.out));
+    if (i < first_late_ && !int8_) gated = std::max(gated, static_cast<std::size_t>(s.expanded) * padded(s.out));
     widest = std::max(widest, padded(s.expanded));
   }
   const BottleneckShape& last = network_.bottlenecks.back().shape;
