@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,18 +64,24 @@ def pair_scores(unit: NDArray[np.float32], pairs: Pairs) -> NDArray[np.float32]:
 
 
 def read_pair_file(path: str) -> list[tuple[bool, str, str]]:
-    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises InputError with the line."""
+    """Read lines `label,path1,path2`, label 1 for one singer: the official format. Raises InputError with the line.
+
+    A path with a comma or a quotation mark is quoted, as in CSV.
+    """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as exc:
         raise InputError(f"cannot read the pair file {path}: {getattr(exc, 'strerror', None) or exc}") from exc
     rows = []
-    for number, line in enumerate(lines, start=1):
-        fields = line.split(",")
-        if not line.strip():
+    reader = csv.reader(lines)
+    for fields in reader:
+        if not any(fields):
             continue
         if len(fields) != 3 or fields[0] not in {"0", "1"}:
-            raise InputError(f"{path} line {number}: expected label,path1,path2 with label 0 or 1, got {line[:80]!r}")
+            raise InputError(
+                f"{path} line {reader.line_num}: expected label,path1,path2 with label 0 or 1, got "
+                f"{','.join(fields)[:80]!r}"
+            )
         rows.append((fields[0] == "1", fields[1].strip(), fields[2].strip()))
     if not rows:
         raise InputError(f"{path} holds no pairs")
@@ -89,12 +96,11 @@ def pairs_of_names(rows: list[tuple[bool, str, str]], row_of: Mapping[str, int])
 
 
 def write_pair_file(path: str, pairs: Pairs, names: list[str]) -> None:
-    """Write `pairs` in the official format; `names` are the names of the rows."""
-    lines = (
-        f"{int(label)},{names[a]},{names[b]}\n"
-        for label, a, b in zip(pairs.labels, pairs.first, pairs.second, strict=True)
-    )
-    Path(path).write_text("".join(lines), encoding="utf-8")
+    """Write `pairs` in the format that is read above; `names` are the names of the rows."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for label, a, b in zip(pairs.labels, pairs.first, pairs.second, strict=True):
+            writer.writerow((int(label), names[a], names[b]))
 
 
 # --- drawing --------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from singerembed import storage
@@ -41,27 +43,38 @@ def write_folder(evaluation: Evaluation, folder: str) -> None:
 
     Raises OutputError if it cannot be written.
     """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(f"cannot make the folder {folder}: {exc.strerror}") from exc
     root = Path(folder)
-    _publish(root / "evaluation.json", json.dumps(evaluation.to_dict(), indent=1, allow_nan=False))
-    _publish(root / "table.md", as_markdown(evaluation))
-    _publish(root / "table.csv", as_csv(evaluation))
-    write_pair_file(str(root / "pairs.txt"), evaluation.pairs, evaluation.crops.names)
-    views = [make_view(result, evaluation.crops, max_points=COMPARED_POINTS) for result in evaluation.results]
-    _publish(root / "index.html", make_page(evaluation, views, "Singer embeddings compared"))
-    save_figures(evaluation, views, str(root / "figures"))
+    with _writing(folder):
+        root.mkdir(parents=True, exist_ok=True)
+        _publish(root / "evaluation.json", json.dumps(evaluation.to_dict(), indent=1, allow_nan=False))
+        _publish(root / "table.md", as_markdown(evaluation))
+        _publish(root / "table.csv", as_csv(evaluation))
+        write_pair_file(str(root / "pairs.txt"), evaluation.pairs, evaluation.crops.names)
+        views = [make_view(result, evaluation.crops, max_points=COMPARED_POINTS) for result in evaluation.results]
+        _publish(root / "index.html", make_page(evaluation, views, "Singer embeddings compared"))
+        save_figures(evaluation, views, str(root / "figures"))
 
 
 def write_page(evaluation: Evaluation, path: str) -> str:
-    """Write the page of stored embeddings to `path`, and figures to a folder next to it. Return that folder."""
+    """Write the page of stored embeddings to `path`, and figures to a folder next to it. Return that folder.
+
+    Raises OutputError.
+    """
     views: list[View] = [make_view(result, evaluation.crops) for result in evaluation.results]
-    _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
     figures = str(Path(path).with_suffix("")) + "-figures"
-    save_figures(evaluation, views, figures)
+    with _writing(path):
+        _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
+        save_figures(evaluation, views, figures)
     return figures
+
+
+@contextlib.contextmanager
+def _writing(path: str) -> Iterator[None]:
+    """Raise OutputError in the place of OSError for the block, which writes `path` and what is beside it."""
+    try:
+        yield
+    except OSError as exc:
+        raise OutputError(f"cannot write {exc.filename or path}: {exc.strerror or exc}") from exc
 
 
 def _publish(path: Path, text: str) -> None:

@@ -349,5 +349,7 @@ def test_names_without_glyphs_print_nothing(tmp_path: Path, recwarn: pytest.Warn
 def test_report_wants_a_file_of_run(corpus: Path, output: Path, tmp_path: Path) -> None:
     page = str(tmp_path / "p.html")
     assert "as Parquet" in invoke("report", str(corpus / "catalog.csv"), "-o", page, exit_code=1).stderr
+    (tmp_path / "p-figures").touch()
+    assert "p-figures: File exists" in invoke("report", str(output), "-o", page, exit_code=1).stderr
     result = invoke("report", str(output), "-o", page, "--singer-column", "artist", exit_code=2)
     assert 'no column "artist"; it has: singer, technique' in result.stderr

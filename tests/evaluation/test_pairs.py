@@ -89,6 +89,13 @@ def test_a_pair_file_goes_there_and_back(tmp_path: Path) -> None:
     assert (again.first.tolist(), again.second.tolist(), again.labels.tolist(), missing) == ([0], [2], [True], 1)
 
 
+def test_names_with_commas_come_back(tmp_path: Path) -> None:
+    names = ["Earth, Wind & Fire/1.wav", 'a "live" take.wav', '"quoted", too.wav']
+    path = str(tmp_path / "pairs.txt")
+    write_pair_file(path, Pairs(np.array([0, 1]), np.array([1, 2]), np.array([True, False])), names)
+    assert read_pair_file(path) == [(True, names[0], names[1]), (False, names[1], names[2])]
+
+
 @pytest.mark.parametrize("line", ["1,a.wav", "2,a.wav,b.wav", "a.wav,b.wav,1", "1,a.wav,b.wav,c.wav"])
 def test_a_bad_pair_file_names_the_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pairs.txt"
