@@ -249,8 +249,8 @@ def _describe(folder: Path, manifest: dict[str, Any], name: str) -> None:
             write_quantised(folder / f"{name}.{kind}.faiss", vectors, folder / before if before else None)
             manifest["quantised"][kind] = f"{name}.{kind}.faiss"
     if index.singer_column is not None:
-        names, singer = singer_numbers(index.singers)
-        singer = np.where(index.active, singer, -1)
+        active = index.active.tolist()  # a singer whose tracks were all replaced is none
+        names, singer = singer_numbers([name if own else "" for name, own in zip(index.singers, active, strict=True)])
         of_tracks = index.vectors["tracks"].take(np.arange(index.tracks.num_rows))
         total = singer_sums(of_tracks, singer, len(names))
         counts = np.bincount(singer[singer >= 0], minlength=len(names))

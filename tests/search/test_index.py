@@ -392,11 +392,12 @@ def test_a_condition_is_one_expression(output: str, tmp_path: Path) -> None:
 
 def test_a_credit_that_was_put_right_is_right_in_the_index(tracks: list[MadeTrack], tmp_path: Path) -> None:
     path = str(tmp_path / "i.index")
-    wrong = dataclasses.replace(tracks[0], singer="singer 4")
+    wrong = dataclasses.replace(tracks[0], singer="singer O")
     build_index([write_output(tmp_path / "one.parquet", [wrong, *tracks[1:]])], path)
     for replaced in (1, 0):
         done = build_index([write_output(tmp_path / "two.parquet", tracks)], path)
         assert (done.known, done.replaced, done.n_tracks) == (20 - replaced, replaced, 20)
+    assert StoredIndex(path).profiles.names == [f"singer {number}" for number in range(5)]
     assert StoredIndex(path).profiles.n_tracks.tolist() == [4] * 5
     assert {found.singer for found in open_index(path).search_track("s0-1", top=3).tracks} == {"singer 0"}
     without = pq.read_table(tmp_path / "two.parquet").drop_columns(["singer"])
