@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,8 +51,12 @@ def main(source: Path, target: Path, layout: str, centre: str | None, half: bool
         if half:
             raise UsageError("--half is for --layout singerembed; the official code expects FP32")
         export_official(checkpoint, target)
-        for note in _lost_in_the_official_layout(checkpoint.spec):
-            click.echo(f"note     {note}", err=True)
+        if checkpoint.spec.normalise != "crop":
+            click.echo(
+                f"note     trained with log-mel spectrograms divided by {checkpoint.spec.normalise}, which the official"
+                " layout cannot say: its readers divide by a maximum",
+                err=True,
+            )
     else:
         files.save_checkpoint(checkpoint, training_facts(source), target, half=half)
     click.echo(f"wrote    {target}")
@@ -130,16 +133,6 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
         "encoder": {"backbone": spec.backbone, "pretrained": False, "embedding_dim": spec.embedding_dim},
     }
     (target / "hyperparams.yaml").write_text(yaml.safe_dump(hyperparams), encoding="utf-8")
-
-
-def _lost_in_the_official_layout(spec: ModelSpec) -> Iterator[str]:
-    if spec.normalise != "crop":
-        yield (
-            f"trained with log-mel spectrograms divided by {spec.normalise}, which the official layout cannot say: its "
-            "readers divide by a maximum"
-        )
-    if spec.rectified:
-        yield "negative values of the embedding should be set to 0, which the official layout cannot say"
 
 
 def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:

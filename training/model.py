@@ -105,7 +105,6 @@ class Encoder(nn.Module):
         backbone = make(**backbone_options)
         # Channels last is 1.2 to 1.7 times as fast on a CPU, and can use the tensor cores of a GPU.
         self.net = nn.Sequential(LogScale(spec), Image(spec, normalise), backbone.to(memory_format=torch.channels_last))
-        self.last = nn.ReLU() if spec.rectified else nn.Identity()
 
     @property
     def backbone(self) -> nn.Module:
@@ -116,7 +115,7 @@ class Encoder(nn.Module):
         """Return embeddings [crops, embedding_dim] of mel power [crops, n_mels, frames]."""
         with torch.no_grad(), torch.autocast(power.device.type, enabled=False):
             image = self.net[1](self.net[0](power))  # log(1e-8) and the division need more than half precision
-        return cast(Tensor, self.last(self.net[2](image)))
+        return cast(Tensor, self.net[2](image))
 
 
 class Projection(nn.Module):

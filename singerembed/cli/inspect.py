@@ -92,8 +92,6 @@ def _model(spec: dict[str, Any]) -> str:
     weights = f"weights {spec['weights_sha256'][:_SHORT_HASH] or 'unknown'}..."
     if spec.get("centred_on"):
         weights = f"centred on {spec['centred_on']}, {weights}"
-    if spec.get("rectified"):
-        weights = f"rectified, {weights}"
     encoder = f"{spec['name']} ({spec['method']}, {spec['backbone']}, {spec['embedding_dim']} dimensions)"
     return f"{encoder}, {spec['precision']}, {crop}, {mel}, {weights}"
 

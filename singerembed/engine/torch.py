@@ -23,14 +23,13 @@ class EncoderNet(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.net = efficientnet_b0(num_classes=spec.embedding_dim)
-        self.last = nn.ReLU() if spec.rectified else nn.Identity()
         self.register_buffer("mean", torch.tensor(spec.image_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.image_std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, log_mel: Tensor) -> Tensor:
         """Map [batch, n_mels, n_frames] to [batch, embedding_dim]."""
         image = (log_mel.unsqueeze(1) - self.mean) / self.std
-        return self.last(self.net(image))  # type: ignore[no-any-return]
+        return self.net(image)  # type: ignore[no-any-return]
 
 
 def load_encoder(checkpoint: Checkpoint) -> EncoderNet:

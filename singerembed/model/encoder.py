@@ -35,7 +35,6 @@ class CompiledEncoder:
         there are too few or too many weights.
         """
         self._mel = MelExtractor(spec, silence_dbfs, isa=isa)
-        self._rectified = spec.rectified
         self._encoder = _csrc.Encoder(
             weights,
             n_mels=spec.n_mels,
@@ -58,16 +57,12 @@ class CompiledEncoder:
         Return the embeddings of the loud crops [loud crops, embedding_dim], and peak, rms and state [n] of all, as
         `EmbeddedCrops` has them.
         """
-        embedding, peak, rms, state = self._encoder.embed(self._mel.plan, crops)
-        return self._last(embedding), peak, rms, state
+        return self._encoder.embed(self._mel.plan, crops)
 
     def encode(self, log_mel: NDArray[np.float32]) -> NDArray[np.float32]:
         """Embed spectrograms, float32 [n, n_mels, n_frames], C-contiguous."""
-        return self._last(self._encoder.encode(log_mel))
+        return self._encoder.encode(log_mel)
 
     def trace(self, log_mel: NDArray[np.float32]) -> list[tuple[NDArray[np.float32], float]]:
         """Return the output [channels, height, width] of each bottleneck, and the seconds that it took."""
         return self._encoder.trace(log_mel)
-
-    def _last(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.maximum(embedding, 0, out=embedding) if self._rectified else embedding

@@ -12,7 +12,6 @@ from typing import Any
 UNKNOWN_SHA256 = ""
 # The checkpoint of the engine that ships with the package: trained on voices under free licences (docs/model-card.md).
 BUNDLED_NAME = "free-voices"
-_LATER = {"centred_on", "rectified"}  # fields that specs did not have from the beginning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +42,6 @@ class ModelSpec:
     # The crops whose mean embedding was subtracted in the bias of the last layer, in words; empty: none was. Specs from
     # before there was this field lack it, and those of encoders that are not centred still do.
     centred_on: str = ""
-    # Negative values of the last layer's output are 0, as GE2E has it. Specs lack this field as they do `centred_on`.
-    rectified: bool = False
 
     def __post_init__(self) -> None:
         if self.normalise != "crop" and not (isinstance(self.normalise, int | float) and self.normalise > 0):
@@ -68,18 +65,17 @@ class ModelSpec:
         return 0.0 if self.normalise == "crop" else float(self.normalise)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON types, without those of `_LATER` that are empty."""
+        """Return the fields as JSON types, without an empty `centred_on`."""
         fields = dataclasses.asdict(self)
-        for name in _LATER:
-            if not fields[name]:
-                del fields[name]  # or the identities of engines built before would change
+        if not self.centred_on:
+            del fields["centred_on"]  # or the identities of engines built before would change
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> ModelSpec:
         """Make a spec from the result of `to_dict`. Raises ValueError naming missing, unknown or invalid fields."""
         known = {field.name for field in dataclasses.fields(cls)}
-        missing, unknown = known - fields.keys() - _LATER, fields.keys() - known
+        missing, unknown = known - fields.keys() - {"centred_on"}, fields.keys() - known
         if missing or unknown:
             raise ValueError(f"model spec: missing {sorted(missing)}, unknown {sorted(unknown)}")
         tuples = {key: tuple(value) for key, value in fields.items() if isinstance(value, list)}

