@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from singerembed.search.store import StoredVectors, Vectors
 
 # What two copies have in common, and below how many crops nothing is said; measured in docs/search.md.
-NEAR_COPY = 0.96  # mean cosine of the crops at the same places
+NEAR_COPY = 0.95  # mean cosine of the crops at the same places
 LEVEL_DB = 0.1  # root mean square of the differences of their levels, the mean difference left out
 MIN_CROPS = 6  # which also lie apart, or side by side: with overlaps it takes more
 MIN_SPREAD_DB = 5 * LEVEL_DB  # standard deviation of a track's levels: what is always as loud cannot be told by them
