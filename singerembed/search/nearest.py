@@ -22,7 +22,7 @@ _BLOCK = 16_384  # rows that are compared, or added, at a time: 64 MB as float32
 _COMPONENTS = 128
 _TRAINING_ROWS = 100_000
 # Lists that are looked through, and candidates that are compared with the stored vectors.
-_PROBES = 128
+_PROBES = 512
 _CANDIDATES = 500
 
 
