@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -109,3 +110,30 @@ def test_an_index_killed_at_any_step_is_whole_or_not_there(
         assert state_of(copy / "i.index") == after
         assert [path.name for path in copy.iterdir()] == ["i.index"]
         assert files_of(copy / "i.index") == files_of(copies[0] / "i.index")
+
+
+def test_an_index_killed_while_it_is_made_is_not_there(tmp_path: Path) -> None:
+    output = write_output(tmp_path / "o.parquet", made_tracks(10, 10, 3))
+    path = tmp_path / "i.index"
+    code = (
+        "import sys, time\n"
+        "from singerembed.search.build import build_index\n"
+        "n = 0\n"
+        "def advance():\n"
+        "    global n\n"
+        "    n += 1\n"
+        "    if n == 50:\n"
+        "        print('half', flush=True); time.sleep(60)\n"
+        "build_index([sys.argv[1]], sys.argv[2], advance=advance)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, output, str(path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    with pytest.raises(InputError, match="is not an index"):
+        open_index(str(path))
+    assert list(tmp_path.glob(".i.index.*"))
+    assert build_index([output], str(path)).n_tracks == 100
+    assert not list(tmp_path.glob(".i.index.*"))
