@@ -7,9 +7,8 @@ import signal
 
 def main() -> None:
     """Import the command line and run it. Ctrl-C ends the process without a traceback from the start."""
-    is_heeded = (
-        signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )  # a shell may start it with Ctrl-C ignored
+    # A shell may start it with Ctrl-C ignored.
+    is_heeded = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_heeded:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules are imported there is nothing to clean up
     from singerembed.cli.main import main as run
