@@ -32,22 +32,23 @@ class Targets:
     """Targets of crops: the mean embedding of the windows in a crop, centred, half whitened, of length 1.
 
     Half whitened: times the covariance of all windows, with a tenth of its mean variance mixed in, to the power -1/4.
-    Directions of small variance, in which most of what tells people of a kind apart lies, then weigh more.
+    Directions of small variance, in which most of what tells people of a kind apart lies, then weigh more. `mean`,
+    [dim], is subtracted before the product with `whitening`, [dim, dim].
     """
 
     def __init__(self, windows: dict[str, Windows]) -> None:
         """`windows`: by the path of a file relative to the data's folder, or absolute."""
         self._windows = windows
         everything = np.concatenate([each.embeddings for each in windows.values()]).astype(np.float64)
-        self._mean = everything.mean(axis=0)
+        self.mean = everything.mean(axis=0)
         variance, axes = np.linalg.eigh(np.cov(everything.T, bias=True))
         mixed = (1 - _SHRUNK) * variance.clip(min=0) + _SHRUNK * max(float(variance.mean()), 1e-12)
-        self._whitening = (axes * mixed**-0.25) @ axes.T
+        self.whitening = (axes * mixed**-0.25) @ axes.T
 
     @property
     def dim(self) -> int:
         """Dimension of the teacher's embedding."""
-        return len(self._mean)
+        return len(self.mean)
 
     def __contains__(self, path: str) -> bool:
         return path in self._windows
@@ -61,7 +62,7 @@ class Targets:
         inside = (windows.centres >= start) & (windows.centres <= start + seconds)
         if not inside.any():
             inside[np.abs(windows.centres - start - seconds / 2).argmin()] = True
-        target = (windows.embeddings[inside].mean(axis=0) - self._mean) @ self._whitening
+        target = (windows.embeddings[inside].mean(axis=0) - self.mean) @ self.whitening
         return np.asarray(target / max(float(np.linalg.norm(target)), 1e-9), np.float32)
 
 

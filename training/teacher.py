@@ -25,7 +25,7 @@ from training.targets import Floats, Windows, relative_path, write_targets
 _LEVEL_DBFS = -30.0  # root mean square that the encoder expects
 _SILENT = 1e-4  # root mean square below which a window is left out
 _FRAMES_PER_SECOND = 100
-_PEAK = 0.9
+PEAK = 0.9  # of what CAM++ hears
 _LONGEST_SECONDS = 600.0  # of one recording
 
 
@@ -94,7 +94,7 @@ class CamPlusPlusTeacher:
         if not loud.any():
             return None
         parts = parts[loud]
-        parts *= _PEAK / np.abs(parts).max(axis=1, keepdims=True)  # its energies have a floor
+        parts *= PEAK / np.abs(parts).max(axis=1, keepdims=True)  # its energies have a floor
         embedding = self._model(torch.from_numpy(parts)).numpy()
         # Positive and negative parts side by side: on the eight singers of the model card the same error rate, at an
         # effective rank of 44 instead of 35.

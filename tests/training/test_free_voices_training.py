@@ -66,7 +66,7 @@ def test_crops_come_with_the_targets_of_their_recordings(folder: Path) -> None:
 
 def test_a_crop_longer_than_the_recording_ends_in_silence(folder: Path) -> None:
     recordings = Recordings(sorted((folder / "voices").rglob("*.flac")), CPU)
-    pcm = recordings.cut(torch.tensor([0, 3]), 5 * RATE)
+    pcm, _ = recordings.cut(torch.tensor([0, 3]), 5 * RATE)
     assert (pcm[:, -RATE // 4 :] == 0).all()
     assert (pcm[:, : RATE // 2].abs().amax(1) > 0).all()
     torch.testing.assert_close(pcm.abs().amax(1), torch.ones(2))
@@ -74,7 +74,7 @@ def test_a_crop_longer_than_the_recording_ends_in_silence(folder: Path) -> None:
 
 def test_each_crop_goes_through_a_channel_of_its_own(folder: Path) -> None:
     recordings = Recordings(sorted((folder / "voices").rglob("*.flac")), CPU)
-    pcm = recordings.cut(recordings.draw(8), 22_050)
+    pcm, _ = recordings.cut(recordings.draw(8), 22_050)
     once, again = through_channel(pcm), through_channel(pcm)
     assert torch.isfinite(once).all()
     assert ((once - again).abs().amax(1) > 0.01).all()

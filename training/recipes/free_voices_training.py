@@ -10,6 +10,8 @@
 The corpus lies in memory (memory_corpus.py). The encoder learns the teacher's embeddings of the recordings, their
 similarities, and their neighbours in the corpus from ever longer crops, each through a channel of its own, some over a
 band; the rate falls to 0 at the end of the time. In the end the last layer is whitened (last_layer.py).
+
+On a GPU, `--ask-teacher` asks the teacher about every crop instead, played at a speed of its own (crop_teacher.py).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from singerembed.model.spec import ModelSpec
 from training import files, losses
 from training.command import command
 from training.model import Encoder, MelSpectrogram
+from training.recipes.crop_teacher import CropTeacher
 from training.recipes.last_layer import whitened
 from training.recipes.memory_corpus import Corpus
 from training.targets import read_targets
@@ -37,11 +40,12 @@ from training.train import keep_freed_memory
 NORMALISE = 9.2  # constant, so that the encoder sees the level of a band, which differs between catalogues
 # Share of the time, seconds of a crop.
 PHASES = ((0.5, 1.6), (0.8, 2.4), (1.0, 4.0))
+PHASES_WITH_TEACHER = ((0.3, 2.4), (1.0, 4.0))  # which knows less of a shorter crop
 AVERAGED_STEPS = 200  # of the exponential moving average of the weights, which is what is written
 RELATIONS = 5.0  # weight of the similarities, beside the cosine's 1
 NEIGHBOURS, TEMPERATURE = 0.2, 0.1  # weight of the divergence among all targets of the corpus
 WARMUP = 0.03  # share of the time
-FROZEN = 4  # first stages, of 9, of a checkpoint that the training starts from: 1.4 times as many steps in the time
+FROZEN = 4  # first stages, of 9, of a checkpoint that a CPU starts from: 1.4 times as many steps in the time
 WHITENED_ON = 3000  # crops
 LOG_EVERY_STEPS = 100
 
@@ -62,6 +66,7 @@ LOG_EVERY_STEPS = 100
 @click.option(
     "--initial", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Checkpoint to start from."
 )
+@click.option("--ask-teacher", is_flag=True, help="About every crop, at a speed of its own; for a GPU.")
 @click.option("--snapshots", default=0, help="Checkpoints to write on the way, beside TARGET.")
 @click.option("--device", default="cuda", help="Of torch.")
 @click.option("--seed", default=1, help="Of everything that is drawn.")
@@ -75,6 +80,7 @@ def main(
     backing: Path | None,
     separated: Path | None,
     initial: Path | None,
+    ask_teacher: bool,
     snapshots: int,
     device: str,
     seed: int,
@@ -84,10 +90,12 @@ def main(
     keep_freed_memory()
     where = torch.device(device)
     folders = [corpus, separated] if separated else [corpus]
-    voices = Corpus(folders, read_targets(str(targets)), backing, where)
+    table = read_targets(str(targets))
+    voices = Corpus(folders, table, backing, where, CropTeacher(table, where) if ask_teacher else None)
+    phases = PHASES_WITH_TEACHER if ask_teacher else PHASES
     run = _Run(where, rate, initial, voices.targets)
     facts = {"method": "teacher", "recipe": Path(__file__).stem, "seed": seed, "minutes": minutes, "rate": rate} | {
-        "batch_seconds": batch_seconds, "hours": round(voices.seconds / 3600, 2)
+        "batch_seconds": batch_seconds, "ask_teacher": ask_teacher, "hours": round(voices.seconds / 3600, 2)
     }  # fmt: skip
 
     def write(checkpoint: Checkpoint, path: Path) -> None:
@@ -95,7 +103,7 @@ def main(
 
     started, snapshot = time.monotonic(), 1
     while (done := (time.monotonic() - started) / (60 * minutes)) < 1:
-        seconds = next(length for share, length in PHASES if done < share)
+        seconds = next(length for share, length in phases if done < share)
         pcm, targets_of_crops = voices.draw(round(batch_seconds / seconds), round(seconds * run.spec.sample_rate))
         terms = run.step(pcm, targets_of_crops, done)
         if run.steps % LOG_EVERY_STEPS == 0:
@@ -123,7 +131,7 @@ class _Run:
         self._encoder = Encoder(self.spec, normalise=NORMALISE, dropout=0.0, stochastic_depth_prob=0.0)
         if initial:
             self._encoder.backbone.load_state_dict(load_checkpoint(str(initial)).state_dict)
-            for stage in range(FROZEN):
+            for stage in range(FROZEN if device.type == "cpu" else 0):
                 self._encoder.backbone.get_submodule(f"features.{stage}").requires_grad_(False)
         self._encoder.to(device)
         self._optimiser = torch.optim.AdamW(self._encoder.parameters(), lr=rate, weight_decay=1e-2, fused=True)

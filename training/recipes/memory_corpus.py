@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from singerembed.errors import UsageError
+from training.recipes.crop_teacher import CropTeacher, even_lengths, resampled
 from training.recipes.speakers import SAMPLE_RATE
 from training.targets import Targets
 
@@ -25,6 +26,8 @@ _KNOTS_HZ = np.geomspace(60, 18_000, 9)
 _ROOM_SECONDS = 0.5
 _WITH_BAND = 0.4  # share of the crops
 _VOICE_OVER_BAND_DB = (0.0, 20.0)
+_SPEED_OCTAVES = 0.2
+_CROPS_OF_A_SPEED = 16
 _GAIN_DB = 12.0  # with constant normalisation the encoder sees the level
 
 
@@ -45,32 +48,48 @@ class Recordings:
         """Draw the numbers of `n` recordings."""
         return torch.randint(len(self._length), (n,), device=self._length.device)
 
-    def cut(self, recording: Tensor, samples: int) -> Tensor:
-        """Return a crop of each recording from a random place, [n, samples] with a peak of 1; zeros after its end."""
-        device = recording.device
-        best = torch.zeros(len(recording), samples, device=device)
-        loud = torch.zeros(len(recording), 1, dtype=torch.bool, device=device)
+    def cut(self, recording: Tensor, samples: int) -> tuple[Tensor, Tensor]:
+        """Return a crop of each recording from a random place, [n, samples] with a peak of 1, and the places, [n].
+
+        There are zeros after a recording's end.
+        """
+        best = torch.zeros(len(recording), samples, device=recording.device)
+        place = torch.zeros_like(recording)
+        loud = torch.zeros_like(recording, dtype=torch.bool)
         for _ in range(_DRAWS):
             room = (self._length[recording] - samples + 1).clamp(min=1)
-            start = (torch.rand(len(recording), device=device, dtype=torch.float64) * room).long()
-            at = start[:, None] + torch.arange(samples, device=device)
-            inside = at < self._length[recording][:, None]
-            drawn = torch.where(inside, self._pcm[torch.where(inside, self._first[recording][:, None] + at, 0)], 0)
-            best = torch.where(loud, best, drawn / 32768)
-            loud = best.square().mean(1, keepdim=True).sqrt() > _QUIET
+            start = (torch.rand(len(recording), device=recording.device, dtype=torch.float64) * room).long()
+            place = torch.where(loud, place, start)
+            best = torch.where(loud[:, None], best, self.at(recording, start, samples))
+            loud = best.square().mean(1).sqrt() > _QUIET
             if loud.all():
                 break
-        return peak_normalised(best)
+        return peak_normalised(best), place
+
+    def at(self, recording: Tensor, start: Tensor, samples: int) -> Tensor:
+        """Return the crop of each recording from sample `start`, [n, samples], full scale 1; zeros after its end."""
+        at = start[:, None] + torch.arange(samples, device=recording.device)
+        inside = at < self._length[recording][:, None]
+        pcm = self._pcm[torch.where(inside, self._first[recording][:, None] + at, 0)]
+        return torch.where(inside, pcm, 0) / 32768
 
 
 class Corpus:
     """Recordings with the teacher's embedding of each, and accompaniment."""
 
-    def __init__(self, folders: Sequence[Path], targets: Targets, backing: Path | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        targets: Targets,
+        backing: Path | None,
+        device: torch.device,
+        teacher: CropTeacher | None = None,
+    ) -> None:
         """Read the recordings below `folders` that `targets` has windows of, and those in the folder `backing`.
 
-        A recording goes by its path in its folder; `self.targets` has a row of length 1 for each. Raises UsageError if
-        there are none.
+        A recording goes by its path in its folder; `self.targets` has a row of length 1 for each. With `teacher`, crops
+        are played at other speeds, and the teacher is asked about each: about the same crop of the first folder that
+        has a recording of the name. Raises UsageError if there are no recordings.
         """
         found = [
             (folder, str(path.relative_to(folder))) for folder in folders for path in sorted(folder.rglob("*.flac"))
@@ -86,21 +105,42 @@ class Corpus:
             np.stack([targets.of_crop(*each) for each in zip(names, 0 * lengths, lengths, strict=True)])
         ).to(device)
         self._bands = Recordings(bands, device) if bands else None
+        self._teacher = teacher
+        first = {name: i for i, name in reversed(list(enumerate(names)))}
+        self._heard_by_teacher = torch.tensor([first[name] for name in names], device=device)
         self.seconds = float(lengths.sum())
 
     def draw(self, n: int, samples: int) -> tuple[Tensor, Tensor]:
         """Draw crops of `n` recordings, each through a channel of its own. Return [n, samples], and targets [n, dim].
 
-        The target of a crop is that of its whole recording.
+        The target of a crop is that of its whole recording, or what the teacher says of the crop.
         """
         recording = self._voices.draw(n)
-        pcm = through_channel(self._voices.cut(recording, samples))
+        if self._teacher is None:
+            voice, targets = self._voices.cut(recording, samples)[0], self.targets[recording]
+        else:
+            voice, targets = self._at_other_speeds(recording, samples, self._teacher)
+        pcm = through_channel(voice)
         if self._bands:
-            band = self._bands.cut(self._bands.draw(n), samples)
+            band, _ = self._bands.cut(self._bands.draw(n), samples)
             ratio = (pcm.square().mean(1, keepdim=True) / band.square().mean(1, keepdim=True).clamp(min=1e-12)).sqrt()
             level = ratio * 10 ** (-_between(n, *_VOICE_OVER_BAND_DB, pcm) / 20)
             pcm = pcm + torch.where(_chance(n, _WITH_BAND, pcm), band * level, 0.0)
-        return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), self.targets[recording]
+        return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), targets
+
+    def _at_other_speeds(self, recording: Tensor, samples: int, teacher: CropTeacher) -> tuple[Tensor, Tensor]:
+        """Return crops played at drawn speeds, [n, samples] with a peak of 1, and what the teacher says of them."""
+        lengths = even_lengths(*(round(samples * 2**octaves) for octaves in (-_SPEED_OCTAVES, _SPEED_OCTAVES)))
+        heard_samples = round(samples * teacher.sample_rate / SAMPLE_RATE)
+        voices, heard = [], []
+        for first in range(0, len(recording), _CROPS_OF_A_SPEED):
+            group = recording[first : first + _CROPS_OF_A_SPEED]
+            length = lengths[int(torch.randint(len(lengths), ()))]
+            voice, place = self._voices.cut(group, length)
+            voices.append(peak_normalised(resampled(voice, samples)))
+            clean = self._voices.at(self._heard_by_teacher[group], place, length)
+            heard.append(peak_normalised(resampled(clean, heard_samples)))
+        return torch.cat(voices), teacher(torch.cat(heard))
 
 
 def _read(path: Path) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
