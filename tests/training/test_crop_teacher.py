@@ -10,6 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
+from scipy.signal import lfilter
 from torch import Tensor
 from training_audio import RATE, write
 
@@ -18,6 +19,7 @@ from singerembed.evaluation.baselines.campplus import EMBEDDING_DIM, SAMPLE_RATE
 from training import teacher
 from training.recipes import crop_teacher, free_voices_training
 from training.recipes.crop_teacher import CropTeacher, even_lengths, resampled
+from training.recipes.formants import with_moved_formants
 from training.recipes.memory_corpus import Corpus
 from training.targets import Targets, Windows, read_targets, write_targets
 
@@ -97,7 +99,7 @@ def test_the_teacher_hears_the_same_crop_at_the_same_speed(tmp_path: Path) -> No
     voices = Corpus(folders, Targets(table(["a.flac", "b.flac"])), None, CPU, listener)
     torch.manual_seed(0)
     samples = round(SECONDS * RATE)
-    pcm, heard = voices._at_other_speeds(torch.arange(64) % 2, samples, listener)
+    pcm, heard = voices._as_other_voices(torch.arange(64) % 2, samples, listener)
     hertz = loudest_hz(pcm, RATE)
     assert pcm.shape == (64, samples)
     torch.testing.assert_close(hertz, heard[:, 0] * (1 + torch.arange(64) % 2), atol=2.0, rtol=0)
@@ -105,6 +107,22 @@ def test_the_teacher_hears_the_same_crop_at_the_same_speed(tmp_path: Path) -> No
     assert len(set(speeds.tolist())) == 4  # 16 crops have one speed
     assert ((speeds > 2**-0.21) & (speeds < 2**0.21)).all()
     assert (speeds - 1).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("factor", [0.85, 1.0, 1.2])
+def test_formants_move_and_the_pitch_stays(factor: float) -> None:
+    """Pulses at 105 Hz through a resonance at 2 kHz."""
+    pulses = np.zeros(2 * RATE)
+    pulses[:: RATE // 105] = 1
+    turn, radius = 2 * np.pi * 2000 / RATE, 0.98
+    pcm = lfilter([1.0], [1.0, -2 * radius * np.cos(turn), radius**2], pulses)
+    moved = with_moved_formants(torch.from_numpy(pcm).float()[None], torch.tensor([factor]))[0].numpy()
+    power = np.abs(np.fft.rfft(moved)[:16_000]) ** 2  # bins of half a hertz
+    assert np.average(np.arange(2000, 8000) / 2, weights=power[2000:8000]) == pytest.approx(2000 * factor, rel=0.06)
+    harmonics = 2 * 105 * np.arange(5, 40)
+    assert power[(harmonics[:, None] + np.arange(-6, 7)).ravel()].sum() > 0.9 * power[1000:8200].sum()
+    if factor == 1.0:
+        np.testing.assert_allclose(moved, pcm, atol=1e-4 * np.abs(pcm).max())
 
 
 def test_training_asks_it(campplus: CamPlusPlus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from singerembed.errors import UsageError
 from training.recipes.crop_teacher import CropTeacher, even_lengths, resampled
+from training.recipes.formants import with_moved_formants
 from training.recipes.speakers import SAMPLE_RATE
 from training.targets import Targets
 
@@ -26,7 +28,7 @@ _KNOTS_HZ = np.geomspace(60, 18_000, 9)
 _ROOM_SECONDS = 0.5
 _WITH_BAND = 0.4  # share of the crops
 _VOICE_OVER_BAND_DB = (0.0, 20.0)
-_SPEED_OCTAVES = 0.2
+_SPEED_OCTAVES, _FORMANT_OCTAVES = 0.2, 0.2
 _CROPS_OF_A_SPEED = 16
 _GAIN_DB = 12.0  # with constant normalisation the encoder sees the level
 
@@ -88,7 +90,7 @@ class Corpus:
         """Read the recordings below `folders` that `targets` has windows of, and those in the folder `backing`.
 
         A recording goes by its path in its folder; `self.targets` has a row of length 1 for each. With `teacher`, crops
-        are played at other speeds, and the teacher is asked about each: about the same crop of the first folder that
+        get other speeds and formants, and the teacher is asked about each: about the same crop of the first folder that
         has a recording of the name. Raises UsageError if there are no recordings.
         """
         found = [
@@ -119,7 +121,7 @@ class Corpus:
         if self._teacher is None:
             voice, targets = self._voices.cut(recording, samples)[0], self.targets[recording]
         else:
-            voice, targets = self._at_other_speeds(recording, samples, self._teacher)
+            voice, targets = self._as_other_voices(recording, samples, self._teacher)
         pcm = through_channel(voice)
         if self._bands:
             band, _ = self._bands.cut(self._bands.draw(n), samples)
@@ -128,19 +130,29 @@ class Corpus:
             pcm = pcm + torch.where(_chance(n, _WITH_BAND, pcm), band * level, 0.0)
         return peak_normalised(pcm) * 10 ** (-_between(n, 0, _GAIN_DB, pcm) / 20), targets
 
-    def _at_other_speeds(self, recording: Tensor, samples: int, teacher: CropTeacher) -> tuple[Tensor, Tensor]:
-        """Return crops played at drawn speeds, [n, samples] with a peak of 1, and what the teacher says of them."""
+    def _as_other_voices(self, recording: Tensor, samples: int, teacher: CropTeacher) -> tuple[Tensor, Tensor]:
+        """Return crops of other speeds and formants, [n, samples] with a peak of 1, and what the teacher says of each.
+
+        Speeds are drawn for a few crops together, because transforms of one length are fast.
+        """
         lengths = even_lengths(*(round(samples * 2**octaves) for octaves in (-_SPEED_OCTAVES, _SPEED_OCTAVES)))
-        heard_samples = round(samples * teacher.sample_rate / SAMPLE_RATE)
-        voices, heard = [], []
+        heard = self._heard_by_teacher[recording]
+        voices, originals = [], []
         for first in range(0, len(recording), _CROPS_OF_A_SPEED):
-            group = recording[first : first + _CROPS_OF_A_SPEED]
+            group = slice(first, first + _CROPS_OF_A_SPEED)
             length = lengths[int(torch.randint(len(lengths), ()))]
-            voice, place = self._voices.cut(group, length)
-            voices.append(peak_normalised(resampled(voice, samples)))
-            clean = self._voices.at(self._heard_by_teacher[group], place, length)
-            heard.append(peak_normalised(resampled(clean, heard_samples)))
-        return torch.cat(voices), teacher(torch.cat(heard))
+            voice, place = self._voices.cut(recording[group], length)
+            voices.append(resampled(voice, samples))
+            originals.append(resampled(self._voices.at(heard[group], place, length), samples))
+        voice, original = torch.cat(voices), torch.cat(originals)
+        factor = 2 ** _between(len(voice), -_FORMANT_OCTAVES, _FORMANT_OCTAVES, voice)[:, 0]
+        voice = with_moved_formants(voice, factor)
+        separated = heard != recording
+        original = torch.where(separated[:, None], original, voice)
+        if separated.any():
+            original[separated] = with_moved_formants(original[separated], factor[separated])
+        original = peak_normalised(resampled(original, round(samples * teacher.sample_rate / SAMPLE_RATE)))
+        return peak_normalised(voice), teacher(original)
 
 
 def _read(path: Path) -> np.ndarray[tuple[int], np.dtype[np.int16]]:
@@ -191,9 +203,7 @@ def through_channel(pcm: Tensor) -> Tensor:
 
 def _gains(n: int, length: int, device: torch.device) -> Tensor:
     """Draw the gains of equaliser and band limits at the frequencies of a real transform, [n, length // 2 + 1]."""
-    hertz = torch.fft.rfftfreq(length, 1 / SAMPLE_RATE, device=device).clamp(min=1)
-    place = np.interp(np.log(hertz.cpu().numpy()), np.log(_KNOTS_HZ), np.arange(len(_KNOTS_HZ)))
-    between = torch.from_numpy(np.maximum(0, 1 - np.abs(place - np.arange(len(_KNOTS_HZ))[:, None]))).float().to(device)
+    hertz, between = _between_knots(length, device)
     like = torch.empty(1, device=device)
     decibels = torch.randn(n, len(_KNOTS_HZ), device=device) * _between(n, 0, 6, like)
     gains = 10 ** (decibels @ between / 20)
@@ -201,6 +211,15 @@ def _gains(n: int, length: int, device: torch.device) -> Tensor:
     highest = torch.where(_chance(n, 0.4, like), _between(n, 40, 250, like), 1e-3)
     limited: Tensor = gains / ((1 + (hertz / lowest) ** 8) * (1 + (highest / hertz) ** 4)).sqrt()
     return limited
+
+
+@cache
+def _between_knots(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the frequencies of a real transform, and each knot's share in the gain at them, [knots, frequencies]."""
+    hertz = torch.fft.rfftfreq(length, 1 / SAMPLE_RATE).clamp(min=1)
+    place = np.interp(np.log(hertz.numpy()), np.log(_KNOTS_HZ), np.arange(len(_KNOTS_HZ)))
+    shares = np.maximum(0, 1 - np.abs(place - np.arange(len(_KNOTS_HZ))[:, None]))
+    return hertz.to(device), torch.from_numpy(shares).float().to(device)
 
 
 def _rooms(n: int, tail: int, length: int, device: torch.device) -> Tensor:
