@@ -38,6 +38,7 @@ from singerembed.search.store import (
 )
 
 INDEX_SCORINGS = ("centred", "cosine", "whitened")
+_MANY_GONE = 0.5  # share of an index's tracks that an update does not take out without being told
 _OWN_FILES = re.compile(
     rf"\d{{6}}\.(({'|'.join(KINDS)})\.(arrow|f16|parquet|faiss)|singers\.np[yz])|\.{re.escape(MANIFEST)}\..*\.tmp"
 )
@@ -52,6 +53,7 @@ class IndexSummary:
     added_crops: int
     known: int  # tracks that the index had, unchanged
     replaced: int  # tracks whose recording or singer has changed
+    gone: int  # tracks that an update took out
     doubled: list[tuple[str, str]]  # paths of recordings that are there twice, and of their first copy; the first few
     n_doubled: int
     silent: int  # crops that were left out
@@ -63,21 +65,29 @@ class IndexSummary:
 
 def build_index(
     outputs: list[str], path: str, *, singer_column: str | None = None, scoring: str | None = None,
-    advance: Callable[[], object] = lambda: None,
+    update: bool = False, allow_gone: bool = False, advance: Callable[[], object] = lambda: None,
 ) -> IndexSummary:  # fmt: skip
     """Index `outputs` as the folder `path`, or add to it what it does not have.
 
     `singer_column`: the catalogue's column of singers, fixed when the index is made (default: `singer`, if there is
-    one). `scoring`: of INDEX_SCORINGS (default: centred); fitted when the index is made. `advance` is called after each
-    track. An index is whole or not there, whenever this is killed. Raises InputError, UsageError, and OutputError, the
-    latter also while another process adds to the index.
+    one). `scoring`: of INDEX_SCORINGS (default: centred); fitted when the index is made. `update`: tracks that
+    `outputs` do not have, or not with an embedding, are taken out of the index, more than half of them only with
+    `allow_gone`. `advance` is called after each track. An index is whole or not there, whenever this is killed. Raises
+    InputError, UsageError, and OutputError, the latter also while another process adds to the index.
     """
     if storage.is_remote(path):
         raise UsageError(f"{path}: an index is mapped into memory from a local disk. Make it there, and copy it")
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
         with _writing(path), _locked(path):
-            return _extend(library, StoredIndex(path), singer_column, scoring, advance)
+            index = StoredIndex(path)
+            _check_fixed(library, index, singer_column, scoring)
+            changes = _Changes(index)
+            if update:
+                changes.take_out(library, allow_gone=allow_gone)
+            remove_leftovers(index)
+            manifest = json.loads(json.dumps(index.manifest))
+            return _add(library, index.scoring, index, index.folder, manifest, changes, advance)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UsageError(f"{path} exists and is not an index. Give another name, or remove it")
     column = singer_column
@@ -95,7 +105,7 @@ def build_index(
         if fitted.projection is not None:
             arrays["projection"] = fitted.projection
         np.savez(folder / SCORING, **arrays)  # type: ignore[arg-type]
-        summary = _add(library, fitted, None, folder, manifest, advance)
+        summary = _add(library, fitted, None, folder, manifest, _Changes(None), advance)
     return replace(summary, index=path)  # its files were written under another name
 
 
@@ -130,9 +140,8 @@ def _writing(path: str) -> Iterator[None]:
         raise OutputError(f"cannot write the index {path}: {exc.strerror or exc}") from exc
 
 
-def _extend(
-    library: Library, index: StoredIndex, singer_column: str | None, scoring: str | None, advance: Callable[[], object]
-) -> IndexSummary:
+def _check_fixed(library: Library, index: StoredIndex, singer_column: str | None, scoring: str | None) -> None:
+    """Raise UsageError where `library` or an option is at odds with what was fixed when `index` was made."""
     path = str(index.folder)
     check_engine(library.engine, index.engine, library.outputs[0], path)
     check_separator(library.separator, index.separator, library.outputs[0], path)
@@ -141,17 +150,15 @@ def _extend(
     ):  # fmt: skip
         if given not in {None, fixed}:
             raise UsageError(f"{path} was made with {name} {fixed}. Leave {name} out, or make another index")
-    manifest = json.loads(json.dumps(index.manifest))
-    remove_leftovers(index)
-    return _add(library, index.scoring, index, index.folder, manifest, advance)
 
 
 class _Changes:
     """The tracks of a library that an index does not have as they are."""
 
     def __init__(self, index: StoredIndex | None) -> None:
-        self.gone = set[int](index.manifest["replaced"] if index else [])  # tracks that are replaced, also by `rows`
-        self.n_known = self.n_replaced = 0
+        # Tracks that do not count any more: `rows` adds those that it replaces.
+        self.gone = set[int](index.manifest["replaced"] if index else [])
+        self.n_known = self.n_replaced = self.n_gone = 0
         self._known = dict[tuple[str, str], tuple[int, str, str]]()  # number, fingerprint, singer
         self._n_tracks = index.tracks.num_rows if index else 0
         if index:
@@ -159,6 +166,20 @@ class _Changes:
             for number, (name, path, *facts) in enumerate(zip(*columns, index.singers, strict=True)):
                 if number not in self.gone:
                     self._known[name, path] = number, *facts
+
+    def take_out(self, library: Library, *, allow_gone: bool) -> None:
+        """Count the tracks as gone that `library` does not have.
+
+        Raises OutputError where they are more than half, and that was not allowed.
+        """
+        missing = self._known.keys() - library.keys()
+        if len(missing) > _MANY_GONE * len(self._known) and not allow_gone:
+            raise OutputError(
+                f"{len(missing):,} of the {len(self._known):,} tracks of the index are not in "
+                f"{', '.join(library.outputs)}: are these all its outputs? --allow-gone takes them out"
+            )
+        self.n_gone = len(missing)
+        self.gone.update(self._known.pop(key)[0] for key in missing)
 
     def rows(
         self, library: Library, singer_column: str | None, scoring: Scoring, advance: Callable[[], object]
@@ -201,29 +222,30 @@ def _rows_of(index: StoredIndex, numbers: NDArray[np.int64]) -> Iterator[TrackRo
 
 def _add(
     library: Library, scoring: Scoring, index: StoredIndex | None, folder: Path, manifest: dict[str, Any],
-    advance: Callable[[], object],
+    changes: _Changes, advance: Callable[[], object],
 ) -> IndexSummary:  # fmt: skip
-    """Write what `library` adds to `index`, and all that depends on it, into `folder`, the manifest last."""
-    changes = _Changes(index)
+    """Write what `library` changes in `index`, and all that depends on it, into `folder`, the manifest last."""
     generation = manifest.get("generation", -1) + 1
     segment = Segment(folder, f"{generation:06d}", scoring.dim, index, changes.gone)
     segment.write(changes.rows(library, manifest["singer_column"], scoring, advance))
-    if segment.n_tracks:
-        manifest.update(generation=generation, segments=[*manifest["segments"], segment.name])
+    changed = segment.n_tracks or changes.n_gone
+    if changed:
+        added = [segment.name] if segment.n_tracks else []
+        manifest.update(generation=generation, segments=[*manifest["segments"], *added])
         manifest["replaced"] = sorted(changes.gone)
         _keep_copies(folder, manifest, changes.gone)
-        _describe(folder, manifest, manifest["segments"][-1])
+        _describe(folder, manifest, f"{manifest['generation']:06d}")
         publish_manifest(folder, manifest)
     found = StoredIndex(str(folder))
-    if not segment.n_tracks:
+    if not changed:
         remove_leftovers(found)
     n_crops = found.tracks["n_crops"].to_numpy()
-    added = np.arange(len(n_crops))[segment.offset : segment.offset + segment.n_tracks]
+    new = np.arange(len(n_crops))[segment.offset : segment.offset + segment.n_tracks]
     return IndexSummary(
-        index=str(folder), added_tracks=len(added), added_crops=int(n_crops[added][found.active[added]].sum()),
-        known=changes.n_known, replaced=changes.n_replaced, doubled=segment.doubled, n_doubled=segment.n_doubled,
-        silent=library.n_silent, error_tracks=library.n_error_tracks, singer_column=found.singer_column,
-        n_tracks=int(found.active.sum()), n_crops=int(n_crops[found.active].sum()),
+        index=str(folder), added_tracks=len(new), added_crops=int(n_crops[new][found.active[new]].sum()),
+        known=changes.n_known, replaced=changes.n_replaced, gone=changes.n_gone, doubled=segment.doubled,
+        n_doubled=segment.n_doubled, silent=library.n_silent, error_tracks=library.n_error_tracks,
+        singer_column=found.singer_column, n_tracks=int(found.active.sum()), n_crops=int(n_crops[found.active].sum()),
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from singerembed import storage
@@ -63,11 +64,24 @@ class Library:
 
         Raises InputError where an output cannot be read.
         """
+        for rows in self._units():
+            yield from _tracks_of(rows)
+
+    def keys(self) -> set[tuple[str, str]]:
+        """Return what names each track that has an embedding. Raises InputError where an output cannot be read."""
+        found = set[tuple[str, str]]()
+        for rows in self._units(["track_id", "path", "status"]):
+            ok = rows.filter(pc.equal(rows["status"], OK))
+            found.update(zip(ok["track_id"].to_pylist(), ok["path"].to_pylist(), strict=True))
+        return found
+
+    def _units(self, columns: list[str] | None = None) -> Iterator[pa.Table]:
+        """Read `columns`, or all, of a work unit at a time."""
         for output in self.outputs:
             try:
                 with closing(FinishedOutput(output, partitioned=is_partitioned(output))) as finished:
                     for unit in range(finished.n_units):
-                        yield from _tracks_of(finished.rows(unit))
+                        yield finished.rows(unit, columns)
             except (OSError, pa.ArrowException) as exc:
                 raise InputError(f"cannot read {output}: {exc}. If it is damaged, make it again") from exc
 

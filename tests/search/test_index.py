@@ -122,6 +122,54 @@ def test_a_copy_outlives_the_first_of_its_recording(tracks: list[MadeTrack], tmp
     assert (again.known, again.added_tracks) == (21, 0)
 
 
+def test_an_update_takes_out_what_the_outputs_have_lost(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    """One track went with its only copy left, one moved, one fell silent, and all of a singer's are gone."""
+    path = str(tmp_path / "i.index")
+    copy = dataclasses.replace(tracks[1], track_id="copy")
+    build_index([write_output(tmp_path / "one.parquet", [*tracks, copy])], path)
+    moved = dataclasses.replace(tracks[2], track_id="moved")
+    silent = dataclasses.replace(tracks[4], crops=[None])
+    left = [tracks[0], moved, tracks[3], silent, *tracks[5:16], copy]
+    two = write_output(tmp_path / "two.parquet", left)
+    stays = build_index([two], path)
+    assert (stays.gone, stays.added_tracks, stays.n_doubled, stays.n_tracks) == (0, 1, 1, 20)
+    done = build_index([two], path, update=True)
+    assert (done.gone, done.known, done.added_tracks, done.n_tracks) == (7, 15, 0, 15)
+    index = open_index(path)
+    for name in ("s0-1", "s0-2", "s1-0", "s4-1"):
+        with pytest.raises(UsageError, match=f'no track of the id or path "{name}"'):
+            index.search_track(name)
+    assert index.stored.profiles.names == [f"singer {i}" for i in range(4)]
+    assert index.stored.profiles.n_tracks.tolist() == [4, 3, 4, 4]
+    found = {each.track_id: each.also for each in index.search_track("s0-0", top=20).tracks}
+    assert len(found) == 14
+    assert found["copy"] == found["moved"] == []
+    fresh = str(tmp_path / "fresh.index")
+    build_index([two], fresh)
+    assert {each.track_id for each in open_index(fresh).search_track("s0-0", top=20).tracks} == set(found)
+    again = build_index([two], path, update=True)
+    assert (again.gone, again.known, again.added_tracks, again.n_tracks) == (0, 15, 0, 15)
+
+
+def test_an_update_that_would_take_out_most_of_an_index_asks(tracks: list[MadeTrack], tmp_path: Path) -> None:
+    path = str(tmp_path / "i.index")
+    build_index([write_output(tmp_path / "one.parquet", tracks)], path)
+    tonight = write_output(tmp_path / "tonight.parquet", tracks[:9])
+    with pytest.raises(OutputError, match=r"11 of the 20 tracks of the index are not in .*--allow-gone"):
+        build_index([tonight], path, update=True)
+    assert StoredIndex(path).active.all()
+    other = write_output(tmp_path / "other.parquet", tracks[9:])
+    assert build_index([tonight, other], path, update=True).gone == 0
+    assert build_index([tonight], path, update=True, allow_gone=True).n_tracks == 9
+    silent = dataclasses.replace(tracks[0], crops=[None])
+    nothing = write_output(tmp_path / "nothing.parquet", [silent])
+    assert build_index([nothing], path, update=True, allow_gone=True).n_tracks == 0
+    with pytest.raises(UsageError, match="no track of the id"):
+        open_index(path).search_track("s0-0")
+    assert build_index([str(tmp_path / "one.parquet")], path, update=True).n_tracks == 20
+    assert open_index(path).search_track("s0-0", top=1).tracks[0].singer == "singer 0"
+
+
 def test_where_takes_columns_of_the_catalogue(output: str, tmp_path: Path) -> None:
     path = str(tmp_path / "i.index")
     build_index([output], path)
