@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple, cast
 from urllib.parse import quote, unquote_to_bytes
 
-from singerembed.errors import MissingDependencyError
+from singerembed.errors import MissingDependencyError, OutputError
 
 # Errors of a storage that hangs, restarts or is reached over a network. Others last: no such file, no permission, no
 # space, a name too long, links in a circle.
@@ -351,6 +351,15 @@ def publishing(path: str) -> Iterator[str]:
     # Some file systems cannot flush a folder; the rename is on the disk a little later there.
     with contextlib.suppress(OSError):
         _fsync(target.parent)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Raise OutputError, naming `what` is written, in the place of OSError for the block."""
+    try:
+        yield
+    except OSError as exc:
+        raise OutputError(f"cannot write {what}: {exc.strerror or exc}") from exc
 
 
 def remove_temporaries(path: str) -> None:

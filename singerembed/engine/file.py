@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from singerembed import storage
-from singerembed.errors import EngineError, OutputError
+from singerembed.errors import EngineError
 from singerembed.model.separator_spec import SeparatorSpec
 from singerembed.model.spec import ModelSpec
 
@@ -60,13 +60,14 @@ class StoredNetwork(Generic[SpecT]):
             "payload_sha256": hashlib.sha256(self.payload).hexdigest(),
         }
         encoded = json.dumps(header, indent=1).encode()
-        try:
-            with storage.publishing(path) as temporary, Path(temporary).open("wb") as file:
-                file.write(_PREFIX.pack(MAGIC, FORMAT_VERSION, len(encoded)))
-                file.write(encoded)
-                file.write(self.payload)
-        except OSError as exc:
-            raise OutputError(f"cannot write the engine {path}: {exc.strerror or exc}") from exc
+        with (
+            storage.writing(f"the engine {path}"),
+            storage.publishing(path) as temporary,
+            Path(temporary).open("wb") as file,
+        ):
+            file.write(_PREFIX.pack(MAGIC, FORMAT_VERSION, len(encoded)))
+            file.write(encoded)
+            file.write(self.payload)
 
 
 EngineFile = StoredNetwork[ModelSpec]

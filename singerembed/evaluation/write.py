@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 from singerembed import storage
-from singerembed.errors import OutputError, UsageError
+from singerembed.errors import UsageError
 from singerembed.evaluation.figures import save_figures
 from singerembed.evaluation.page import make_page
 from singerembed.evaluation.pairs import write_pair_file
@@ -44,7 +42,7 @@ def write_folder(evaluation: Evaluation, folder: str) -> None:
     Raises OutputError if it cannot be written.
     """
     root = Path(folder)
-    with _writing(folder):
+    with storage.writing(folder):
         root.mkdir(parents=True, exist_ok=True)
         _publish(root / "evaluation.json", json.dumps(evaluation.to_dict(), indent=1, allow_nan=False))
         _publish(root / "table.md", as_markdown(evaluation))
@@ -62,24 +60,12 @@ def write_page(evaluation: Evaluation, path: str) -> str:
     """
     views: list[View] = [make_view(result, evaluation.crops) for result in evaluation.results]
     figures = str(Path(path).with_suffix("")) + "-figures"
-    with _writing(path):
+    with storage.writing(path):
         _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
         save_figures(evaluation, views, figures)
     return figures
 
 
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """Raise OutputError in the place of OSError for the block, which writes `path` and what is beside it."""
-    try:
-        yield
-    except OSError as exc:
-        raise OutputError(f"cannot write {exc.filename or path}: {exc.strerror or exc}") from exc
-
-
 def _publish(path: Path, text: str) -> None:
-    try:
-        with storage.publishing(str(path)) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    with storage.writing(str(path)), storage.publishing(str(path)) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from singerembed.catalog.read import Track
-from singerembed.errors import OutputError
 from singerembed.jobs.units import Listener
 from singerembed.model.spec import ModelSpec
 from singerembed.output.schema import Counts, TrackRows
-from singerembed.storage import printable, redacted, scrubbed
+from singerembed.storage import printable, redacted, scrubbed, writing
 
 _log = logging.getLogger(__name__)
 _SLOWEST = 10
@@ -30,10 +29,8 @@ class RunLog(Listener):
 
     def __init__(self, path: str) -> None:
         """Append to `path`. Raises OutputError."""
-        try:
+        with writing(f"the log {path}"):
             self._file = Path(path).open("a", encoding="utf-8", buffering=1)  # noqa: SIM115  (open for the run)
-        except OSError as exc:
-            raise OutputError(f"cannot write the log {path}: {exc.strerror or exc}") from exc
         self._path = path
         self.summary: dict[str, Any] | None = None  # of the output, for the last line
         self._started = time.monotonic()

@@ -9,7 +9,6 @@ from urllib.parse import quote
 import numpy as np
 
 from singerembed import storage
-from singerembed.errors import OutputError
 from singerembed.evaluation.page import STYLE
 from singerembed.search.calibration import singer_sums
 from singerembed.search.store import StoredIndex, Vectors
@@ -23,11 +22,8 @@ def write_audit(
 ) -> None:
     """Write the page to `path`. `audio_root`: what relative paths of recordings count from. Raises OutputError."""
     text = make_audit(found, index, audio_root, max_chance, min_two_voices)
-    try:
-        with storage.publishing(path) as temporary:
-            Path(temporary).write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    with storage.writing(path), storage.publishing(path) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def make_audit(

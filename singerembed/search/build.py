@@ -79,7 +79,7 @@ def build_index(
         raise UsageError(f"{path}: an index is mapped into memory from a local disk. Make it there, and copy it")
     library, target = Library(outputs), Path(path)
     if (target / MANIFEST).exists():
-        with _writing(path), _locked(path):
+        with storage.writing(f"the index {path}"), _locked(path):
             index = StoredIndex(path)
             _check_fixed(library, index, singer_column, scoring)
             changes = _Changes(index)
@@ -100,7 +100,7 @@ def build_index(
         "format": FORMAT_VERSION, "engine": library.engine, "separator": library.separator, "spec": library.spec,
         "singer_column": column, "scoring": SCORING, "segments": [], "replaced": [], "quantised": {},
     }  # fmt: skip
-    with _writing(path), _new_folder(target) as folder:
+    with storage.writing(f"the index {path}"), _new_folder(target) as folder:
         arrays = {"kind": np.array(fitted.kind), "mean": fitted.mean}
         if fitted.projection is not None:
             arrays["projection"] = fitted.projection
@@ -129,15 +129,6 @@ def _locked(path: str) -> Iterator[None]:
         yield
     finally:
         release()
-
-
-@contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
-    """Raise OutputError in the place of OSError for the block, which writes the index."""
-    try:
-        yield
-    except OSError as exc:
-        raise OutputError(f"cannot write the index {path}: {exc.strerror or exc}") from exc
 
 
 def _check_fixed(library: Library, index: StoredIndex, singer_column: str | None, scoring: str | None) -> None:

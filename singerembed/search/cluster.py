@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import InputError, MissingDependencyError, OutputError
+from singerembed.errors import InputError, MissingDependencyError
 from singerembed.search.store import StoredIndex, Vectors
 
 DEFAULT_MIN_TRACKS = 2
@@ -100,8 +100,5 @@ def write_groups(index: StoredIndex, groups: Groups, path: str) -> None:
             "group_stability": pa.array(np.append(groups.stability, 0.0)[of_row], pa.float64(), mask=~grouped),
         }
     )
-    try:
-        with storage.publishing(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    with storage.writing(path), storage.publishing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

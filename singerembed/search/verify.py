@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed import storage
-from singerembed.errors import InputError, OutputError, UsageError
+from singerembed.errors import InputError, UsageError
 from singerembed.search.calibration import (
     MIN_SINGERS,
     Calibration,
@@ -193,8 +193,5 @@ def write_credits(found: Verification, path: str, max_chance: float) -> None:
             "two_voices_chance": number(credits.two_voices),
         }
     )
-    try:
-        with storage.publishing(path) as temporary:
-            pq.write_table(table, temporary, compression="zstd")
-    except OSError as exc:
-        raise OutputError(f"cannot write {path}: {exc.strerror or exc}") from exc
+    with storage.writing(path), storage.publishing(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
