@@ -87,14 +87,14 @@ def build_separator(
         "layout": "TensorFlow checkpoint of Spleeter",
         "versions": {name: version(name) for name in ("singerembed", "torch", "onnx")},
     }
-    file = SeparatorFile(spec, "onnxruntime", _export(network), build, {})
+    file = SeparatorFile(spec, "onnxruntime", export_onnx(network), build, {})
     verified = SeparatorFile(spec, file.backend, file.payload, build, _verify(file, spec, network, say))
     verified.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return verified
 
 
-def _export(network: SpleeterNet) -> bytes:
+def export_onnx(network: SpleeterNet) -> bytes:
     """Export to ONNX: magnitude [1, channels, frames, bins] -> mask of the voice, of the same shape."""
     import torch
 
