@@ -26,7 +26,8 @@ from singerembed.engine import onnxruntime_cuda
 from singerembed.engine.build_separator import export_onnx, made_mixture
 from singerembed.engine.file import EngineFile, SeparatorFile
 from singerembed.engine.separation import Separation
-from singerembed.engine.separator import INPUT_NAME, OUTPUT_NAME, Separator, inverse_stft, stft
+from singerembed.engine.separator import Separator, inverse_stft, stft
+from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME
 from singerembed.engine.spleeter import SpleeterNet, load_spleeter
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 from singerembed.model.separator_spec import SpectrogramSpec
