@@ -25,6 +25,7 @@ from singerembed.audio.crops import CropBlock
 from singerembed.engine import onnxruntime_cuda
 from singerembed.engine.build_separator import export_onnx, made_mixture
 from singerembed.engine.file import EngineFile, SeparatorFile
+from singerembed.engine.onnxruntime import new_session
 from singerembed.engine.separation import Separation
 from singerembed.engine.separator import Separator, inverse_stft, stft
 from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME
@@ -40,7 +41,7 @@ FRAMES = (SEGMENT - SPEC.n_fft) // SPEC.hop_samples + 1
 FILTERS = [16, 32, 64, 128, 256, 512]
 TOGETHER = (1, 16)  # segments
 REPEATS = 5
-_SECONDS_A_REPEAT = 0.15
+_SECONDS_A_REPEAT = 0.1
 _CALLERS_A_CORE = 2  # as those of jobs/units.py where an engine waits
 _NO_VOICE_DB = -1000.0  # drawn weights hear no voice
 
@@ -60,11 +61,13 @@ def separator_times() -> Iterator[Timed]:
     callers = _CALLERS_A_CORE * (os.cpu_count() or 1)
     try:
         network = load_spleeter(drawn_weights())
-        file = SeparatorFile(SPEC, "onnxruntime", export_onnx(network), {}, {})
+        file, halved = (
+            SeparatorFile(SPEC, "onnxruntime", export_onnx(one), {}, {}) for one in (network, network.in_fp16())
+        )
     except Exception as exc:  # whatever is missing: the other rows of the table are not lost
         print(f"separator: left out: {exc}", flush=True)
         return
-    for rows in (_by_onnxruntime(file, callers), _by_torch(network)):
+    for rows in (_by_onnxruntime(file, halved, callers), _by_torch(network)):
         try:
             yield from rows
         except Exception as exc:
@@ -122,7 +125,7 @@ def timed(what: str, work: Callable[[], object], callers: int = 1, crops: int = 
 # --- ONNX Runtime -----------------------------------------------------------------------------------------------------
 
 
-def _by_onnxruntime(file: SeparatorFile, callers: int, place: str = "cuda") -> Iterator[Timed]:
+def _by_onnxruntime(file: SeparatorFile, halved: SeparatorFile, callers: int, place: str = "cuda") -> Iterator[Timed]:
     """Measure the separator as a run feeds it, then each part alone. `place`: "cpu" tries the code without a GPU."""
     separator = Separator(file)
     if place not in separator.description.lower():
@@ -141,11 +144,15 @@ def _by_onnxruntime(file: SeparatorFile, callers: int, place: str = "cuda") -> I
 
     yield timed("separator, its transforms on the CPU", transforms, os.cpu_count() or 1)
     magnitude = np.ascontiguousarray(np.abs(spectrum[:, :, : SPEC.n_bins])[np.newaxis])
-    session = onnxruntime_cuda.open_session(file.payload, 0) if place == "cuda" else vars(separator)["_session"]
+    session, in_fp16 = (
+        onnxruntime_cuda.open_session(one.payload, 0) if place == "cuda" else new_session(one.payload)
+        for one in (file, halved)
+    )
     yield timed("separator, network and copies", lambda: session.run([OUTPUT_NAME], {INPUT_NAME: magnitude}), 2)
-    for together in TOGETHER:
-        work = _bound(session, np.tile(magnitude, (1, 1, together, 1)), place)
-        yield timed(f"separator, network without copies, {together} at a time", work, crops=together)
+    for name, one in (("float32", session), ("FP16", in_fp16)):
+        for together in TOGETHER:
+            work = _bound(one, np.tile(magnitude, (1, 1, together, 1)), place)
+            yield timed(f"separator, network alone, {name}, {together} at a time", work, crops=together)
 
 
 def _run_of(separator: Separator, segment: NDArray[np.float32]) -> Callable[[], object]:

@@ -31,6 +31,7 @@ OUTPUT_NAME = "mask"
 LANES = 6  # some are filled or read by callers while others are computed
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
+AnyBuffer = TypeVar("AnyBuffer", DeviceBuffer, PinnedBuffer)
 
 
 class SegmentNetwork(Protocol):
@@ -181,12 +182,19 @@ class SegmentRunner:
             started.set()
 
     def _new_lane(self, index: int, device: Device, owned: contextlib.ExitStack) -> _Lane:
-        shapes = self._tensors.input_of(self._tensors.largest), self._output_of(self._tensors.largest)
-        source, result = (device.pinned(_n_bytes(shape)) for shape in shapes)
-        device_source, device_result = (device.allocate(_n_bytes(shape)) for shape in shapes)
-        for buffer in (source, result, device_source, device_result):
+        source, result = self._tensors.input_of(self._tensors.largest), self._output_of(self._tensors.largest)
+
+        def keep(buffer: AnyBuffer) -> AnyBuffer:
             owned.callback(buffer.free)
-        return _Lane(index, source, device_source, device_result, result)
+            return buffer
+
+        return _Lane(
+            index,
+            keep(device.pinned(_n_bytes(source))),
+            keep(device.allocate(_n_bytes(source))),
+            keep(device.allocate(_n_bytes(result))),
+            keep(device.pinned(_n_bytes(result))),
+        )
 
     def _serve(self, device: Device, network: SegmentNetwork) -> None:
         running: deque[_Lane] = deque()
