@@ -24,11 +24,12 @@ from numpy.typing import NDArray
 from singerembed.audio.crops import CropBlock
 from singerembed.engine import onnxruntime_cuda
 from singerembed.engine.build_separator import export_onnx, made_mixture
+from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.file import EngineFile, SeparatorFile
 from singerembed.engine.onnxruntime import new_session
 from singerembed.engine.separation import Separation
 from singerembed.engine.separator import Separator, inverse_stft, stft
-from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME
+from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, SegmentRunner, separator_tensors
 from singerembed.engine.spleeter import SpleeterNet, load_spleeter
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 from singerembed.model.separator_spec import SpectrogramSpec
@@ -67,7 +68,7 @@ def separator_times() -> Iterator[Timed]:
     except Exception as exc:  # whatever is missing: the other rows of the table are not lost
         print(f"separator: left out: {exc}", flush=True)
         return
-    for rows in (_by_onnxruntime(file, halved, callers), _by_torch(network)):
+    for rows in (_by_onnxruntime(file, halved, callers), _by_plans_runtime(network, callers), _by_torch(network)):
         try:
             yield from rows
         except Exception as exc:
@@ -220,6 +221,18 @@ def _by_torch(network: SpleeterNet, place: str = "cuda") -> Iterator[Timed]:
 
             yield timed(f"separator by torch, {name}, network, {together} at a time", network_alone, crops=together)
             yield timed(f"the same, from PCM up to voices there, {together}", all_there, crops=together)
+
+
+def _by_plans_runtime(network: SpleeterNet, callers: int) -> Iterator[Timed]:
+    """Measure the runtime of TensorRT's plans, with torch in the place of the plan."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from torch_network import TorchSegments
+
+    tensors = separator_tensors(SPEC)
+    halved, magnitude = network.in_fp16(), np.ones((1, SPEC.channels, FRAMES, SPEC.n_bins), np.float32)
+    runner = SegmentRunner(tensors, CudaDevice, lambda device: TorchSegments(halved, tensors, device.index))
+    yield timed("separator by torch, FP16, on the runtime of plans", lambda: runner.run(magnitude), callers)
+    runner.close()
 
 
 def _voice(mixtures: torch.Tensor, masker: Masker, window: torch.Tensor) -> torch.Tensor:

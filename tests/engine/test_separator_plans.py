@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from singerembed.engine.tensorrt import Plan, PlanFacts, Tensors
 from singerembed.engine.tensorrt_build import PlanOptions
 from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
 from singerembed.model.separator_spec import SpectrogramSpec
+from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
 PREFIX = str(Path(__file__).parent / "data" / "spleeter-tiny" / "model")
 SPEC = SpectrogramSpec(name="tiny", weights_sha256="")
@@ -298,6 +300,27 @@ def test_voices_are_those_of_the_network_itself(separator_path: str, monkeypatch
     check_released(device)
     with pytest.raises(EngineError, match="the separator was closed"):
         planned.vocals(mixture)
+
+
+def test_spleeter_by_torch_on_the_fake(separator_path: str) -> None:
+    """What tests/gpu runs where there is no TensorRT, here in FP32 on the host's memory."""
+    from torch_network import TorchSegments
+
+    from singerembed.engine.spleeter import load_spleeter
+
+    class OnTheFake(TorchSegments):
+        def execute(self, lane: int, size: int, source: int, result: int, stream: int) -> None:
+            device.enqueue(stream, partial(super().execute, lane, size, source, result, stream))
+
+    network, device = load_spleeter(read_tensorflow_checkpoint(PREFIX)), FakeDevice()
+    tensors = separator_tensors(SPEC)
+    runner = SegmentRunner(tensors, lambda: device, lambda _device: OnTheFake(network, tensors, device="cpu"))
+    magnitude = np.abs(np.random.default_rng(0).standard_normal((1, 2, 64, 1024))).astype(np.float32)
+    mask = within(PATIENCE, lambda: runner.run(magnitude))
+    runner.close()
+    expected = new_session(read_separator_file(separator_path).payload).run(None, {"magnitude": magnitude})[0]
+    np.testing.assert_allclose(mask, expected, atol=tolerances.MASK)
+    check_released(device)
 
 
 # --- a separator's plan, on a fake of the library ---------------------------------------------------------------------
