@@ -19,11 +19,13 @@ from gpu_fakes import Buffer, FakeDevice, view
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from onnx import helper
 from test_gpu import PATIENCE, check_released, within
 from test_tensorrt import FACTS, FakeTrt
-from test_waveform_separator import SEGMENT, spec_file, stems_model
+from test_waveform_separator import SEGMENT, model, spec_file, stems_model
 
 from singerembed.engine import separator as separators
+from singerembed.engine import tensorrt_build
 from singerembed.engine.build_separator import SeparatorOptions, build_separator, difference_db, made_mixture
 from singerembed.engine.build_waveform_separator import build_waveform_separator
 from singerembed.engine.device import OutOfDeviceMemory
@@ -66,19 +68,43 @@ def test_spleeter_becomes_an_fp16_plan_without_a_gpu(rtx: Any, tmp_path: Path) -
     assert any(line.startswith("verify its network on the CPU") for line in said)
 
 
-@pytest.mark.parametrize("shape", [{}, {"length": "n", "channels": "c", "batch": "b"}])
-def test_a_model_of_samples_becomes_a_plan_for_its_one_length(rtx: Any, tmp_path: Path, shape: dict[str, Any]) -> None:
-    """Also where the model leaves its sizes open, and the file beside it gives them."""
-    sizes = "segment_seconds = 6.0\nchannels = 2\n" if shape else ""
-    said = spec_file(tmp_path, f"sample_rate = 44100\nstem = 1\n{sizes}")
-    path = str(tmp_path / "s.engine")
-    model = stems_model(tmp_path / "m.onnx", **shape)
-    build_waveform_separator(model, said, path, SeparatorOptions("tensorrt-rtx"))
+def rest_and_voice(path: Path) -> str:
+    """Write a model with two outputs, of which the second is the voice."""
+    nodes = [helper.make_node("Neg", ["mix"], ["rest"]), helper.make_node("Abs", ["mix"], ["voice"])]
+    sizes: list[Any] = ["batch", "channels", "samples"]
+    return model(path, nodes, sizes, {"rest": sizes, "voice": sizes})
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "output"),
+    [
+        (stems_model, "stem = 1", (1, 2, 2, SEGMENT)),
+        (rest_and_voice, "output = 'voice'\nsegment_seconds = 6.0\nchannels = 2", (1, 2, SEGMENT)),
+    ],
+)
+def test_a_model_of_samples_becomes_a_plan_for_its_one_length(
+    rtx: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[Path], str],
+    text: str,
+    output: tuple[int, ...],
+) -> None:
+    """Also where the model leaves its sizes open, and has more outputs than are wanted."""
+    seen: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = []
+    check = tensorrt_build.check_network
+
+    def spy(trt: Any, network: Any, wanted: Tensors, precision: str) -> None:
+        check(trt, network, wanted, precision)
+        seen.append((network.num_outputs, tuple(network.get_input(0).shape), tuple(network.get_output(0).shape)))
+
+    monkeypatch.setattr(tensorrt_build, "check_network", spy)
+    path, said = str(tmp_path / "s.engine"), spec_file(tmp_path, f"sample_rate = 44100\n{text}")
+    build_waveform_separator(make(tmp_path / "m.onnx"), said, path, SeparatorOptions("tensorrt-rtx"))
+    assert seen == [(1, (1, 2, SEGMENT), output)]
     file = read_separator_file(path)
     assert (file.backend, file.build["precision"]) == ("tensorrt-rtx", "fp32")
-    engine = rtx.Runtime(rtx.Logger(rtx.Logger.ERROR)).deserialize_cuda_engine(file.payload)
-    if engine is not None:  # no GPU is needed to read it, but not every version does without one
-        assert tuple(engine.get_tensor_shape("mix")) == (1, 2, SEGMENT)
+    assert PlanFacts.from_file(file).version == rtx.__version__
 
 
 def test_fp16_changes_the_voice_a_little(separator_path: str, tmp_path: Path) -> None:
