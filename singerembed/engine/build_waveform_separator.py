@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.engine.build_separator import difference_db, made_mixture
+from singerembed.engine.build_separator import (
+    SeparatorOptions,
+    as_plan,
+    backend_of,
+    difference_db,
+    made_mixture,
+    verifiable,
+)
 from singerembed.engine.file import MAX_PAYLOAD_BYTES, SeparatorFile
 from singerembed.engine.onnxruntime import new_session
 from singerembed.engine.separator import Separator, voice_of
+from singerembed.engine.tensorrt import LIBRARIES
 from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError, UsageError
 from singerembed.model.separator_spec import WaveformSpec
 from singerembed.model.spec import ModelSpec
@@ -57,6 +65,7 @@ def build_waveform_separator(
     model_path: str,
     spec_path: str | None,
     output: str,
+    options: SeparatorOptions | None = None,
     *,
     force: bool = False,
     say: Callable[[str, str], None] = lambda _what, _text: None,
@@ -67,6 +76,10 @@ def build_waveform_separator(
     each other or what a separator is, MissingDependencyError, EngineError if the model's voice is not finite or
     changes from call to call, and OutputError if `output` exists without `force`.
     """
+    options = options or SeparatorOptions()
+    backend = backend_of(options)
+    if options.precision not in {"auto", "fp32"}:
+        raise UsageError(f"a separator of an ONNX model computes in fp32, as the model does, not {options.precision}")
     if spec_path is None:
         raise UsageError(f"{model_path} does not say all that is needed: give --separator FILE.toml, with {_NEEDED}")
     if Path(output).exists() and not force:
@@ -80,13 +93,17 @@ def build_waveform_separator(
     spec = _fit_together(said, session, model_path, spec_path, hashlib.sha256(model).hexdigest())
     batch, stem = ("[1, " if spec.batch_axis else "["), ("" if spec.stem is None else f", stem {spec.stem}")
     say("model", f"{model_path}: {spec.input_name} {batch}{spec.channels}, {spec.segment}] to {spec.output_name}{stem}")
+    say("target", f"{backend}, fp32")
     build = {
         "checkpoint": Path(model_path).name,
         "layout": "ONNX model from samples to samples",
+        "precision": "fp32",
         "versions": {name: version(name) for name in ("singerembed", "onnx")},
     }
-    found = _verify(Separator(SeparatorFile(spec, "onnxruntime", model, build, {})), spec, model_path, say)
-    verified = SeparatorFile(spec, "onnxruntime", model, build, found)
+    exported = SeparatorFile(spec, "onnxruntime", model, build, {})
+    file = as_plan(exported, backend, "fp32", options.plan) if backend in LIBRARIES else exported
+    with verifiable(file, exported, options.plan.device) as (separator, what):
+        verified = replace(file, verification={"what": what, **_verify(separator, spec, model_path, say)})
     verified.write(output)
     say("wrote", f"{output} ({Path(output).stat().st_size / 1e6:.1f} MB)")
     return verified
@@ -256,7 +273,7 @@ def _verify(
     moved = slice(spec.context, spec.context + both.stop - both.start)
     difference = difference_db(second[moved], first[both])
     say("verify", f"the same sound {kept / 2 / spec.sample_rate:.2f} s further on: difference {difference:.1f} dB")
-    return {"what": "the engine", "against": "itself, elsewhere in a segment", "difference_db": difference}
+    return {"against": "itself, elsewhere in a segment", "difference_db": difference}
 
 
 def _voice(

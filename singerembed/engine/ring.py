@@ -158,7 +158,7 @@ class Ring:
         """Fail all unfinished and all later requests. Only the first failure is kept."""
         with self._changed:
             if self.failure is None:
-                self.failure = _as_singerembed_error(exc)
+                self.failure = as_singerembed_error(exc)
             for request in self._requests:
                 _fail(request, self.failure)
             self._requests.clear()
@@ -176,7 +176,8 @@ def _fail(request: Request, failure: SingerEmbedError) -> None:
         request.finished.set()
 
 
-def _as_singerembed_error(exc: BaseException) -> SingerEmbedError:
+def as_singerembed_error(exc: BaseException) -> SingerEmbedError:
+    """Return `exc`, or an EngineError that it caused: a failure of the device thread, for those who wait for it."""
     if isinstance(exc, SingerEmbedError):
         return exc
     error = EngineError(f"the GPU failed: {type(exc).__name__}: {exc}")

@@ -53,6 +53,10 @@ class Separation:
         self._detector = VocalDetector(spec) if VocalDetector.fits(spec) else None
         self._min_vocals_db, self._silence_peak = min_vocals_db, 10 ** (silence_dbfs / 20)
 
+    def close(self) -> None:
+        """Free the separator's device."""
+        self._separator.close()
+
     def surrounded(self, reader: PcmReader, plan: CropPlan) -> tuple[PcmReader, CropPlan]:
         """Return a reader and a plan that give each crop of `plan` with what lies around it."""
         stop = None if plan.stop is None else plan.stop + 2 * self._context

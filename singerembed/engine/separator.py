@@ -1,6 +1,7 @@
 """Separate the voice from a mixture: an ONNX network masks a spectrogram, or maps samples to samples.
 
-The network runs on the CPU, or on a GPU by ONNX Runtime's CUDA provider; spectrograms are computed on the CPU.
+The network runs on the CPU, or on a GPU by ONNX Runtime's CUDA provider or TensorRT; spectrograms are computed on the
+CPU.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from numpy.typing import NDArray
 
 from singerembed.engine.file import SeparatorFile
 from singerembed.engine.onnxruntime import new_session
+from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, SegmentRunner, open_plan
+from singerembed.engine.tensorrt import LIBRARIES
 from singerembed.errors import EngineError
 from singerembed.model.separator_spec import SpectrogramSpec, WaveformSpec
 
-INPUT_NAME = "magnitude"
-OUTPUT_NAME = "mask"
 _AT_ONCE_ON_GPU = 2  # segments: while one is computed, another is copied; more would only hold device memory
 
 
@@ -30,19 +31,29 @@ class Separator:
     """
 
     def __init__(self, file: SeparatorFile, device: int = 0) -> None:
-        """Load `file`, on CUDA device `device` where ONNX Runtime can use it, else on the CPU.
+        """Load `file`; a plan, or where ONNX Runtime can use it, on CUDA device `device`, else on the CPU.
 
-        Raises EngineError if ONNX Runtime cannot load the network.
+        Raises EngineError if the network cannot be loaded, and MissingDependencyError for a plan without its library.
         """
         from singerembed.engine import onnxruntime_cuda
 
+        self.spec = file.spec
+        self._runner: SegmentRunner | None = None
+        if file.backend in LIBRARIES:
+            self._runner = open_plan(file, device)
+            self.description = f"{file.spec.name}, {file.build.get('precision')}, {self._runner.description}"
+            return
         if file.backend != "onnxruntime":
             raise EngineError(f"a separator has no back end {file.backend!r}. Build it again")
-        self.spec = file.spec
         on_gpu = onnxruntime_cuda.is_usable()
         self.description = f"{file.spec.name}, ONNX Runtime {onnxruntime.__version__}{' (CUDA)' if on_gpu else ''}"
         self._session = onnxruntime_cuda.open_session(file.payload, device) if on_gpu else new_session(file.payload)
         self._turn: AbstractContextManager[object] = threading.Semaphore(_AT_ONCE_ON_GPU) if on_gpu else nullcontext()
+
+    def close(self) -> None:
+        """Free the device. The separator cannot be used afterwards."""
+        if self._runner is not None:
+            self._runner.close()
 
     def vocals(self, segment: NDArray[np.float32]) -> NDArray[np.float32]:
         """Separate `segment`, float32 [samples, channels], full scale 1; return the voice, of the same shape.
@@ -70,6 +81,8 @@ class Separator:
         return inverse_stft(spectrum, spec)
 
     def _run(self, output_name: str, input_name: str, values: NDArray[np.float32]) -> Any:
+        if self._runner is not None:
+            return self._runner.run(values)
         try:
             with self._turn:
                 return self._session.run([output_name], {input_name: values})[0]

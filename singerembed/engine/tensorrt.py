@@ -1,4 +1,7 @@
-"""The back ends TensorRT (10 and 11) and TensorRT for RTX, which share an API, on the runtime of gpu.py."""
+"""The back ends TensorRT (10 and 11) and TensorRT for RTX, which share an API.
+
+Plans of encoders run on the runtime of gpu.py, those of separators on that of separator_gpu.py.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,12 @@ from typing import Any
 
 from singerembed.engine.cuda_driver import CudaDevice, device_count
 from singerembed.engine.device import DeviceBuffer, OutOfDeviceMemory
-from singerembed.engine.file import EngineFile
+from singerembed.engine.file import EngineFile, SeparatorFile
 from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
 from singerembed.errors import EngineError, MissingDependencyError, SingerEmbedError
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, require_cuda_kernels
+from singerembed.model.spec import ModelSpec
 
 _AMPERE = (8, 0)  # compute capability
 _FACTS = "tensorrt"  # key of the PlanFacts in EngineFile.build
@@ -47,7 +51,7 @@ class PlanFacts:
     max_batch: int
 
     @classmethod
-    def from_file(cls, file: EngineFile) -> PlanFacts:
+    def from_file(cls, file: EngineFile | SeparatorFile) -> PlanFacts:
         """Read the facts from an engine file. Raises EngineError if they are missing."""
         try:
             facts = file.build[_FACTS]
@@ -71,6 +75,35 @@ class PlanFacts:
                 f"the engine was built by {library.title} {self.version}; here is {version}. Install that version, or "
                 f"build the engine again: singerembed build-engine CHECKPOINT --backend {library.backend}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensors:
+    """The input and the output of a network, both FP32. At most one size is open, -1, and has a range."""
+
+    input_name: str
+    input_shape: tuple[int, ...]
+    output_name: str
+    output_shape: tuple[int, ...] | None  # None: known by the plan alone
+    smallest: int = 1
+    usual: int = 1  # which kernels are chosen for
+    largest: int = 1
+
+    def input_of(self, size: int) -> tuple[int, ...]:
+        """The shape of the input where what is open is `size`."""
+        return tuple(size if one == -1 else one for one in self.input_shape)
+
+
+def encoder_tensors(spec: ModelSpec, max_batch: int) -> Tensors:
+    """What an encoder takes and gives, in batches of 1 to `max_batch`."""
+    return Tensors(
+        input_name=INPUT_NAME,
+        input_shape=(-1, spec.n_mels, spec.n_frames),
+        output_name=OUTPUT_NAME,
+        output_shape=(-1, spec.embedding_dim),
+        usual=max_batch,  # nearly all batches are full
+        largest=max_batch,
+    )
 
 
 def _numbers(version: str) -> list[int]:
@@ -134,10 +167,10 @@ def create(factory: Any, log: Any, library: Library) -> Any:
         raise EngineError(f"{library.title} does not start: {log.taken()}") from exc
 
 
-class TensorRtNetwork:
-    """See `Network`. Use it only in the thread that made it."""
+class Plan:
+    """A plan on a device, with an execution context for each size in each lane. Use it in the thread that made it."""
 
-    def __init__(self, file: EngineFile, device: CudaDevice) -> None:
+    def __init__(self, file: EngineFile | SeparatorFile, tensors: Tensors, device: CudaDevice) -> None:
         """Load the plan of `file` on `device`. Raises EngineError or MissingDependencyError."""
         library = LIBRARIES[file.backend]
         self._trt = load_library(library)
@@ -145,7 +178,7 @@ class TensorRtNetwork:
         facts.check(library, self._trt.__version__, device.compute_capability)
         self.description = f"{library.title} {self._trt.__version__}"
         self.max_batch = facts.max_batch
-        self._spec, self._device, self._title = file.spec, device, library.title
+        self._tensors, self._device, self._title = tensors, device, library.title
         self._log = make_log(self._trt)
         self._memory: DeviceBuffer | None = None
         self._runtime = create(self._trt.Runtime, self._log, library)
@@ -154,34 +187,38 @@ class TensorRtNetwork:
         self._engine = self._runtime.deserialize_cuda_engine(file.payload)
         if self._engine is None:
             raise EngineError(f"{library.title} cannot load the engine: {self._log.taken()}")
-        self.half_input = self._engine.get_tensor_dtype(INPUT_NAME) == self._trt.float16
-        self._check_tensors()
-        self._contexts: dict[tuple[int, int], Any] = {}  # by lane and batch: a captured graph owns its context
+        self.half_input = self._engine.get_tensor_dtype(tensors.input_name) == self._trt.float16
+        self._output_shape = self._check_tensors()
+        self._contexts: dict[tuple[int, int], Any] = {}  # by lane and size: a captured graph owns its context
         # TensorRT for RTX compiles kernels when it first sees a shape, and may replace them later from another thread;
         # since 1.2 it captures by itself.
         self.capturable = library is TENSORRT
 
     def prepare(self, lanes: int, batches: Sequence[int]) -> None:
-        """See `Network.prepare`."""
+        """See `Network.prepare`; what is open need not be the batch."""
         self._contexts = {}
         if self._memory is not None:
             self._memory.free()
             self._memory = None
         needed = [1]
         for lane in range(lanes):
-            for batch in batches:
-                context = self._contexts[lane, batch] = self._new_context()
-                needed.append(self._set_batch(context, batch))
+            for size in batches:
+                context = self._contexts[lane, size] = self._new_context()
+                needed.append(self._set_size(context, size))
         # All contexts work in the same memory, because one stream runs them, one after the other.
         self._memory = self._device.allocate(max(needed))
         for context in self._contexts.values():
             context.set_device_memory(self._memory.address, max(needed))
 
-    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
-        """See `Network.enqueue`."""
-        context = self._contexts[lane, batch]
-        context.set_tensor_address(INPUT_NAME, log_mel)
-        context.set_tensor_address(OUTPUT_NAME, embedding)
+    def output_of(self, size: int) -> tuple[int, ...]:
+        """The shape of the output where what is open is `size`."""
+        return tuple(size if one == -1 else one for one in self._output_shape)
+
+    def execute(self, lane: int, size: int, source: int, result: int, stream: int) -> None:
+        """Enqueue the network from the device address `source` to `result`, in a size that was prepared."""
+        context = self._contexts[lane, size]
+        context.set_tensor_address(self._tensors.input_name, source)
+        context.set_tensor_address(self._tensors.output_name, result)
         if not context.execute_async_v3(stream):
             raise self._failure("failed")
 
@@ -205,15 +242,16 @@ class TensorRtNetwork:
             raise self._failure("cannot prepare the engine")
         return context
 
-    def _set_batch(self, context: Any, batch: int) -> int:
+    def _set_size(self, context: Any, size: int) -> int:
         """Set the shape of a context for good, and return the bytes of device memory that it needs."""
-        if not context.set_input_shape(INPUT_NAME, (batch, self._spec.n_mels, self._spec.n_frames)):
-            raise self._failure(f"refuses a batch of {batch}")
-        if batch == self.max_batch:
+        shape = self._tensors.input_of(size)
+        if not context.set_input_shape(self._tensors.input_name, shape):
+            raise self._failure(f"refuses an input of {list(shape)}")
+        if size == self._tensors.largest:
             return int(self._engine.device_memory_size_v2)
-        n_bytes = int(context.update_device_memory_size_for_shapes())  # less than the profile's largest batch needs
+        n_bytes = int(context.update_device_memory_size_for_shapes())  # less than the profile's largest size needs
         if n_bytes <= 0:  # which is how it reports a failure
-            raise self._failure(f"cannot prepare a batch of {batch}")
+            raise self._failure(f"cannot prepare an input of {list(shape)}")
         return n_bytes
 
     def _failure(self, what: str) -> Exception:
@@ -223,13 +261,30 @@ class TensorRtNetwork:
             return OutOfDeviceMemory(reason)
         return EngineError(f"{self._title} {what}: {reason}")
 
-    def _check_tensors(self) -> None:
-        spec = self._spec
-        expected = {INPUT_NAME: (-1, spec.n_mels, spec.n_frames), OUTPUT_NAME: (-1, spec.embedding_dim)}
+    def _check_tensors(self) -> tuple[int, ...]:
+        """Return the shape of the output. Raises EngineError where tensors are not those of the spec."""
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         found = {name: tuple(self._engine.get_tensor_shape(name)) for name in names}
-        if found != expected or self._engine.get_tensor_dtype(OUTPUT_NAME) != self._trt.float32:
+        wanted = self._tensors
+        expected = {
+            wanted.input_name: wanted.input_shape,
+            wanted.output_name: wanted.output_shape or found.get(wanted.output_name),
+        }
+        if found != expected or self._engine.get_tensor_dtype(wanted.output_name) != self._trt.float32:
             raise EngineError(f"the engine's plan has tensors {found}; its spec wants {expected}. Build it again")
+        return found[wanted.output_name]
+
+
+class TensorRtNetwork(Plan):
+    """See `Network`."""
+
+    def __init__(self, file: EngineFile, device: CudaDevice) -> None:
+        """Load the plan of `file` on `device`. Raises EngineError or MissingDependencyError."""
+        super().__init__(file, encoder_tensors(file.spec, PlanFacts.from_file(file).max_batch), device)
+
+    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+        """See `Network.enqueue`."""
+        self.execute(lane, batch, log_mel, embedding, stream)
 
 
 def open_tensorrt(file: EngineFile, silence_dbfs: float = DEFAULT_SILENCE_DBFS, device: int = 0) -> GpuEngine:

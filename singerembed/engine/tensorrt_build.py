@@ -1,4 +1,4 @@
-"""Builds TensorRT plans from the encoder's ONNX model. TensorRT needs a GPU for it, TensorRT for RTX does not."""
+"""Builds TensorRT plans from ONNX models. TensorRT needs a GPU for it, TensorRT for RTX does not."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from singerembed import storage
-from singerembed.engine.onnxruntime import INPUT_NAME, OUTPUT_NAME
-from singerembed.engine.tensorrt import TENSORRT_RTX, Library, PlanFacts, create, load_library, make_log
+from singerembed.engine.tensorrt import (
+    TENSORRT_RTX,
+    Library,
+    PlanFacts,
+    Tensors,
+    create,
+    encoder_tensors,
+    load_library,
+    make_log,
+)
 from singerembed.errors import EngineError, UsageError
 from singerembed.model.spec import ModelSpec
 
@@ -31,7 +39,14 @@ class PlanOptions:
 
 
 def build_plan(model: bytes, spec: ModelSpec, library: Library, options: PlanOptions) -> tuple[bytes, PlanFacts]:
-    """Build a plan for batches of 1 to `options.max_batch` from the ONNX `model`, in the precision of its types.
+    """Build an encoder's plan for batches of 1 to `options.max_batch`. Raises as `build_network_plan`."""
+    return build_network_plan(model, encoder_tensors(spec, options.max_batch), spec.precision, library, options)
+
+
+def build_network_plan(
+    model: bytes, tensors: Tensors, precision: str, library: Library, options: PlanOptions
+) -> tuple[bytes, PlanFacts]:
+    """Build a plan from the ONNX `model`, whose convolutions are of `precision`, in the precision of its types.
 
     Raises UsageError for options that the library does not have, MissingDependencyError, and EngineError with the
     library's own message.
@@ -52,10 +67,10 @@ def build_plan(model: bytes, spec: ModelSpec, library: Library, options: PlanOpt
             version_compatible=options.version_compatible,
             max_batch=options.max_batch,
         )
-        return _build(trt, library, model, spec, facts), facts
+        return _build(trt, library, model, tensors, precision, facts), facts
 
 
-def _build(trt: Any, library: Library, model: bytes, spec: ModelSpec, facts: PlanFacts) -> bytes:
+def _build(trt: Any, library: Library, model: bytes, tensors: Tensors, precision: str, facts: PlanFacts) -> bytes:
     log = make_log(trt)
     builder = create(trt.Builder, log, library)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -63,8 +78,10 @@ def _build(trt: Any, library: Library, model: bytes, spec: ModelSpec, facts: Pla
     if not parser.parse(model):
         reasons = "; ".join(str(parser.get_error(i)) for i in range(parser.num_errors))
         raise EngineError(f"{library.title} cannot read the network: {reasons}")
-    check_network(trt, network, spec)
-    config = _configure(trt, builder, spec, facts)
+    if tensors.output_shape is None:
+        _take_only(network, tensors)
+    check_network(trt, network, tensors, precision)
+    config = _configure(trt, builder, tensors, facts)
     if library is TENSORRT_RTX:
         _set_targets(trt, config, facts.compute_capabilities)
         plan = builder.build_serialized_network(network, config)
@@ -76,8 +93,16 @@ def _build(trt: Any, library: Library, model: bytes, spec: ModelSpec, facts: Pla
     return bytes(plan)
 
 
-def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
-    """Raise EngineError unless the tensors and convolutions of `network` have the shapes and types of `spec`."""
+def _take_only(network: Any, wanted: Tensors) -> None:
+    """Fix the sizes that a foreign model leaves open, and drop the outputs that are not wanted."""
+    network.get_input(0).shape = wanted.input_shape
+    for output in [network.get_output(i) for i in range(network.num_outputs)]:
+        if output.name != wanted.output_name:
+            network.unmark_output(output)
+
+
+def check_network(trt: Any, network: Any, wanted: Tensors, precision: str) -> None:
+    """Raise EngineError unless `network` has the `wanted` tensors, and convolutions of `precision`."""
     found = {
         tensor.name: (tensor.dtype, tuple(tensor.shape))
         for tensor in (
@@ -87,15 +112,17 @@ def check_network(trt: Any, network: Any, spec: ModelSpec) -> None:
     }
     types = {"fp16": trt.float16, "fp32": trt.float32}
     expected = {
-        INPUT_NAME: (trt.float32, (-1, spec.n_mels, spec.n_frames)),
-        OUTPUT_NAME: (trt.float32, (-1, spec.embedding_dim)),
+        wanted.input_name: (trt.float32, wanted.input_shape),
+        wanted.output_name: (trt.float32, wanted.output_shape),
     }
+    if wanted.output_shape is None:
+        expected[wanted.output_name] = found.get(wanted.output_name, expected[wanted.output_name])
     if found != expected:
-        raise EngineError(f"the network has tensors {found}; the spec, {spec.precision}, wants {expected}")
+        raise EngineError(f"the network has tensors {found}; the spec, {precision}, wants {expected}")
     layers = [network.get_layer(i) for i in range(network.num_layers)]
     convolutions = {layer.get_output(0).dtype for layer in layers if layer.type == trt.LayerType.CONVOLUTION}
-    if convolutions != {types[spec.precision]}:
-        raise EngineError(f"the network's convolutions are {convolutions}; the spec wants {spec.precision}")
+    if not convolutions <= {types[precision]}:
+        raise EngineError(f"the network's convolutions are {convolutions}; the spec wants {precision}")
 
 
 def facts_entry(facts: PlanFacts) -> dict[str, Any]:
@@ -103,7 +130,7 @@ def facts_entry(facts: PlanFacts) -> dict[str, Any]:
     return {"tensorrt": dataclasses.asdict(facts)}
 
 
-def _configure(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any:
+def _configure(trt: Any, builder: Any, tensors: Tensors, facts: PlanFacts) -> Any:
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # TF32 has no more mantissa bits than FP16
     if facts.hardware_compatible:
@@ -111,8 +138,8 @@ def _configure(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any
     if facts.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     profile = builder.create_optimization_profile()
-    smallest, largest = ((batch, spec.n_mels, spec.n_frames) for batch in (1, facts.max_batch))
-    profile.set_shape(INPUT_NAME, smallest, largest, largest)  # tuned for full batches, which nearly all are
+    sizes = (tensors.smallest, tensors.usual, tensors.largest)
+    profile.set_shape(tensors.input_name, *(tensors.input_of(size) for size in sizes))
     config.add_optimization_profile(profile)
     return config
 

@@ -86,6 +86,7 @@ def separate_catalog(
     source, counts = Separator(file), StemCounts()
     try:
         with ExitStack() as stack:
+            stack.callback(source.close)
             stack.enter_context(_claimed(folder, file))
             threads = workers or available_cores()
             pool = stack.enter_context(ThreadPoolExecutor(threads))

@@ -132,6 +132,8 @@ class EngineThreads:
                 if separator_file
                 else None
             )
+            if self._separation:
+                stack.callback(self._separation.close)
             looks = separator_file is None and CropClassifier.fits(opened.spec)
             self._mixtures = MixtureDetector(opened.spec) if looks else None
             self._threads = options.workers or cores * (_CALLERS_A_CORE if opened.waits else 1)

@@ -191,7 +191,7 @@ def test_the_command_builds_one(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "against FP32 torch" in done.stderr
     assert "(separator)" in CliRunner().invoke(cli, ["inspect", output]).stdout
-    other = CliRunner().invoke(cli, ["build-engine", str(CHECKPOINT), "-o", output, "--force", "--precision", "fp16"])
+    other = CliRunner().invoke(cli, ["build-engine", str(CHECKPOINT), "-o", output, "--force", "--precision", "int8"])
     assert other.exit_code == 2
     with pytest.raises(OutputError, match="exists"):
         build_separator(PREFIX, output)

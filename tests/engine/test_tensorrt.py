@@ -15,7 +15,7 @@ from singerembed.engine.build import BuildOptions, build_engine
 from singerembed.engine.file import EngineFile, read_engine_file
 from singerembed.engine.load import open_engine
 from singerembed.engine.precision import to_fp16
-from singerembed.engine.tensorrt import TENSORRT, TENSORRT_RTX, Library, PlanFacts
+from singerembed.engine.tensorrt import TENSORRT, TENSORRT_RTX, Library, PlanFacts, Tensors
 from singerembed.engine.tensorrt_build import PlanOptions, build_plan
 from singerembed.errors import EngineError, MissingDependencyError, UsageError
 from singerembed.model.spec import ModelSpec
@@ -47,16 +47,16 @@ def test_builds_an_fp16_plan_without_a_gpu(rtx: Any, fp32: bytes, monkeypatch: p
     profiles: list[list[tuple[int, ...]]] = []
     configure = tensorrt_build._configure
 
-    def spy(trt: Any, builder: Any, spec: ModelSpec, facts: PlanFacts) -> Any:
-        config = configure(trt, builder, spec, facts)
+    def spy(trt: Any, builder: Any, tensors: Tensors, facts: PlanFacts) -> Any:
+        config = configure(trt, builder, tensors, facts)
         assert config.num_optimization_profiles == 1
         assert not config.get_flag(trt.BuilderFlag.TF32)
-        profiles.append([(batch, spec.n_mels, spec.n_frames) for batch in (1, facts.max_batch)])
+        profiles.append([tensors.input_of(size) for size in (tensors.smallest, tensors.usual, tensors.largest)])
         return config
 
     monkeypatch.setattr(tensorrt_build, "_configure", spy)
     plan, facts = build_plan(to_fp16(fp32), FP16, TENSORRT_RTX, PlanOptions(max_batch=32))
-    assert profiles == [[(1, 128, 345), (32, 128, 345)]]
+    assert profiles == [[(1, 128, 345), (32, 128, 345), (32, 128, 345)]]
     assert 8e6 < len(plan) < 40e6  # 5.3 million weights of two bytes, and the graph for three targets
     assert facts == PlanFacts(
         version=rtx.__version__,
@@ -310,7 +310,7 @@ def test_failures_carry_the_librarys_reason(trt: FakeTrt) -> None:
     trt.failure = "Error Code 2: OutOfMemory (Requested size was 232292352 bytes.)"
     with pytest.raises(OutOfDeviceMemory, match="232292352"):
         running.enqueue(0, 1, 0, 0, 0)
-    with pytest.raises(EngineError, match="TensorRT refuses a batch of 65: no reason given"):
+    with pytest.raises(EngineError, match=r"TensorRT refuses an input of \[65, 128, 345\]: no reason given"):
         running.prepare(1, [65])
 
 
@@ -319,7 +319,7 @@ def test_memory_whose_size_is_not_known_is_not_used(trt: FakeTrt) -> None:
     running = network()
     trt.size_for_shapes = 0
     trt.log.log(1, "shapes are not set")
-    with pytest.raises(EngineError, match="cannot prepare a batch of 32: shapes are not set"):
+    with pytest.raises(EngineError, match=r"cannot prepare an input of \[32, 128, 345\]: shapes are not set"):
         running.prepare(1, [32])
 
 

@@ -380,7 +380,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert "a made mixture against itself" in shown
     for arguments, message in (
         ([path], "give --separator FILE.toml, with sample_rate = 44100"),
-        ([path, "--separator", said, "--precision", "fp16"], "leave --backend, --precision and --normalise out"),
+        ([path, "--separator", said, "--precision", "fp16"], "computes in fp32, as the model does, not fp16"),
+        ([path, "--separator", said, "--normalise", "crop"], "--normalise is for encoders"),
+        ([path, "--separator", said, "--backend", "native"], "the back ends onnxruntime, tensorrt, tensorrt-rtx"),
         (["byol", "--separator", said], "--separator is for ONNX models, and byol is not named .onnx"),
         ([path, "--separator", str(tmp_path / "none.toml")], "none.toml: No such file"),
     ):

@@ -1,9 +1,12 @@
-"""A separator on a GPU: its voices against those on the CPU."""
+"""A separator on a GPU: its voices against those on the CPU. torch stands in for TensorRT where that is not."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -11,10 +14,23 @@ import pytest
 import tolerances
 
 from singerembed.engine import onnxruntime_cuda
-from singerembed.engine.build_separator import difference_db, kept_samples, verification_segment
-from singerembed.engine.file import read_separator_file
+from singerembed.engine import separator as separators
+from singerembed.engine.build_separator import (
+    SeparatorOptions,
+    build_separator,
+    difference_db,
+    kept_samples,
+    made_mixture,
+    verification_segment,
+)
+from singerembed.engine.cuda_driver import CudaDevice
+from singerembed.engine.file import SeparatorFile, read_separator_file
 from singerembed.engine.separator import Separator
+from singerembed.engine.separator_gpu import LANES, SegmentRunner, separator_tensors
 from singerembed.model.separator_spec import SpectrogramSpec
+from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
+
+PREFIX = str(Path(__file__).parents[1] / "engine" / "data" / "spleeter-tiny" / "model")
 
 pytest_plugins = ["gpu_device"]
 
@@ -37,3 +53,46 @@ def test_voices_are_those_of_the_cpu(gpu: None, separator_path: str, monkeypatch
         expected = kept_samples(on_cpu.vocals(mixture), file.spec)
         assert difference_db(kept_samples(vocals, file.spec), expected) < tolerances.SEPARATED_DB
     np.testing.assert_array_equal(on_gpu.vocals(segments[3]), found[3])  # alone and in company
+
+
+@pytest.mark.parametrize("backend", ["torch", "tensorrt", "tensorrt-rtx"])
+def test_plans_and_their_runtime(
+    gpu: None, backend: str, separator_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In FP16, from more callers than lanes, segments of two sizes."""
+    file = read_separator_file(separator_path)
+    if importlib.util.find_spec(backend.replace("-", "_")) is None:
+        pytest.skip(f"{backend} is not installed")
+    if backend == "torch":
+        on_gpu = through_torch(file, monkeypatch)
+    else:
+        build_separator(PREFIX, str(tmp_path / "plan.engine"), SeparatorOptions(backend))
+        on_gpu = Separator(read_separator_file(str(tmp_path / "plan.engine")))
+    monkeypatch.setattr(onnxruntime_cuda, "is_usable", lambda: False)
+    on_cpu = Separator(file)
+    assert isinstance(file.spec, SpectrogramSpec)
+    mixture = made_mixture(file.spec.stem_segment_samples, file.spec.sample_rate)
+    crop = file.spec.segment_samples(4 * file.spec.sample_rate)
+    segments = [np.roll(mixture, 1000 * i, axis=0)[: None if i % 8 == 7 else crop] for i in range(24)]
+    with ThreadPoolExecutor(LANES + 4) as pool:
+        found = list(pool.map(on_gpu.vocals, segments))
+    for vocals, segment in zip(found, segments, strict=True):
+        assert difference_db(vocals, on_cpu.vocals(segment)) < tolerances.SEPARATED_FP16_DB
+    np.testing.assert_array_equal(on_gpu.vocals(segments[3]), found[3])  # alone and in company
+    on_gpu.close()
+
+
+def through_torch(file: SeparatorFile, monkeypatch: pytest.MonkeyPatch) -> Separator:
+    """The separator whose network runs in torch; device, buffers and runtime are the real ones."""
+    import torch
+    from torch_network import TorchSegments
+
+    from singerembed.engine.spleeter import load_spleeter
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch has no CUDA here")
+    network, tensors = load_spleeter(read_tensorflow_checkpoint(PREFIX)).in_fp16(), separator_tensors(file.spec)
+    runner = SegmentRunner(tensors, CudaDevice, lambda device: TorchSegments(network, tensors, device.index))
+    monkeypatch.setattr(separators, "open_plan", lambda _file, _device: runner)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # TensorRT is
+    return Separator(replace(file, backend="tensorrt"))
