@@ -24,8 +24,25 @@ struct Shared {
   }
 };
 
+template <class T>
+struct Registers {
+  T of_thread;
+  __device__ T& operator[](int) { return of_thread; }
+};
+
 struct DeviceExec {
   unsigned char* memory;
+
+  template <class T>
+  __device__ Registers<T> registers() const {
+    return {};
+  }
+
+  template <class Source, class Value, class Take>
+  __device__ void shuffle(Source source, Value value, Take take) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    take(thread, __shfl_sync(0xffffffffu, value(thread), source(thread)));
+  }
 
   template <class F>
   __device__ void stage(const char*, F f) const {
@@ -46,10 +63,11 @@ __global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
   level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
 }
 
-// On 9.0, five blocks a multiprocessor spill 8 bytes a thread and are 1.18 times as fast as the four that fit without a
-// bound (docs/gpu.md). Elsewhere that is not measured, and shared memory allows no more than one to three before 10.0.
+#ifndef SE_BLOCKS
+#define SE_BLOCKS 5
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads, 5)
+#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads, SE_BLOCKS)
 #else
 #define SE_MEL_BOUNDS __launch_bounds__(kMelThreads)
 #endif
@@ -62,7 +80,8 @@ __global__ void SE_MEL_BOUNDS mel_kernel(MelJob job) {
 template <class Out>
 __global__ void __launch_bounds__(kNormaliseThreads) normalise_kernel(NormaliseJob job) {
   __shared__ alignas(16) unsigned char memory[kNormaliseSharedBytes];
-  normalise_block<Out>(job, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), DeviceExec{memory});
+  normalise_block<Out>(job, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
+                       DeviceExec{memory});
 }
 
 cudaStream_t to_stream(std::uint64_t stream) {
@@ -71,13 +90,14 @@ cudaStream_t to_stream(std::uint64_t stream) {
 
 class CudaMel final : public DeviceMel {
  public:
-  explicit CudaMel(const MelOptions& options) : CudaMel(options, make_tables(options)) {}
+  explicit CudaMel(const MelOptions& options) : CudaMel(options, make_warp_tables(), slice_basis(make_tables(options))) {}
 
  private:
-  CudaMel(const MelOptions& options, const MelTables& tables) : CudaMel(options, tables, slice_basis(tables)) {}
-  CudaMel(const MelOptions& options, const MelTables& tables, const SlicedBasis& basis)
-      : DeviceMel(options), window_(tables.window), fft_twiddles_(tables.fft_twiddles),
-        split_twiddles_(tables.split_twiddles), slices_(basis.slices), weights_(basis.weights) {}
+  CudaMel(const MelOptions& options, const WarpTables& tables, const SlicedBasis& basis)
+      : DeviceMel(options), window_(tables.window), row_turns_(tables.row_turns), split_turns_(tables.split_turns),
+        slices_(basis.slices), first_bins_(basis.first_bins), weights_(basis.weights),
+        last_weights_(basis.last_weights), last_bin_(basis.last_bin),
+        last_bins_(static_cast<int>(basis.last_weights.size())) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -86,7 +106,10 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(), fft_twiddles_.data(), split_twiddles_.data(), slices_.data(), weights_.data()};
+    job.tables = {window_.data(),     row_turns_.data(), split_turns_.data(), slices_.data(),
+                  first_bins_.data(), weights_.data(),   last_weights_.data()};
+    job.last_bin = last_bin_;
+    job.last_bins = last_bins_;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -94,15 +117,18 @@ class CudaMel final : public DeviceMel {
 
   void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) override {
     const auto kernel = type == DeviceOutput::kHalf ? normalise_kernel<std::uint16_t> : normalise_kernel<float>;
-    const dim3 grid(static_cast<unsigned>((job.size + kNormaliseChunk - 1) / kNormaliseChunk),
-                    static_cast<unsigned>(crops));
+    const dim3 grid(static_cast<unsigned>((job.n_frames + kTileFrames - 1) / kTileFrames),
+                    static_cast<unsigned>((job.n_mels + kTileBands - 1) / kTileBands), static_cast<unsigned>(crops));
     kernel<<<grid, kNormaliseThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
   }
 
-  DeviceTable<float> window_, fft_twiddles_, split_twiddles_;
+  DeviceTable<Quad> window_, row_turns_, split_turns_;
   DeviceTable<MelSlice> slices_;
-  DeviceTable<WeightedWord> weights_;
+  DeviceTable<int> first_bins_;
+  DeviceTable<Quad> weights_;
+  DeviceTable<float> last_weights_;
+  int last_bin_, last_bins_;
 };
 
 // Asks for one kernel, so that a build without code for the device is found at opening, not in the middle of a run.

@@ -32,24 +32,37 @@ struct DeviceCrop {        // input of `mel` for a crop
 };
 static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/model/mel.py has the same layout");
 
-// The mel basis in slices of 32 bands, one per lane of a warp, padded to the longest band (sliced ELLPACK), so that a
-// warp's reads of weights are coalesced and its lanes do not diverge.
+// The mel basis by segments: segment s lies between the edges s and s + 1 of the bands, so that band s rises over it and
+// band s - 1 falls. It is read once for both. Segments but the last are in slices of 32, one per lane of a warp, padded to
+// the longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The
+// last one, over which the last band falls, is read by a whole warp.
 struct MelSlice {
-  int first_weight;  // weights[first_weight + 32 * i + lane] is the i-th of the lane's band
-  int n_bins;        // a multiple of kSliceBins (mel_kernels.h), some of them with weights of 0
+  int first_weight;  // weights[first_weight + 32 * i + lane] is for bins 2 i and 2 i + 1 of the lane's segment
+  int n_bins;        // a multiple of kBinsPerStep (mel_kernels.h), some of them with weights of 0
 };
 
-struct WeightedWord {
-  float weight;
-  std::int32_t word;  // of shared memory, with the power of the bin of the first frame
+struct alignas(16) Quad {  // a single load on a GPU
+  float a, b, c, d;
 };
 
 struct SlicedBasis {
   std::vector<MelSlice> slices;
-  std::vector<WeightedWord> weights;
+  std::vector<int> first_bins;  // of each lane of each slice
+  std::vector<Quad> weights;    // rising, falling, rising, falling
+  int last_bin = 0;             // first bin of the last segment
+  std::vector<float> last_weights;
 };
 
 SlicedBasis slice_basis(const MelTables& tables);
+
+// Tables of the transform, by lane (mel_transform.h).
+struct WarpTables {
+  std::vector<Quad> window;       // [8, 32]: -cos(2 pi n / kFftSize) of points n1 and n1 + 8
+  std::vector<Quad> row_turns;    // [8, 32]: two turns of a row's butterflies, in the order of the stages
+  std::vector<Quad> split_turns;  // [8, 32]: two turns of bins lane + 32 k2
+};
+
+WarpTables make_warp_tables();
 
 struct LevelJob {
   int crop_samples;
@@ -59,11 +72,11 @@ struct LevelJob {
 };
 
 struct MelTablePointers {  // into device memory
-  const float* window;
-  const float* fft_twiddles;
-  const float* split_twiddles;
+  const Quad *window, *row_turns, *split_turns;
   const MelSlice* slices;
-  const WeightedWord* weights;
+  const int* first_bins;
+  const Quad* weights;
+  const float* last_weights;
 };
 
 struct MelJob {
@@ -72,18 +85,19 @@ struct MelJob {
   bool power_only;  // stop before the logarithm
   MelTablePointers tables;
   const DeviceCrop* crops;
-  float* mel;     // [crops, n_mels, n_frames]
-  float* maxima;  // [crops, blocks of a crop]
+  int last_bin, last_bins;  // of the last segment
+  float* mel;               // [crops, n_frames, n_mels]
+  float* maxima;            // [crops, blocks of a crop, warps of a block]
 };
 
 struct NormaliseJob {
-  int size;    // of a crop's spectrogram
-  int blocks;  // of the mel launch, of a crop
+  int n_mels, n_frames;
+  int maxima_per_crop;
   float log_divisor;
   bool power_only;
   const float* mel;
   const float* maxima;
-  void* out;  // [crops, size]: float, or the bits of IEEE half
+  void* out;  // [crops, n_mels, n_frames]: float, or the bits of IEEE half
 };
 
 enum class DeviceOutput { kFloat, kHalf };

@@ -141,6 +141,17 @@ struct WatchedShared {
   }
 };
 
+// Registers of each thread, which outlive a stage.
+template <class T>
+class HostRegisters {
+ public:
+  explicit HostRegisters(std::size_t threads) : of_threads_(threads) {}
+  T& operator[](int thread) { return of_threads_[static_cast<std::size_t>(thread)]; }
+
+ private:
+  std::vector<T> of_threads_;
+};
+
 using TrafficByStage = std::map<std::string, EmulatedMel::Traffic>;
 
 class HostExec {  // executes one block
@@ -165,6 +176,21 @@ class HostExec {  // executes one block
     }
   }
 
+  template <class T>
+  HostRegisters<T> registers() const {
+    return HostRegisters<T>(order_.size());
+  }
+
+  template <class Source, class Value, class Take>
+  void shuffle(Source source, Value value, Take take) const {
+    const int threads = static_cast<int>(order_.size());
+    std::vector<float> values;
+    for (int thread = 0; thread < threads; ++thread) values.push_back(value(thread));
+    for (int thread = 0; thread < threads; ++thread) {
+      take(thread, values[static_cast<std::size_t>(thread / kWarp * kWarp + source(thread))]);
+    }
+  }
+
  private:
   std::vector<int> order_;
   mutable Watch watch_;
@@ -182,16 +208,14 @@ std::vector<int> thread_order(int threads, std::uint32_t order) {
 }  // namespace
 
 struct EmulatedMel::State {
-  MelTables tables;
+  WarpTables tables;
   SlicedBasis basis;
   std::uint32_t order;
   TrafficByStage traffic;
 };
 
 EmulatedMel::EmulatedMel(const MelOptions& options, std::uint32_t order)
-    : DeviceMel(options), state_(new State{make_tables(options), {}, order, {}}) {
-  state_->basis = slice_basis(state_->tables);
-}
+    : DeviceMel(options), state_(new State{make_warp_tables(), slice_basis(make_tables(options)), order, {}}) {}
 
 EmulatedMel::~EmulatedMel() = default;
 
@@ -215,10 +239,12 @@ void EmulatedMel::launch(const LevelJob& job, bool is_int16, int crops, std::uin
 
 void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const auto order = thread_order(kMelThreads, state_->order);
-  const MelTables& tables = state_->tables;
+  const WarpTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
-  job.tables = {tables.window.data(), tables.fft_twiddles.data(), tables.split_twiddles.data(),
-                basis.slices.data(),  basis.weights.data()};
+  job.tables = {tables.window.data(),    tables.row_turns.data(), tables.split_turns.data(),  basis.slices.data(),
+                basis.first_bins.data(), basis.weights.data(),    basis.last_weights.data()};
+  job.last_bin = basis.last_bin;
+  job.last_bins = static_cast<int>(basis.last_weights.size());
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));
@@ -228,14 +254,15 @@ void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
 
 void EmulatedMel::launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t) {
   const auto order = thread_order(kNormaliseThreads, state_->order);
-  const int chunks = (job.size + kNormaliseChunk - 1) / kNormaliseChunk;
   for (int crop = 0; crop < crops; ++crop) {
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const HostExec exec(order, kNormaliseSharedBytes);
-      if (type == DeviceOutput::kHalf) {
-        normalise_block<std::uint16_t>(job, chunk, crop, exec);
-      } else {
-        normalise_block<float>(job, chunk, crop, exec);
+    for (int part = 0; part * kTileFrames < job.n_frames; ++part) {
+      for (int group = 0; group * kTileBands < job.n_mels; ++group) {
+        const HostExec exec(order, kNormaliseSharedBytes);
+        if (type == DeviceOutput::kHalf) {
+          normalise_block<std::uint16_t>(job, part, group, crop, exec);
+        } else {
+          normalise_block<float>(job, part, group, crop, exec);
+        }
       }
     }
   }

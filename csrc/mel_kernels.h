@@ -13,36 +13,39 @@
 
 #include "mel_device.h"
 #include "mel_math.h"
+#include "mel_transform.h"
 
 namespace singerembed {
 
-constexpr int kWarp = 32;
-constexpr int kFramesPerBlock = 4;
-constexpr int kMelThreads = kFramesPerBlock * kWarp;
-constexpr int kPoints = kFftSize / 2;
-// Stride of rows of 32 points, in points: odd, so that the points of a column are in different banks. The 33rd point of
-// row 0 holds the power of bin kPoints.
-constexpr int kRowPoints = kWarp + 1;
-constexpr int kFramePoints = kWarp * kRowPoints;
-// Sums of a group of bands, one per thread: of each warp's share of the bins, for each frame.
-constexpr int kSumsWord = kFramesPerBlock * kFramePoints * 2;
-constexpr int kMaximaWord = kSumsWord + kMelThreads / kWarp * kFramesPerBlock * kMelThreads;
-constexpr int kMelSharedBytes = (kMaximaWord + kMelThreads) * 4;
+#ifndef SE_FRAMES
+#define SE_FRAMES 1
+#define SE_WARPS 4
+#endif
+constexpr int kFramesPerWarp = SE_FRAMES;
+constexpr int kWarpsPerBlock = SE_WARPS;
+constexpr int kMelThreads = kWarpsPerBlock * kWarp;
+constexpr int kFramesPerBlock = kFramesPerWarp * kWarpsPerBlock;
+
+// Words of a warp's shared memory: the exchange between the passes; in its place the points whose mirrors other lanes
+// need, with a stride that is odd, and the powers of the warp's last frame; behind it the powers of those before.
+constexpr int kMirrorStride = kWarp / 2 + 1;  // points
+constexpr int kPowerWord = 2 * kWarp * kMirrorStride + 4;
+constexpr int kPowerWords = kPoints + 4;
+constexpr int kWarpWords = kExchangeWords + (kFramesPerWarp - 1) * kPowerWords;
+constexpr int kMelSharedBytes = kWarpsPerBlock * kWarpWords * 4;
+static_assert(kPowerWord + kPowerWords <= kExchangeWords && kWarpWords % 4 == 0);
+
+// The loop over the bins of a segment is unrolled by so many.
+constexpr int kBinsPerStep = 4;
 
 constexpr int kLevelThreads = 512;
 constexpr int kPeaksWord = 2 * kLevelThreads;  // after as many doubles
 constexpr int kLevelSharedBytes = 3 * kLevelThreads * 4;
 
 constexpr int kNormaliseThreads = 256;
-constexpr int kNormaliseChunk = 16 * kNormaliseThreads;  // values per block
-constexpr int kNormaliseSharedBytes = kNormaliseThreads * 4;
-
-// The loop over the bins of a slice is unrolled by kBinsPerStep in each warp, so a slice has a multiple of kSliceBins.
-constexpr int kBinsPerStep = 2;
-constexpr int kSliceBins = kBinsPerStep * kMelThreads / kWarp;
-
-static_assert(kWarp == kDft32Points && kWarp * kWarp == kPoints);
-static_assert(kMelSharedBytes <= 48 * 1024, "more needs an attribute of the kernel");
+constexpr int kTileBands = kWarp, kTileFrames = 4 * kWarp;
+constexpr int kTileStride = kTileBands + 1;
+constexpr int kNormaliseSharedBytes = kTileFrames * kTileStride * 4;
 
 template <class Sample>
 struct alignas(2 * sizeof(Sample)) Pair {  // a single load on a GPU
@@ -59,16 +62,11 @@ SE_HD Pair<std::int16_t> load_pair(const std::int16_t* p) {
   const short2 pair = __ldg(reinterpret_cast<const short2*>(p));
   return {pair.x, pair.y};
 }
-SE_HD WeightedWord load_weight(const WeightedWord* p) {
-  const int2 pair = __ldg(reinterpret_cast<const int2*>(p));
-  return {__int_as_float(pair.x), pair.y};
-}
 #else
 template <class Sample>
 SE_HD Pair<Sample> load_pair(const Sample* p) {
   return *reinterpret_cast<const Pair<Sample>*>(p);
 }
-SE_HD WeightedWord load_weight(const WeightedWord* p) { return *p; }
 #endif
 
 SE_HD float larger(float a, float b) {
@@ -151,172 +149,246 @@ SE_HD void level_block(const LevelJob& job, int crop, const Exec& exec) {
 
 // --- mel ----------------------------------------------------------------------------------------------------------
 
-SE_HD int point_of_bin(int bin) { return (bin % kWarp) * kRowPoints + bin / kWarp; }
+// Samples are multiplied by their crop's scale where that costs nothing: its square is a factor of the mel power. Unless
+// squares could leave the range of float.
+SE_HD bool scaled_last(float scale) { return scale >= 0x1p-40f && scale <= 0x1p40f; }
 
-// The word of a bin's power: the second word of its point for rows 16 to 31, so that 32 lanes use all banks.
-SE_HD int power_word(int bin) { return 2 * point_of_bin(bin) + bin % kWarp / (kWarp / 2); }
-
-// Column `column` of a frame of `pcm`, which starts at sample `first`: window, DFT over n1, twiddle factors. `inside`: the
-// frame does not reach over an end of the crop, where samples are reflected.
-template <bool inside, class Sample, class Shared>
-SE_HD void transform_column(const MelJob& job, const Sample* pcm, float scale, int first, int column, int base,
-                            const Shared& shared) {
-  // One address each, to which the unrolled reads add constants.
-  const Sample* samples = pcm + (inside ? first + 2 * column : 0);
-  const float* window = job.tables.window + 2 * column;
-  // The table has the twiddle factor of n2 * k1 at [n2][k1]; it is symmetric, and [k1][n2] makes lanes adjacent.
-  const float* twiddles = job.tables.fft_twiddles + 2 * column;
-  dft32<float>(
-      [&](int n1) {
-        const int step = 2 * kWarp * n1, sample = first + 2 * column + step;
-        Pair<Sample> pair;
-        if (inside) {
-          pair = load_pair(samples + step);
-        } else {
-          pair = {pcm[reflect(sample, job.crop_samples)], pcm[reflect(sample + 1, job.crop_samples)]};
-        }
-        const Pair<float> factor = load_pair(window + step);
-        return Complex<float>{static_cast<float>(pair.first) * scale * factor.first,
-                              static_cast<float>(pair.second) * scale * factor.second};
-      },
-      [&](int k1, Complex<float> value) {
-        const Pair<float> turn = load_pair(twiddles + 2 * kWarp * k1);
-        shared.store(base + k1 * kRowPoints + column, times(value, turn.first, turn.second));
-      });
-}
-
-template <class Sample, class Shared>
-SE_HD void transform_column(const MelJob& job, const DeviceCrop& crop, int frame, int column, int base,
-                            const Shared& shared) {
-  const Sample* pcm = reinterpret_cast<const Sample*>(static_cast<std::uintptr_t>(crop.pcm));
-  const int first = frame * kHopSamples - kFftSize / 2;
-  if (first >= 0 && first + kFftSize <= job.crop_samples) {
-    transform_column<true>(job, pcm, crop.scale, first, column, base, shared);
-  } else {
-    transform_column<false>(job, pcm, crop.scale, first, column, base, shared);
+// Samples of a frame's column as points, n1 at points[reversed(n1)].
+template <class Sample>
+SE_HD void load_column(const Sample* pcm, int first, Point (&points)[kWarp]) {
+  SE_UNROLL
+  for (int n1 = 0; n1 < kColumnPoints; ++n1) {
+    const Pair<Sample> pair = load_pair(pcm + first + 2 * kWarp * n1);
+    points[reversed(n1)] = {static_cast<float>(pair.first), static_cast<float>(pair.second)};
   }
 }
 
-// Row `row` of a frame: DFT over n2 in place.
-template <class Shared>
-SE_HD void transform_row_in_place(int row, int base, const Shared& shared) {
-  dft32<float>([&](int n2) { return shared.template load<Complex<float>>(base + row * kRowPoints + n2); },
-               [&](int k2, Complex<float> value) { shared.store(base + row * kRowPoints + k2, value); });
-}
-
-// Bins k = lane + 32 j up to kPoints / 2, each with its mirror kPoints - k: the powers replace the points. The places of
-// both are written out (point_of_bin, power_word), because their divisions would cost more than the arithmetic.
-template <class Shared>
-SE_HD void split_in_place(const MelJob& job, int lane, int base, const Shared& shared) {
-  const int mirror_lane = lane == 0 ? 0 : kWarp - lane;
-  const int row = base + lane * kRowPoints;
-  const int last = base + mirror_lane * kRowPoints + (lane == 0 ? kWarp : kWarp - 1);  // the mirror of j = 0
-  const float* twiddles = job.tables.split_twiddles + 2 * lane;
-  const int half = lane / (kWarp / 2), mirror_half = mirror_lane / (kWarp / 2);
-  const auto split = [&](int j, int mirror) {
-    const auto z = shared.template load<Complex<float>>(row + j);
-    const auto z_mirror = shared.template load<Complex<float>>(mirror);
-    const Pair<float> turn = load_pair(twiddles + 2 * kWarp * j);
-    float power, power_mirror;
-    split_power(z, z_mirror, turn.first, turn.second, power, power_mirror);
-    shared.store(2 * (row + j) + half, power);
-    shared.store(2 * (last - j) + mirror_half, power_mirror);
+// The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale.
+SE_HD void load_column_at_end(const MelJob& job, const DeviceCrop& crop, int first, Point (&points)[kWarp]) {
+  const void* pcm = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(crop.pcm));
+  const float scale = scaled_last(crop.scale) ? 1.0f : crop.scale;
+  const auto sample = [&](int i) {
+    const int at = reflect(i, job.crop_samples);
+    return scale * (crop.is_int16 ? static_cast<float>(static_cast<const std::int16_t*>(pcm)[at])
+                                  : static_cast<const float*>(pcm)[at]);
   };
-  split(0, lane == 0 ? row : last);  // bin 0 is its own mirror, whose power goes to the spare point of row 0
   SE_UNROLL
-  for (int j = 1; j < kWarp / 2; ++j) split(j, last - j);
-  if (lane == 0) split(kWarp / 2, last - kWarp / 2);
+  for (int n1 = 0; n1 < kColumnPoints; ++n1) {
+    const int i = first + 2 * kWarp * n1;
+    points[reversed(n1)] = {sample(i), sample(i + 1)};
+  }
 }
 
-// Sums over a warp's share of the bins of each band of a group, which has a slice per warp, for all frames: the shares of
-// the warps are equally long, and a weight is read once for all frames.
-template <class Shared>
-SE_HD void sum_bands(const MelJob& job, int group, int thread, const Shared& shared) {
-  constexpr int warps = kMelThreads / kWarp;
-  const int warp = thread / kWarp, lane = thread % kWarp;
+SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int lane, Point (&points)[kWarp]) {
+  const int start = frame * kHopSamples - kFftSize / 2, first = start + 2 * lane;
+  if (start >= 0 && start + kFftSize <= job.crop_samples && scaled_last(crop.scale)) {
+    const auto address = static_cast<std::uintptr_t>(crop.pcm);
+    if (crop.is_int16) {
+      load_column(reinterpret_cast<const std::int16_t*>(address), first, points);
+    } else {
+      load_column(reinterpret_cast<const float*>(address), first, points);
+    }
+  } else {
+    load_column_at_end(job, crop, first, points);
+  }
+}
+
+// Registers of a lane of the mel kernel.
+struct MelLane {
+  Point points[kWarp];
+#ifdef SE_SHUFFLE
+  Point mirrors[kWarp / 2];
+#endif
+  float rising[kFramesPerWarp], falling[kFramesPerWarp], next[kFramesPerWarp];  // sums over a mel segment
+  float maximum;
+};
+
+// The transform of frame `frame` of crop `crop`: powers of its bins to shared memory, each bin at word `powers` + bin.
+template <class Exec, class Lanes>
+SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_frame, int index, const Exec& exec, Lanes& lanes) {
+  exec.warp_stage("columns", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    const int mine = block_frame + thread / kWarp * kFramesPerWarp + index;
+    Point(&points)[kWarp] = lanes[thread].points;
+    load_column(job, crop, mine < job.n_frames ? mine : job.n_frames - 1, lane, points);
+    transform_column(job.tables.window, lane, points);
+    SE_UNROLL
+    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base / 2 + k1 * kRowStride + lane, points[k1]);
+  });
+  exec.warp_stage("rows", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    Point(&points)[kWarp] = lanes[thread].points;
+    SE_UNROLL
+    for (int n2 = 0; n2 < kWarp; n2 += 2) {
+      const Quad two = shared.template load<Quad>((base / 2 + lane * kRowStride + n2) / 2);
+      points[reversed(n2)] = {two.a, two.b};
+      points[reversed(n2 + 1)] = {two.c, two.d};
+    }
+    transform_row(job.tables.row_turns, lane, points);
+  });
+  // Lane L has bins L + 32 k2, whose mirrors have lane 32 - L (from the last), and lane 0 its own (one further on).
+#ifdef SE_SHUFFLE
   SE_UNROLL
-  for (int i = 0; i < warps; ++i) {
-    const int index = group * warps + i;
-    if (index * kWarp >= job.n_mels) break;
-    const MelSlice slice = job.tables.slices[index];
-    const int share = slice.n_bins / warps;
-    const WeightedWord* at = job.tables.weights + slice.first_weight + kWarp * share * warp + lane;
-    float sums[kFramesPerBlock] = {};
-    SE_NO_UNROLL
-    for (const WeightedWord* end = at + kWarp * share; at != end; at += kWarp * kBinsPerStep) {
+  for (int k2 = 0; k2 < kWarp / 2; ++k2) {
+    const auto source = [](int thread) { return (kWarp - thread % kWarp) % kWarp; };
+    const auto of = [&](int thread) { return &lanes[thread].points[thread % kWarp == 0 ? (k2 == 0 ? 0 : kWarp - k2) : kWarp - 1 - k2]; };
+    (void)of;
+    exec.shuffle(source, [&](int thread) {
+      const Point(&points)[kWarp] = lanes[thread].points;
+      return thread % kWarp == 0 ? points[(kWarp - k2) % kWarp].re : points[kWarp - 1 - k2].re;
+    }, [&](int thread, float value) { lanes[thread].mirrors[k2].re = value; });
+    exec.shuffle(source, [&](int thread) {
+      const Point(&points)[kWarp] = lanes[thread].points;
+      return thread % kWarp == 0 ? points[(kWarp - k2) % kWarp].im : points[kWarp - 1 - k2].im;
+    }, [&](int thread, float value) { lanes[thread].mirrors[k2].im = value; });
+  }
+#else
+  exec.warp_stage("mirrors", [&](int thread, auto shared) {
+    const int row = thread / kWarp * kWarpWords / 2 + thread % kWarp * kMirrorStride;
+    SE_UNROLL
+    for (int k2 = kWarp / 2; k2 < kWarp; ++k2) shared.store(row + k2 - kWarp / 2, lanes[thread].points[k2]);
+    shared.store(row + kWarp / 2, lanes[thread].points[0]);
+  });
+#endif
+  exec.warp_stage("split", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    const int powers = base + (index == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + index * kPowerWords);
+    const Point(&points)[kWarp] = lanes[thread].points;
+    const int last = base / 2 + (lane == 0 ? kWarp / 2 : (kWarp - lane) * kMirrorStride + kWarp / 2 - 1);
+    (void)last;
+    SE_UNROLL
+    for (int k2 = 0; k2 < kWarp / 2; k2 += 2) {
+      const Quad turns = load_quad(job.tables.split_turns + kWarp * (k2 / 2) + lane);
       SE_UNROLL
-      for (int bin = 0; bin < kBinsPerStep; ++bin) {
-        const WeightedWord weight = load_weight(at + kWarp * bin);
-        SE_UNROLL
-        for (int frame = 0; frame < kFramesPerBlock; ++frame) {
-          sums[frame] += shared.template load<float>(2 * frame * kFramePoints + weight.word) * weight.weight;
-        }
+      for (int j = k2; j < k2 + 2; ++j) {
+        float power, mirror_power;
+#ifdef SE_SHUFFLE
+        const Point mirror = lanes[thread].mirrors[j];
+#else
+        const Point mirror = shared.template load<Point>(last - j);
+#endif
+        split_powers(points[j], mirror, j == k2 ? Turn{turns.a, turns.b} : Turn{turns.c, turns.d}, power, mirror_power);
+        shared.store(powers + lane + kWarp * j, power);
+        shared.store(powers + kPoints - lane - kWarp * j, mirror_power);
       }
     }
+    if (lane == 0) shared.store(powers + kPoints / 2, 4 * squared(points[kWarp / 2]));  // its own mirror
+  });
+}
+
+// Sums over segment lane of slice `slice`, for the bands that rise and fall over it.
+template <class Shared>
+SE_HD void sum_segment(const MelJob& job, int slice, int thread, const Shared& shared, MelLane& mine) {
+  const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+  const MelSlice part = job.tables.slices[slice];
+  const Quad* weights = job.tables.weights + part.first_weight + lane;
+  int word = base + job.tables.first_bins[slice * kWarp + lane];
+  SE_UNROLL
+  for (int frame = 0; frame < kFramesPerWarp; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
+  SE_NO_UNROLL
+  for (int bin = 0; bin < part.n_bins; bin += kBinsPerStep) {
     SE_UNROLL
-    for (int frame = 0; frame < kFramesPerBlock; ++frame) {
-      shared.store(kSumsWord + (warp * kFramesPerBlock + frame) * kMelThreads + i * kWarp + lane, sums[frame]);
+    for (int i = 0; i < kBinsPerStep; i += 2) {
+      const Quad weight = load_quad(weights + kWarp * i / 2);
+      SE_UNROLL
+      for (int frame = 0; frame < kFramesPerWarp; ++frame) {
+        const int powers = word + i + (frame == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame * kPowerWords);
+        const float first = shared.template load<float>(powers), second = shared.template load<float>(powers + 1);
+        mine.rising[frame] += weight.a * first;
+        mine.falling[frame] += weight.b * first;
+        mine.rising[frame] += weight.c * second;
+        mine.falling[frame] += weight.d * second;
+      }
     }
+    weights += kWarp * kBinsPerStep / 2;
+    word += kBinsPerStep;
   }
 }
 
-// Adds up the shares of one band and writes it for all frames. Returns the maximum of the written values.
-template <class Shared>
-SE_HD float write_band(const MelJob& job, int crop, int first_frame, int band, int thread, const Shared& shared) {
-  float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_mels + band) * job.n_frames + first_frame;
-  float maximum = -FLT_MAX;
+// Replaces the lanes' `value` by their sum, or their maximum, in all lanes.
+template <class Exec, class Lanes, class Value, class Join>
+SE_HD void reduce_warp(const Exec& exec, Lanes& lanes, const Value& value, const Join& join) {
   SE_UNROLL
-  for (int frame = 0; frame < kFramesPerBlock; ++frame) {
-    if (first_frame + frame >= job.n_frames) break;
-    float sum = 0;
-    SE_UNROLL
-    for (int warp = 0; warp < kMelThreads / kWarp; ++warp) {
-      sum += shared.template load<float>(kSumsWord + (warp * kFramesPerBlock + frame) * kMelThreads + thread);
-    }
-    const float value = job.power_only ? sum : natural_logarithm(sum + job.log_offset);
-    out[frame] = value;
-    maximum = larger(value, maximum);
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    exec.shuffle([&](int thread) { return thread % kWarp ^ distance; },
+                 [&](int thread) { return value(lanes[thread]); },
+                 [&](int thread, float other) {
+                   float& own = value(lanes[thread]);
+                   own = join(own, other);
+                 });
   }
-  return maximum;
 }
 
 // Frames [kFramesPerBlock * block, ...) of listed crop `crop`, which has `blocks` blocks. Frames beyond the last one are
 // computed as the last one, and not written.
 template <class Exec>
 SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const Exec& exec) {
-  const int first_frame = block * kFramesPerBlock;
-  exec.warp_stage("columns", [&](int thread, auto shared) {
-    const int mine = first_frame + thread / kWarp, base = thread / kWarp * kFramePoints;
-    const int frame = mine < job.n_frames ? mine : job.n_frames - 1;
-    const DeviceCrop description = job.crops[crop];
-    if (description.is_int16) {
-      transform_column<std::int16_t>(job, description, frame, thread % kWarp, base, shared);
-    } else {
-      transform_column<float>(job, description, frame, thread % kWarp, base, shared);
+  const int block_frame = block * kFramesPerBlock;
+  const DeviceCrop description = job.crops[crop];
+  const float factor = scaled_last(description.scale) ? description.scale * description.scale * 0.0625f : 0.0625f;
+  auto lanes = exec.template registers<MelLane>();
+#if SE_FRAMES == 1
+  transform_frame(job, description, block_frame, 0, exec, lanes);
+#else
+  SE_NO_UNROLL
+  for (int index = 0; index < kFramesPerWarp; ++index) transform_frame(job, description, block_frame, index, exec, lanes);
+#endif
+  exec.warp_stage("last", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    lanes[thread].maximum = -FLT_MAX;
+    SE_UNROLL
+    for (int frame = 0; frame < kFramesPerWarp; ++frame) {
+      const int powers = base + job.last_bin + (frame == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame * kPowerWords);
+      float sum = 0;
+      for (int i = lane; i < job.last_bins; i += kWarp) {
+        sum += shared.template load<float>(powers + i) * job.tables.last_weights[i];
+      }
+      lanes[thread].next[frame] = sum;
     }
   });
-  exec.warp_stage("rows", [&](int thread, auto shared) {
-    transform_row_in_place(thread % kWarp, thread / kWarp * kFramePoints, shared);
-  });
-  exec.stage("split", [&](int thread, auto shared) {
-    split_in_place(job, thread % kWarp, thread / kWarp * kFramePoints, shared);
-  });
-  for (int group = 0; group * kMelThreads < job.n_mels; ++group) {
-    exec.stage("bands", [&](int thread, auto shared) { sum_bands(job, group, thread, shared); });
-    exec.stage("sums", [&](int thread, auto shared) {
-      const int band = group * kMelThreads + thread;
-      float maximum = group == 0 ? -FLT_MAX : shared.template load<float>(kMaximaWord + thread);
-      if (band < job.n_mels) {
-        maximum = larger(maximum, write_band(job, crop, first_frame, band, thread, shared));
+  SE_UNROLL
+  for (int frame = 0; frame < kFramesPerWarp; ++frame) {
+    reduce_warp(exec, lanes, [&](MelLane& lane) -> float& { return lane.next[frame]; },
+                [](float a, float b) { return a + b; });
+  }
+  const int slices = (job.n_mels + kWarp - 1) / kWarp;
+  SE_NO_UNROLL
+  for (int slice = slices - 1; slice >= 0; --slice) {
+    exec.warp_stage("bands", [&](int thread, auto shared) { sum_segment(job, slice, thread, shared, lanes[thread]); });
+    const int joint = slice == slices - 1 ? job.n_mels % kWarp : 0;  // the lane whose `next` is right already
+    SE_UNROLL
+    for (int frame = 0; frame < kFramesPerWarp; ++frame) {
+      exec.shuffle([](int thread) { return (thread + 1) % kWarp; },
+                   [&](int thread) {
+                     const MelLane& lane = lanes[thread];
+                     return thread % kWarp == joint ? lane.next[frame] : lane.falling[frame];
+                   },
+                   [&](int thread, float value) {
+                     MelLane& lane = lanes[thread];
+                     lane.next[frame] = lane.falling[frame];
+                     lane.rising[frame] += value;
+                   });
+    }
+    exec.warp_stage("write", [&](int thread, auto) {
+      const int band = slice * kWarp + thread % kWarp;
+      if (band >= job.n_mels) return;
+      SE_UNROLL
+      for (int index = 0; index < kFramesPerWarp; ++index) {
+        const int frame = block_frame + thread / kWarp * kFramesPerWarp + index;
+        if (frame >= job.n_frames) break;
+        const float sum = lanes[thread].rising[index] * factor;
+        const float value = job.power_only ? sum : natural_logarithm(sum + job.log_offset);
+        job.mel[(static_cast<std::size_t>(crop) * job.n_frames + frame) * job.n_mels + band] = value;
+        lanes[thread].maximum = larger(lanes[thread].maximum, value);
       }
-      shared.store(kMaximaWord + thread, maximum);
     });
   }
-  reduce_maximum(exec, kMaximaWord, kMelThreads);
-  exec.stage("maximum", [&](int thread, auto shared) {
-    if (thread == 0) {
-      job.maxima[static_cast<std::size_t>(crop) * blocks + block] = shared.template load<float>(kMaximaWord);
-    }
+  reduce_warp(exec, lanes, [](MelLane& lane) -> float& { return lane.maximum; },
+              [](float a, float b) { return larger(a, b); });
+  exec.warp_stage("maximum", [&](int thread, auto) {
+    if (thread % kWarp != 0) return;
+    const std::size_t at = (static_cast<std::size_t>(crop) * blocks + block) * kWarpsPerBlock + thread / kWarp;
+    job.maxima[at] = lanes[thread].maximum;
   });
 }
 
@@ -348,24 +420,46 @@ SE_HD std::uint16_t to_half_bits(float x) {
 SE_HD void store_value(float* out, float value) { *out = value; }
 SE_HD void store_value(std::uint16_t* out, float value) { *out = to_half_bits(value); }
 
-// Values [chunk * kNormaliseChunk, ...) of listed crop `crop`. Out: float, or std::uint16_t for the bits of a half.
+// A tile of listed crop `crop`: frames [kTileFrames * part, ...) of bands [kTileBands * group, ...). Out: float, or
+// std::uint16_t for the bits of a half.
 template <class Out, class Exec>
-SE_HD void normalise_block(const NormaliseJob& job, int chunk, int crop, const Exec& exec) {
-  exec.stage("maxima", [&](int thread, auto shared) {
-    const float* maxima = job.maxima + static_cast<std::size_t>(crop) * job.blocks;
-    float maximum = -FLT_MAX;
-    for (int i = thread; i < job.blocks; i += kNormaliseThreads) maximum = larger(maximum, maxima[i]);
-    shared.store(thread, maximum);
-  });
-  reduce_maximum(exec, 0, kNormaliseThreads);
-  exec.stage("normalise", [&](int thread, auto shared) {
+SE_HD void normalise_block(const NormaliseJob& job, int part, int group, int crop, const Exec& exec) {
+  const int first_frame = part * kTileFrames, first_band = group * kTileBands;
+  if (job.log_divisor == 0) {
+    exec.stage("maxima", [&](int thread, auto shared) {
+      const float* maxima = job.maxima + static_cast<std::size_t>(crop) * job.maxima_per_crop;
+      float maximum = -FLT_MAX;
+      for (int i = thread; i < job.maxima_per_crop; i += kNormaliseThreads) maximum = larger(maximum, maxima[i]);
+      shared.store(thread, maximum);
+    });
+    reduce_maximum(exec, 0, kNormaliseThreads);
+  }
+  auto factors = exec.template registers<float>();
+  exec.stage("factor", [&](int thread, auto shared) {
     const float divisor = job.log_divisor != 0 ? job.log_divisor : shared.template load<float>(0);
-    const float factor = job.power_only ? 1.0f : 1.0f / divisor;
-    const std::size_t offset = static_cast<std::size_t>(crop) * job.size;
-    const int first = chunk * kNormaliseChunk;
-    const int end = first + kNormaliseChunk < job.size ? first + kNormaliseChunk : job.size;
-    for (int i = first + thread; i < end; i += kNormaliseThreads) {
-      store_value(static_cast<Out*>(job.out) + offset + i, job.mel[offset + i] * factor);
+    factors[thread] = job.power_only ? 1.0f : 1.0f / divisor;
+  });
+  const std::size_t offset = static_cast<std::size_t>(crop) * job.n_mels * job.n_frames;
+  exec.stage("load", [&](int thread, auto shared) {
+    const int band = first_band + thread % kWarp;
+    if (band >= job.n_mels) return;
+    const float* values = job.mel + offset + static_cast<std::size_t>(first_frame) * job.n_mels + band;
+    SE_UNROLL
+    for (int frame = thread / kWarp; frame < kTileFrames; frame += kNormaliseThreads / kWarp) {
+      if (first_frame + frame >= job.n_frames) break;
+      shared.store(frame * kTileStride + thread % kWarp, values[frame * job.n_mels] * factors[thread]);
+    }
+  });
+  exec.stage("normalise", [&](int thread, auto shared) {
+    constexpr int step = kNormaliseThreads / kTileFrames;
+    const int frame = thread % kTileFrames;
+    if (first_frame + frame >= job.n_frames) return;
+    Out* out = static_cast<Out*>(job.out) + offset + first_frame + frame;
+    SE_UNROLL
+    for (int band = thread / kTileFrames; band < kTileBands; band += step) {
+      if (first_band + band >= job.n_mels) break;
+      store_value(out + static_cast<std::size_t>(first_band + band) * job.n_frames,
+                  shared.template load<float>(frame * kTileStride + band));
     }
   });
 }
