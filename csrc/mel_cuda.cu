@@ -1,5 +1,6 @@
 // CUDA kernels and launches of the stages in mel_kernels.h.
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -95,7 +96,7 @@ class CudaMel final : public DeviceMel {
  private:
   CudaMel(const MelOptions& options, const WarpTables& tables, const SlicedBasis& basis)
       : DeviceMel(options), window_(tables.window), row_turns_(tables.row_turns), split_turns_(tables.split_turns),
-        slices_(basis.slices), first_bins_(basis.first_bins), weights_(basis.weights),
+        slice_bins_(basis.slice_bins), first_bins_(basis.first_bins), weights_(basis.weights),
         last_weights_(basis.last_weights), last_bin_(basis.last_bin),
         last_bins_(static_cast<int>(basis.last_weights.size())) {}
 
@@ -106,8 +107,9 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(),     row_turns_.data(), split_turns_.data(), slices_.data(),
+    job.tables = {window_.data(),     row_turns_.data(), split_turns_.data(),
                   first_bins_.data(), weights_.data(),   last_weights_.data()};
+    std::copy(slice_bins_.begin(), slice_bins_.end(), job.slice_bins);
     job.last_bin = last_bin_;
     job.last_bins = last_bins_;
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
@@ -124,7 +126,7 @@ class CudaMel final : public DeviceMel {
   }
 
   DeviceTable<Quad> window_, row_turns_, split_turns_;
-  DeviceTable<MelSlice> slices_;
+  std::vector<int> slice_bins_;
   DeviceTable<int> first_bins_;
   DeviceTable<Quad> weights_;
   DeviceTable<float> last_weights_;

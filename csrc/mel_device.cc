@@ -133,16 +133,20 @@ SlicedBasis slice_basis(const MelTables& tables) {
   const std::vector<Segment> segments = find_segments(tables);
   const int n_bands = static_cast<int>(tables.bands.size());
   SlicedBasis basis;
-  for (int first = 0; first < n_bands; first += kWarp) {
+  const int slices = (n_bands + kWarp - 1) / kWarp;
+  basis.slice_bins.resize(static_cast<std::size_t>(slices));
+  basis.first_bins.resize(static_cast<std::size_t>(slices) * kWarp);
+  for (int slice = slices - 1; slice >= 0; --slice) {
+    const int first = slice * kWarp;
     const int in_slice = std::min(kWarp, n_bands - first);
     const Segment* part = &segments[static_cast<std::size_t>(first)];
     int longest = 0;
     for (int lane = 0; lane < in_slice; ++lane) longest = std::max(longest, part[lane].n_bins());
     const int n_bins = (longest + kBinsPerStep - 1) / kBinsPerStep * kBinsPerStep;
-    basis.slices.push_back({static_cast<int>(basis.weights.size()), n_bins});
+    basis.slice_bins[static_cast<std::size_t>(slice)] = n_bins;
     Quad* weights = &*basis.weights.insert(basis.weights.end(), static_cast<std::size_t>(kWarp * n_bins / 2), Quad{});
     const std::vector<int> first_bins = choose_first_bins(part, in_slice, n_bins);
-    basis.first_bins.insert(basis.first_bins.end(), first_bins.begin(), first_bins.end());
+    std::copy(first_bins.begin(), first_bins.end(), basis.first_bins.begin() + first);
     for (int lane = 0; lane < in_slice; ++lane) {
       const int shift = part[lane].first_bin - first_bins[static_cast<std::size_t>(lane)];
       for (int i = 0; i < part[lane].n_bins(); ++i) {

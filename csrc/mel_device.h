@@ -36,19 +36,14 @@ static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembe
 // band s - 1 falls. It is read once for both. Segments but the last are in slices of 32, one per lane of a warp, padded to
 // the longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The
 // last one, over which the last band falls, is read by a whole warp.
-struct MelSlice {
-  int first_weight;  // weights[first_weight + 32 * i + lane] is for bins 2 i and 2 i + 1 of the lane's segment
-  int n_bins;        // a multiple of kBinsPerStep (mel_kernels.h), some of them with weights of 0
-};
-
 struct alignas(16) Quad {  // a single load on a GPU
   float a, b, c, d;
 };
 
 struct SlicedBasis {
-  std::vector<MelSlice> slices;
+  std::vector<int> slice_bins;  // multiples of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
   std::vector<int> first_bins;  // of each lane of each slice
-  std::vector<Quad> weights;    // rising, falling, rising, falling
+  std::vector<Quad> weights;    // by slice, from the last, pair of bins and lane: rising, falling, rising, falling
   int last_bin = 0;             // first bin of the last segment
   std::vector<float> last_weights;
 };
@@ -73,11 +68,12 @@ struct LevelJob {
 
 struct MelTablePointers {  // into device memory
   const Quad *window, *row_turns, *split_turns;
-  const MelSlice* slices;
   const int* first_bins;
   const Quad* weights;
   const float* last_weights;
 };
+
+constexpr int kMaxSlices = (kBins + 31) / 32;
 
 struct MelJob {
   int crop_samples, n_mels, n_frames;
@@ -85,6 +81,7 @@ struct MelJob {
   bool power_only;  // stop before the logarithm
   MelTablePointers tables;
   const DeviceCrop* crops;
+  int slice_bins[kMaxSlices];
   int last_bin, last_bins;  // of the last segment
   float* mel;               // [crops, n_frames, n_mels]
   float* maxima;            // [crops, blocks of a crop, warps of a block]

@@ -203,6 +203,11 @@ struct MelLane {
   float maximum;
 };
 
+// Where a frame's power of bin 0 is, relative to the words of its warp.
+SE_HD constexpr int power_word(int frame_of_warp) {
+  return frame_of_warp == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame_of_warp * kPowerWords;
+}
+
 // The transform of frame `frame` of crop `crop`: powers of its bins to shared memory, each bin at word `powers` + bin.
 template <class Exec, class Lanes>
 SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_frame, int index, const Exec& exec, Lanes& lanes) {
@@ -220,7 +225,7 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
     Point(&points)[kWarp] = lanes[thread].points;
     SE_UNROLL
     for (int n2 = 0; n2 < kWarp; n2 += 2) {
-      const Quad two = shared.template load<Quad>((base / 2 + lane * kRowStride + n2) / 2);
+      const Quad two = shared.template load<Quad>(base / 4 + lane * (kRowStride / 2) + n2 / 2);
       points[reversed(n2)] = {two.a, two.b};
       points[reversed(n2 + 1)] = {two.c, two.d};
     }
@@ -252,7 +257,7 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
 #endif
   exec.warp_stage("split", [&](int thread, auto shared) {
     const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    const int powers = base + (index == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + index * kPowerWords);
+    const int powers = base + power_word(index);
     const Point(&points)[kWarp] = lanes[thread].points;
     const int last = base / 2 + (lane == 0 ? kWarp / 2 : (kWarp - lane) * kMirrorStride + kWarp / 2 - 1);
     (void)last;
@@ -276,24 +281,20 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
   });
 }
 
-// Sums over segment lane of slice `slice`, for the bands that rise and fall over it.
+// Sums over a lane's segment of `n_bins` bins from word `word` on, for the bands that rise and fall over it.
 template <class Shared>
-SE_HD void sum_segment(const MelJob& job, int slice, int thread, const Shared& shared, MelLane& mine) {
-  const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-  const MelSlice part = job.tables.slices[slice];
-  const Quad* weights = job.tables.weights + part.first_weight + lane;
-  int word = base + job.tables.first_bins[slice * kWarp + lane];
+SE_HD void sum_segment(const Quad* weights, int word, int n_bins, const Shared& shared, MelLane& mine) {
   SE_UNROLL
   for (int frame = 0; frame < kFramesPerWarp; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
   SE_NO_UNROLL
-  for (int bin = 0; bin < part.n_bins; bin += kBinsPerStep) {
+  for (int bin = 0; bin < n_bins; bin += kBinsPerStep) {
     SE_UNROLL
     for (int i = 0; i < kBinsPerStep; i += 2) {
       const Quad weight = load_quad(weights + kWarp * i / 2);
       SE_UNROLL
       for (int frame = 0; frame < kFramesPerWarp; ++frame) {
-        const int powers = word + i + (frame == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame * kPowerWords);
-        const float first = shared.template load<float>(powers), second = shared.template load<float>(powers + 1);
+        const float first = shared.template load<float>(word + power_word(frame) + i);
+        const float second = shared.template load<float>(word + power_word(frame) + i + 1);
         mine.rising[frame] += weight.a * first;
         mine.falling[frame] += weight.b * first;
         mine.rising[frame] += weight.c * second;
@@ -338,8 +339,9 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
     lanes[thread].maximum = -FLT_MAX;
     SE_UNROLL
     for (int frame = 0; frame < kFramesPerWarp; ++frame) {
-      const int powers = base + job.last_bin + (frame == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame * kPowerWords);
+      const int powers = base + job.last_bin + power_word(frame);
       float sum = 0;
+      SE_NO_UNROLL
       for (int i = lane; i < job.last_bins; i += kWarp) {
         sum += shared.template load<float>(powers + i) * job.tables.last_weights[i];
       }
@@ -351,10 +353,16 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
     reduce_warp(exec, lanes, [&](MelLane& lane) -> float& { return lane.next[frame]; },
                 [](float a, float b) { return a + b; });
   }
+  const Quad* weights = job.tables.weights;
   const int slices = (job.n_mels + kWarp - 1) / kWarp;
   SE_NO_UNROLL
   for (int slice = slices - 1; slice >= 0; --slice) {
-    exec.warp_stage("bands", [&](int thread, auto shared) { sum_segment(job, slice, thread, shared, lanes[thread]); });
+    exec.warp_stage("bands", [&](int thread, auto shared) {
+      const int lane = thread % kWarp;
+      sum_segment(weights + lane, thread / kWarp * kWarpWords + job.tables.first_bins[slice * kWarp + lane],
+                  job.slice_bins[slice], shared, lanes[thread]);
+    });
+    weights += kWarp * job.slice_bins[slice] / 2;
     const int joint = slice == slices - 1 ? job.n_mels % kWarp : 0;  // the lane whose `next` is right already
     SE_UNROLL
     for (int frame = 0; frame < kFramesPerWarp; ++frame) {
@@ -370,16 +378,17 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
                    });
     }
     exec.warp_stage("write", [&](int thread, auto) {
+      MelLane& mine = lanes[thread];
       const int band = slice * kWarp + thread % kWarp;
-      if (band >= job.n_mels) return;
       SE_UNROLL
       for (int index = 0; index < kFramesPerWarp; ++index) {
         const int frame = block_frame + thread / kWarp * kFramesPerWarp + index;
-        if (frame >= job.n_frames) break;
-        const float sum = lanes[thread].rising[index] * factor;
-        const float value = job.power_only ? sum : natural_logarithm(sum + job.log_offset);
-        job.mel[(static_cast<std::size_t>(crop) * job.n_frames + frame) * job.n_mels + band] = value;
-        lanes[thread].maximum = larger(lanes[thread].maximum, value);
+        const float sum = mine.rising[index] * factor, logarithm = natural_logarithm(sum + job.log_offset);
+        const float value = job.power_only ? sum : logarithm;
+        if (band < job.n_mels && frame < job.n_frames) {
+          job.mel[(static_cast<std::size_t>(crop) * job.n_frames + frame) * job.n_mels + band] = value;
+          mine.maximum = larger(mine.maximum, value);
+        }
       }
     });
   }
