@@ -95,10 +95,8 @@ class CudaMel final : public DeviceMel {
 
  private:
   CudaMel(const MelOptions& options, const WarpTables& tables, const SlicedBasis& basis)
-      : DeviceMel(options), window_(tables.window), row_turns_(tables.row_turns), split_turns_(tables.split_turns),
-        slice_bins_(basis.slice_bins), first_bins_(basis.first_bins), weights_(basis.weights),
-        last_weights_(basis.last_weights), last_bin_(basis.last_bin),
-        last_bins_(static_cast<int>(basis.last_weights.size())) {}
+      : DeviceMel(options), basis_(basis), window_(tables.window), row_turns_(tables.row_turns),
+        split_turns_(tables.split_turns), first_bins_(basis.first_bins), weights_(basis.weights) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -107,11 +105,8 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(),     row_turns_.data(), split_turns_.data(),
-                  first_bins_.data(), weights_.data(),   last_weights_.data()};
-    std::copy(slice_bins_.begin(), slice_bins_.end(), job.slice_bins);
-    job.last_bin = last_bin_;
-    job.last_bins = last_bins_;
+    job.tables = {window_.data(), row_turns_.data(), split_turns_.data(), first_bins_.data(), weights_.data()};
+    set_slices(basis_, job);
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -125,12 +120,10 @@ class CudaMel final : public DeviceMel {
     SE_CUDA(cudaGetLastError());
   }
 
+  SlicedBasis basis_;
   DeviceTable<Quad> window_, row_turns_, split_turns_;
-  std::vector<int> slice_bins_;
   DeviceTable<int> first_bins_;
   DeviceTable<Quad> weights_;
-  DeviceTable<float> last_weights_;
-  int last_bin_, last_bins_;
 };
 
 // Asks for one kernel, so that a build without code for the device is found at opening, not in the middle of a run.

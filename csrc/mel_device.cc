@@ -36,6 +36,8 @@ struct Segment {
   int n_bins() const { return static_cast<int>(rising.size()); }
 };
 
+int round_up(int n_bins) { return (n_bins + kBinsPerStep - 1) / kBinsPerStep * kBinsPerStep; }
+
 std::vector<Segment> find_segments(const MelTables& tables) {
   const int n_bands = static_cast<int>(tables.bands.size());
   std::vector<Segment> segments(static_cast<std::size_t>(n_bands) + 1);
@@ -129,25 +131,42 @@ WarpTables make_warp_tables() {
   return tables;
 }
 
+// Numbers of bands of slices with the fewest steps.
+std::vector<int> cut_slices(const std::vector<Segment>& segments) {
+  constexpr int overhead = 8;  // bins that take as long as what is done once for a slice
+  const int n_bands = static_cast<int>(segments.size()) - 1;
+  std::vector<int> costs(segments.size(), 0), sizes(segments.size(), 0);  // of the bands before
+  for (int end = 1; end <= n_bands; ++end) {
+    int longest = segments[static_cast<std::size_t>(end)].n_bins();
+    for (int size = 1; size < kWarp && size <= end; ++size) {
+      longest = std::max(longest, segments[static_cast<std::size_t>(end - size)].n_bins());
+      const int cost = costs[static_cast<std::size_t>(end - size)] + overhead + round_up(longest);
+      if (size == 1 || cost <= costs[static_cast<std::size_t>(end)]) {
+        costs[static_cast<std::size_t>(end)] = cost;
+        sizes[static_cast<std::size_t>(end)] = size;
+      }
+    }
+  }
+  std::vector<int> slices;
+  for (int end = n_bands; end > 0; end -= slices.back()) slices.push_back(sizes[static_cast<std::size_t>(end)]);
+  std::reverse(slices.begin(), slices.end());
+  return slices;
+}
+
 SlicedBasis slice_basis(const MelTables& tables) {
   const std::vector<Segment> segments = find_segments(tables);
-  const int n_bands = static_cast<int>(tables.bands.size());
   SlicedBasis basis;
-  const int slices = (n_bands + kWarp - 1) / kWarp;
-  basis.slice_bins.resize(static_cast<std::size_t>(slices));
-  basis.first_bins.resize(static_cast<std::size_t>(slices) * kWarp);
-  for (int slice = slices - 1; slice >= 0; --slice) {
-    const int first = slice * kWarp;
-    const int in_slice = std::min(kWarp, n_bands - first);
-    const Segment* part = &segments[static_cast<std::size_t>(first)];
+  int first_band = 0;
+  for (const int n_bands : cut_slices(segments)) {
+    const Segment* part = &segments[static_cast<std::size_t>(first_band)];
     int longest = 0;
-    for (int lane = 0; lane < in_slice; ++lane) longest = std::max(longest, part[lane].n_bins());
-    const int n_bins = (longest + kBinsPerStep - 1) / kBinsPerStep * kBinsPerStep;
-    basis.slice_bins[static_cast<std::size_t>(slice)] = n_bins;
+    for (int lane = 0; lane <= n_bands; ++lane) longest = std::max(longest, part[lane].n_bins());
+    const int n_bins = round_up(longest);
+    basis.slices.push_back({first_band, n_bands, n_bins, static_cast<int>(basis.weights.size())});
     Quad* weights = &*basis.weights.insert(basis.weights.end(), static_cast<std::size_t>(kWarp * n_bins / 2), Quad{});
-    const std::vector<int> first_bins = choose_first_bins(part, in_slice, n_bins);
-    std::copy(first_bins.begin(), first_bins.end(), basis.first_bins.begin() + first);
-    for (int lane = 0; lane < in_slice; ++lane) {
+    const std::vector<int> first_bins = choose_first_bins(part, n_bands + 1, n_bins);
+    basis.first_bins.insert(basis.first_bins.end(), first_bins.begin(), first_bins.end());
+    for (int lane = 0; lane <= n_bands; ++lane) {
       const int shift = part[lane].first_bin - first_bins[static_cast<std::size_t>(lane)];
       for (int i = 0; i < part[lane].n_bins(); ++i) {
         Quad& two = weights[kWarp * ((shift + i) / 2) + lane];
@@ -156,10 +175,34 @@ SlicedBasis slice_basis(const MelTables& tables) {
         ((shift + i) % 2 == 0 ? two.b : two.d) = part[lane].falling[at];
       }
     }
+    first_band += n_bands;
   }
-  basis.last_bin = segments.back().first_bin;
-  basis.last_weights = segments.back().falling;
   return basis;
+}
+
+void set_slices(const SlicedBasis& basis, MelJob& job) {
+  job.n_slices = static_cast<int>(basis.slices.size());
+  std::copy(basis.slices.begin(), basis.slices.end(), job.slices);
+  // Contiguous slices to each warp, so that the longest share is short.
+  for (int limit = 1;; ++limit) {
+    int warp = 0, load = 0;
+    job.first_slices[0] = 0;
+    bool fits = true;
+    for (int i = 0; i < job.n_slices && fits; ++i) {
+      const int cost = basis.slices[static_cast<std::size_t>(i)].n_bins + 8;
+      if (load + cost > limit && load > 0) {
+        job.first_slices[++warp] = i;
+        load = 0;
+      }
+      load += cost;
+      fits = load <= limit && warp < kWarpsPerBlock;
+    }
+    if (!fits) continue;
+    while (warp < kWarpsPerBlock) job.first_slices[++warp] = job.n_slices;
+    break;
+  }
+  job.most_slices_of_a_warp = 0;
+  for (int w = 0; w < kWarpsPerBlock; ++w) job.most_slices_of_a_warp = std::max(job.most_slices_of_a_warp, job.first_slices[w + 1] - job.first_slices[w]);
 }
 
 DeviceMel::DeviceMel(const MelOptions& options) : options_(options) {

@@ -33,22 +33,29 @@ struct DeviceCrop {        // input of `mel` for a crop
 static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/model/mel.py has the same layout");
 
 // The mel basis by segments: segment s lies between the edges s and s + 1 of the bands, so that band s rises over it and
-// band s - 1 falls. It is read once for both. Segments but the last are in slices of 32, one per lane of a warp, padded to
-// the longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The
-// last one, over which the last band falls, is read by a whole warp.
+// band s - 1 falls. It is read once for both. Slices of up to 32 segments, one per lane of a warp, are padded to their
+// longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The next
+// slice begins with the last segment of the one before, whose bands thus need no other slice.
+struct MelSlice {
+  int first_band, n_bands;  // at most 31 bands; lane l has segment first_band + l
+  int n_bins;               // a multiple of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
+  int first_weight;         // weights[first_weight + 32 * i + lane] is for bins 2 i and 2 i + 1 of the lane's segment
+};
+constexpr int kMaxSlices = (kBins + 30) / 31 + 3;
+
 struct alignas(16) Quad {  // a single load on a GPU
   float a, b, c, d;
 };
 
 struct SlicedBasis {
-  std::vector<int> slice_bins;  // multiples of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
+  std::vector<MelSlice> slices;
   std::vector<int> first_bins;  // of each lane of each slice
-  std::vector<Quad> weights;    // by slice, from the last, pair of bins and lane: rising, falling, rising, falling
-  int last_bin = 0;             // first bin of the last segment
-  std::vector<float> last_weights;
+  std::vector<Quad> weights;    // rising, falling, rising, falling
 };
 
 SlicedBasis slice_basis(const MelTables& tables);
+struct MelJob;
+void set_slices(const SlicedBasis& basis, MelJob& job);
 
 // Tables of the transform, by lane (mel_transform.h).
 struct WarpTables {
@@ -70,10 +77,7 @@ struct MelTablePointers {  // into device memory
   const Quad *window, *row_turns, *split_turns;
   const int* first_bins;
   const Quad* weights;
-  const float* last_weights;
 };
-
-constexpr int kMaxSlices = (kBins + 31) / 32;
 
 struct MelJob {
   int crop_samples, n_mels, n_frames;
@@ -81,8 +85,9 @@ struct MelJob {
   bool power_only;  // stop before the logarithm
   MelTablePointers tables;
   const DeviceCrop* crops;
-  int slice_bins[kMaxSlices];
-  int last_bin, last_bins;  // of the last segment
+  int n_slices;
+  MelSlice slices[kMaxSlices];
+  int most_slices_of_a_warp, first_slices[9];
   float* mel;               // [crops, n_frames, n_mels]
   float* maxima;            // [crops, blocks of a crop, warps of a block]
 };

@@ -243,11 +243,9 @@ void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const auto order = thread_order(kMelThreads, state_->order);
   const WarpTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
-  job.tables = {tables.window.data(),    tables.row_turns.data(), tables.split_turns.data(),
-                basis.first_bins.data(), basis.weights.data(),    basis.last_weights.data()};
-  std::copy(basis.slice_bins.begin(), basis.slice_bins.end(), job.slice_bins);
-  job.last_bin = basis.last_bin;
-  job.last_bins = static_cast<int>(basis.last_weights.size());
+  job.tables = {tables.window.data(), tables.row_turns.data(), tables.split_turns.data(), basis.first_bins.data(),
+                basis.weights.data()};
+  set_slices(basis, job);
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));

@@ -26,6 +26,12 @@ constexpr int kWarpsPerBlock = SE_WARPS;
 constexpr int kMelThreads = kWarpsPerBlock * kWarp;
 constexpr int kFramesPerBlock = kFramesPerWarp * kWarpsPerBlock;
 
+#ifdef SE_COOP
+constexpr int kBandFrames = kFramesPerBlock;
+#else
+constexpr int kBandFrames = kFramesPerWarp;
+#endif
+
 // Words of a warp's shared memory: the exchange between the passes; in its place the points whose mirrors other lanes
 // need, with a stride that is odd, and the powers of the warp's last frame; behind it the powers of those before.
 constexpr int kMirrorStride = kWarp / 2 + 1;  // points
@@ -158,7 +164,11 @@ template <class Sample>
 SE_HD void load_column(const Sample* pcm, int first, Point (&points)[kWarp]) {
   SE_UNROLL
   for (int n1 = 0; n1 < kColumnPoints; ++n1) {
+#ifdef SE_ABLATE_SAMPLES
+    const Pair<Sample> pair = load_pair(pcm + first + 2 * kWarp * (n1 % 4));
+#else
     const Pair<Sample> pair = load_pair(pcm + first + 2 * kWarp * n1);
+#endif
     points[reversed(n1)] = {static_cast<float>(pair.first), static_cast<float>(pair.second)};
   }
 }
@@ -199,7 +209,7 @@ struct MelLane {
 #ifdef SE_SHUFFLE
   Point mirrors[kWarp / 2];
 #endif
-  float rising[kFramesPerWarp], falling[kFramesPerWarp], next[kFramesPerWarp];  // sums over a mel segment
+  float rising[kBandFrames], falling[kBandFrames];  // sums over a segment of mel bands
   float maximum;
 };
 
@@ -281,20 +291,35 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
   });
 }
 
-// Sums over a lane's segment of `n_bins` bins from word `word` on, for the bands that rise and fall over it.
+SE_HD int band_word(int frame) {
+#ifdef SE_COOP
+  return frame / kFramesPerWarp * kWarpWords + power_word(frame % kFramesPerWarp);
+#else
+  return power_word(frame);
+#endif
+}
+
+// Sums over a lane's segment of a slice, for the bands that rise and fall over it.
 template <class Shared>
-SE_HD void sum_segment(const Quad* weights, int word, int n_bins, const Shared& shared, MelLane& mine) {
+SE_HD void sum_segment(const MelJob& job, int index, int thread, const Shared& shared, MelLane& mine) {
+  const MelSlice slice = job.slices[index];
+  const Quad* weights = job.tables.weights + slice.first_weight + thread % kWarp;
+#ifdef SE_COOP
+  int word = job.tables.first_bins[index * kWarp + thread % kWarp];
+#else
+  int word = job.tables.first_bins[index * kWarp + thread % kWarp] + thread / kWarp * kWarpWords;
+#endif
   SE_UNROLL
-  for (int frame = 0; frame < kFramesPerWarp; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
+  for (int frame = 0; frame < kBandFrames; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
   SE_NO_UNROLL
-  for (int bin = 0; bin < n_bins; bin += kBinsPerStep) {
+  for (int bin = 0; bin < slice.n_bins; bin += kBinsPerStep) {
     SE_UNROLL
     for (int i = 0; i < kBinsPerStep; i += 2) {
       const Quad weight = load_quad(weights + kWarp * i / 2);
       SE_UNROLL
-      for (int frame = 0; frame < kFramesPerWarp; ++frame) {
-        const float first = shared.template load<float>(word + power_word(frame) + i);
-        const float second = shared.template load<float>(word + power_word(frame) + i + 1);
+      for (int frame = 0; frame < kBandFrames; ++frame) {
+        const int at = word + i + band_word(frame);
+        const float first = shared.template load<float>(at), second = shared.template load<float>(at + 1);
         mine.rising[frame] += weight.a * first;
         mine.falling[frame] += weight.b * first;
         mine.rising[frame] += weight.c * second;
@@ -334,61 +359,62 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
   SE_NO_UNROLL
   for (int index = 0; index < kFramesPerWarp; ++index) transform_frame(job, description, block_frame, index, exec, lanes);
 #endif
-  exec.warp_stage("last", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    lanes[thread].maximum = -FLT_MAX;
-    SE_UNROLL
-    for (int frame = 0; frame < kFramesPerWarp; ++frame) {
-      const int powers = base + job.last_bin + power_word(frame);
-      float sum = 0;
-      SE_NO_UNROLL
-      for (int i = lane; i < job.last_bins; i += kWarp) {
-        sum += shared.template load<float>(powers + i) * job.tables.last_weights[i];
-      }
-      lanes[thread].next[frame] = sum;
-    }
-  });
-  SE_UNROLL
-  for (int frame = 0; frame < kFramesPerWarp; ++frame) {
-    reduce_warp(exec, lanes, [&](MelLane& lane) -> float& { return lane.next[frame]; },
-                [](float a, float b) { return a + b; });
-  }
-  const Quad* weights = job.tables.weights;
-  const int slices = (job.n_mels + kWarp - 1) / kWarp;
+#ifdef SE_COOP
+  exec.stage("barrier", [&](int thread, auto) { lanes[thread].maximum = -FLT_MAX; });
+  const int max_slices = job.most_slices_of_a_warp;
+#else
+  exec.warp_stage("barrier", [&](int thread, auto) { lanes[thread].maximum = -FLT_MAX; });
+  const int max_slices = job.n_slices;
+#endif
+  const auto index_of = [&](int thread, int i) {
+#ifdef SE_COOP
+    return job.first_slices[thread / kWarp] + i;
+#else
+    return i;
+#endif
+  };
+  const auto end_of = [&](int thread) {
+#ifdef SE_COOP
+    return job.first_slices[thread / kWarp + 1];
+#else
+    return job.n_slices;
+#endif
+  };
   SE_NO_UNROLL
-  for (int slice = slices - 1; slice >= 0; --slice) {
+  for (int i = 0; i < max_slices; ++i) {
+#if defined(__CUDA_ARCH__) && defined(SE_COOP)
+    if (index_of(threadIdx.x, i) >= end_of(threadIdx.x)) break;
+#endif
     exec.warp_stage("bands", [&](int thread, auto shared) {
-      const int lane = thread % kWarp;
-      sum_segment(weights + lane, thread / kWarp * kWarpWords + job.tables.first_bins[slice * kWarp + lane],
-                  job.slice_bins[slice], shared, lanes[thread]);
+      if (index_of(thread, i) >= end_of(thread)) return;
+      sum_segment(job, index_of(thread, i), thread, shared, lanes[thread]);
     });
-    weights += kWarp * job.slice_bins[slice] / 2;
-    const int joint = slice == slices - 1 ? job.n_mels % kWarp : 0;  // the lane whose `next` is right already
     SE_UNROLL
-    for (int frame = 0; frame < kFramesPerWarp; ++frame) {
+    for (int frame = 0; frame < kBandFrames; ++frame) {
       exec.shuffle([](int thread) { return (thread + 1) % kWarp; },
-                   [&](int thread) {
-                     const MelLane& lane = lanes[thread];
-                     return thread % kWarp == joint ? lane.next[frame] : lane.falling[frame];
-                   },
-                   [&](int thread, float value) {
-                     MelLane& lane = lanes[thread];
-                     lane.next[frame] = lane.falling[frame];
-                     lane.rising[frame] += value;
-                   });
+                   [&](int thread) { return lanes[thread].falling[frame]; },
+                   [&](int thread, float value) { lanes[thread].rising[frame] += value; });
     }
     exec.warp_stage("write", [&](int thread, auto) {
+      if (index_of(thread, i) >= end_of(thread)) return;
       MelLane& mine = lanes[thread];
-      const int band = slice * kWarp + thread % kWarp;
+      const MelSlice slice = job.slices[index_of(thread, i)];
+      const int lane = thread % kWarp;
+#ifdef SE_COOP
+      const int first_frame = block_frame;
+#else
+      const int first_frame = block_frame + thread / kWarp * kFramesPerWarp;
+#endif
+      float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_frames + first_frame) * job.n_mels + slice.first_band + lane;
       SE_UNROLL
-      for (int index = 0; index < kFramesPerWarp; ++index) {
-        const int frame = block_frame + thread / kWarp * kFramesPerWarp + index;
-        const float sum = mine.rising[index] * factor, logarithm = natural_logarithm(sum + job.log_offset);
+      for (int frame = 0; frame < kBandFrames; ++frame) {
+        const float sum = mine.rising[frame] * factor, logarithm = natural_logarithm(sum + job.log_offset);
         const float value = job.power_only ? sum : logarithm;
-        if (band < job.n_mels && frame < job.n_frames) {
-          job.mel[(static_cast<std::size_t>(crop) * job.n_frames + frame) * job.n_mels + band] = value;
+        if (lane < slice.n_bands && first_frame + frame < job.n_frames) {
+          *out = value;
           mine.maximum = larger(mine.maximum, value);
         }
+        out += job.n_mels;
       }
     });
   }
