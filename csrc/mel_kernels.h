@@ -37,7 +37,12 @@ constexpr int kBandFrames = kFramesPerWarp;
 constexpr int kMirrorStride = kWarp / 2 + 1;  // points
 constexpr int kPowerWord = 2 * kWarp * kMirrorStride + 4;
 constexpr int kPowerWords = kPoints + 4;
+#ifdef SE_HALVES
+constexpr int kHalfStride = kWarp + 4;
+constexpr int kWarpWords = kWarp * kHalfStride + (kFramesPerWarp - 1) * kPowerWords;
+#else
 constexpr int kWarpWords = kExchangeWords + (kFramesPerWarp - 1) * kPowerWords;
+#endif
 constexpr int kMelSharedBytes = kWarpsPerBlock * kWarpWords * 4;
 static_assert(kPowerWord + kPowerWords <= kExchangeWords && kWarpWords % 4 == 0);
 
@@ -74,6 +79,8 @@ SE_HD Pair<Sample> load_pair(const Sample* p) {
   return *reinterpret_cast<const Pair<Sample>*>(p);
 }
 #endif
+
+SE_HD int smaller(int a, int b) { return a < b ? a : b; }
 
 SE_HD float larger(float a, float b) {
 #if defined(__CUDA_ARCH__)
@@ -206,6 +213,9 @@ SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int
 // Registers of a lane of the mel kernel.
 struct MelLane {
   Point points[kWarp];
+#ifdef SE_HALVES
+  float real[kWarp];
+#endif
 #ifdef SE_SHUFFLE
   Point mirrors[kWarp / 2];
 #endif
@@ -215,6 +225,9 @@ struct MelLane {
 
 // Where a frame's power of bin 0 is, relative to the words of its warp.
 SE_HD constexpr int power_word(int frame_of_warp) {
+#ifdef SE_HALVES
+  return frame_of_warp == kFramesPerWarp - 1 ? 0 : kWarp * kHalfStride + frame_of_warp * kPowerWords;
+#endif
   return frame_of_warp == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame_of_warp * kPowerWords;
 }
 
@@ -227,6 +240,44 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
     Point(&points)[kWarp] = lanes[thread].points;
     load_column(job, crop, mine < job.n_frames ? mine : job.n_frames - 1, lane, points);
     transform_column(job.tables.window, lane, points);
+#ifdef SE_HALVES
+    SE_UNROLL
+    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base + k1 * kHalfStride + lane, points[k1].re);
+  });
+  exec.warp_stage("rows", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    Point(&points)[kWarp] = lanes[thread].points;
+    // The points still have their order by k1 in .im.
+    SE_UNROLL
+    for (int n2 = 0; n2 < kWarp; n2 += 4) {
+      const Quad four = shared.template load<Quad>(base / 4 + lane * (kHalfStride / 4) + n2 / 4);
+      lanes[thread].real[reversed(n2)] = four.a;
+      lanes[thread].real[reversed(n2 + 1)] = four.b;
+      lanes[thread].real[reversed(n2 + 2)] = four.c;
+      lanes[thread].real[reversed(n2 + 3)] = four.d;
+    }
+    (void)points;
+  });
+  exec.warp_stage("columns", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    Point(&points)[kWarp] = lanes[thread].points;
+    SE_UNROLL
+    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base + k1 * kHalfStride + lane, points[k1].im);
+  });
+  exec.warp_stage("rows", [&](int thread, auto shared) {
+    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
+    Point(&points)[kWarp] = lanes[thread].points;
+    SE_UNROLL
+    for (int n2 = 0; n2 < kWarp; n2 += 4) {
+      const Quad four = shared.template load<Quad>(base / 4 + lane * (kHalfStride / 4) + n2 / 4);
+      points[reversed(n2)].im = four.a;
+      points[reversed(n2 + 1)].im = four.b;
+      points[reversed(n2 + 2)].im = four.c;
+      points[reversed(n2 + 3)].im = four.d;
+    }
+    SE_UNROLL
+    for (int n2 = 0; n2 < kWarp; ++n2) points[n2].re = lanes[thread].real[n2];
+#else
     SE_UNROLL
     for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base / 2 + k1 * kRowStride + lane, points[k1]);
   });
@@ -239,6 +290,7 @@ SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_
       points[reversed(n2)] = {two.a, two.b};
       points[reversed(n2 + 1)] = {two.c, two.d};
     }
+#endif
     transform_row(job.tables.row_turns, lane, points);
   });
   // Lane L has bins L + 32 k2, whose mirrors have lane 32 - L (from the last), and lane 0 its own (one further on).
@@ -435,6 +487,11 @@ SE_HD std::uint16_t to_half_bits(float x) {
   constexpr float largest = 65504.0f;
   if (x > largest) x = largest;
   if (x < -largest) x = -largest;
+#if defined(__CUDA_ARCH__)
+  std::uint16_t nearest;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(x));
+  return nearest;
+#else
   std::uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   const std::uint32_t sign = bits >> 16 & 0x8000u, absolute = bits & 0x7fffffffu;
@@ -450,6 +507,7 @@ SE_HD std::uint16_t to_half_bits(float x) {
     half = (absolute + 0xfffu + (absolute >> 13 & 1u) - 0x38000000u) >> 13;
   }
   return static_cast<std::uint16_t>(sign | half);
+#endif
 }
 
 SE_HD void store_value(float* out, float value) { *out = value; }
@@ -476,25 +534,24 @@ SE_HD void normalise_block(const NormaliseJob& job, int part, int group, int cro
   });
   const std::size_t offset = static_cast<std::size_t>(crop) * job.n_mels * job.n_frames;
   exec.stage("load", [&](int thread, auto shared) {
-    const int band = first_band + thread % kWarp;
-    if (band >= job.n_mels) return;
-    const float* values = job.mel + offset + static_cast<std::size_t>(first_frame) * job.n_mels + band;
+    // Beyond the last band or frame: the last one again, which is not written.
+    const float* mel = job.mel + offset + smaller(first_band + thread % kWarp, job.n_mels - 1);
     SE_UNROLL
-    for (int frame = thread / kWarp; frame < kTileFrames; frame += kNormaliseThreads / kWarp) {
-      if (first_frame + frame >= job.n_frames) break;
-      shared.store(frame * kTileStride + thread % kWarp, values[frame * job.n_mels] * factors[thread]);
+    for (int i = 0; i < kTileFrames; i += kNormaliseThreads / kWarp) {
+      const int row = i + thread / kWarp, frame = smaller(first_frame + row, job.n_frames - 1);
+      shared.store(row * kTileStride + thread % kWarp, mel[frame * job.n_mels] * factors[thread]);
     }
   });
   exec.stage("normalise", [&](int thread, auto shared) {
     constexpr int step = kNormaliseThreads / kTileFrames;
     const int frame = thread % kTileFrames;
-    if (first_frame + frame >= job.n_frames) return;
-    Out* out = static_cast<Out*>(job.out) + offset + first_frame + frame;
+    const bool inside = first_frame + frame < job.n_frames;
+    Out* out = static_cast<Out*>(job.out) + offset + static_cast<std::size_t>(first_band) * job.n_frames + first_frame + frame;
     SE_UNROLL
-    for (int band = thread / kTileFrames; band < kTileBands; band += step) {
-      if (first_band + band >= job.n_mels) break;
-      store_value(out + static_cast<std::size_t>(first_band + band) * job.n_frames,
-                  shared.template load<float>(frame * kTileStride + band));
+    for (int i = 0; i < kTileBands; i += step) {
+      const int band = i + thread / kTileFrames;
+      const float value = shared.template load<float>(frame * kTileStride + band);
+      if (inside && first_band + band < job.n_mels) store_value(out + band * job.n_frames, value);
     }
   });
 }
