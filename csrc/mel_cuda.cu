@@ -1,6 +1,5 @@
 // CUDA kernels and launches of the stages in mel_kernels.h.
 
-#include <algorithm>
 #include <cstdint>
 #include <memory>
 
@@ -45,6 +44,13 @@ struct DeviceExec {
     take(thread, __shfl_sync(0xffffffffu, value(thread), source(thread)));
   }
 
+  template <class Begin, class End, class Body>
+  __device__ void for_warp(Begin begin, End end, Body body) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, stop = end(warp);
+    SE_NO_UNROLL
+    for (int i = begin(warp); i < stop; ++i) body(i);
+  }
+
   template <class F>
   __device__ void stage(const char*, F f) const {
     f(static_cast<int>(threadIdx.x), Shared{memory});
@@ -64,15 +70,11 @@ __global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
   level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
 }
 
+// Five blocks a multiprocessor, which leave 96 registers to a thread. Fewer fit only on 7.5, by shared memory.
 #ifndef SE_BLOCKS
 #define SE_BLOCKS 5
 #endif
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads, SE_BLOCKS)
-#else
-#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads)
-#endif
-__global__ void SE_MEL_BOUNDS mel_kernel(MelJob job) {
+__global__ void __launch_bounds__(kMelThreads, SE_BLOCKS) mel_kernel(MelJob job) {
   __shared__ alignas(16) unsigned char memory[kMelSharedBytes];
   mel_block(job, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y),
             DeviceExec{memory});
@@ -95,8 +97,9 @@ class CudaMel final : public DeviceMel {
 
  private:
   CudaMel(const MelOptions& options, const WarpTables& tables, const SlicedBasis& basis)
-      : DeviceMel(options), basis_(basis), window_(tables.window), row_turns_(tables.row_turns),
-        split_turns_(tables.split_turns), first_bins_(basis.first_bins), weights_(basis.weights) {}
+      : DeviceMel(options), window_(tables.window), row_turns_(tables.row_turns), split_turns_(tables.split_turns),
+        slices_(basis.slices), first_slices_(basis.first_slices), first_bins_(basis.first_bins),
+        weights_(basis.weights) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -105,8 +108,8 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(), row_turns_.data(), split_turns_.data(), first_bins_.data(), weights_.data()};
-    set_slices(basis_, job);
+    job.tables = {window_.data(),       row_turns_.data(),  split_turns_.data(), slices_.data(),
+                  first_slices_.data(), first_bins_.data(), weights_.data()};
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -120,9 +123,9 @@ class CudaMel final : public DeviceMel {
     SE_CUDA(cudaGetLastError());
   }
 
-  SlicedBasis basis_;
   DeviceTable<Quad> window_, row_turns_, split_turns_;
-  DeviceTable<int> first_bins_;
+  DeviceTable<MelSlice> slices_;
+  DeviceTable<int> first_slices_, first_bins_;
   DeviceTable<Quad> weights_;
 };
 

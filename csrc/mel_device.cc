@@ -36,6 +36,8 @@ struct Segment {
   int n_bins() const { return static_cast<int>(rising.size()); }
 };
 
+constexpr int kSliceOverhead = 8;  // bins that take as long as what is done once for a slice
+
 int round_up(int n_bins) { return (n_bins + kBinsPerStep - 1) / kBinsPerStep * kBinsPerStep; }
 
 std::vector<Segment> find_segments(const MelTables& tables) {
@@ -108,13 +110,8 @@ WarpTables make_warp_tables() {
   const auto cosine = [](int n) { return static_cast<float>(-std::cos(turn * n / kFftSize)); };
   for (int i = 0; i < 8; ++i) {
     for (int lane = 0; lane < kWarp; ++lane) {
-#ifdef SE_WINDOW_COMPUTE
-      const auto sine = [](int n) { return static_cast<float>(std::sin(turn * n / kFftSize)); };
-      tables.window.push_back({-cosine(2 * lane), sine(2 * lane), -cosine(2 * lane + 1), sine(2 * lane + 1)});
-#else
       const int n = 2 * (lane + kWarp * i), on = n + 2 * kWarp * 8;
       tables.window.push_back({cosine(n), cosine(n + 1), cosine(on), cosine(on + 1)});
-#endif
       // Stage with pairs `half` apart: turns half / 2 to half - 1 (the first stage: turn 0), turn half / 2 + j by theta to the
       // power 16 / half, times the j-th root of a DFT of 2 half points. theta = exp(-2 pi i lane / kPoints).
       const auto row_angle = [&](int index) {
@@ -133,14 +130,13 @@ WarpTables make_warp_tables() {
 
 // Numbers of bands of slices with the fewest steps.
 std::vector<int> cut_slices(const std::vector<Segment>& segments) {
-  constexpr int overhead = 8;  // bins that take as long as what is done once for a slice
   const int n_bands = static_cast<int>(segments.size()) - 1;
   std::vector<int> costs(segments.size(), 0), sizes(segments.size(), 0);  // of the bands before
   for (int end = 1; end <= n_bands; ++end) {
     int longest = segments[static_cast<std::size_t>(end)].n_bins();
     for (int size = 1; size < kWarp && size <= end; ++size) {
       longest = std::max(longest, segments[static_cast<std::size_t>(end - size)].n_bins());
-      const int cost = costs[static_cast<std::size_t>(end - size)] + overhead + round_up(longest);
+      const int cost = costs[static_cast<std::size_t>(end - size)] + kSliceOverhead + round_up(longest);
       if (size == 1 || cost <= costs[static_cast<std::size_t>(end)]) {
         costs[static_cast<std::size_t>(end)] = cost;
         sizes[static_cast<std::size_t>(end)] = size;
@@ -151,6 +147,30 @@ std::vector<int> cut_slices(const std::vector<Segment>& segments) {
   for (int end = n_bands; end > 0; end -= slices.back()) slices.push_back(sizes[static_cast<std::size_t>(end)]);
   std::reverse(slices.begin(), slices.end());
   return slices;
+}
+
+// First slice of each warp of a block, and at the end their number. Each has contiguous ones, such that the warp with most
+// to do has as little as possible.
+std::vector<int> share_slices(const std::vector<MelSlice>& slices) {
+  const auto share = [&](int limit) {  // one more for each warp that the limit makes necessary
+    std::vector<int> first_slices = {0};
+    int load = 0;
+    for (std::size_t i = 0; i < slices.size(); ++i) {
+      const int cost = slices[i].n_bins + kSliceOverhead;
+      if (load > 0 && load + cost > limit) {
+        first_slices.push_back(static_cast<int>(i));
+        load = 0;
+      }
+      load += cost;
+    }
+    return first_slices;
+  };
+  int limit = 0;
+  for (const MelSlice& slice : slices) limit = std::max(limit, slice.n_bins + kSliceOverhead);
+  while (share(limit).size() > kFramesPerBlock) ++limit;
+  std::vector<int> first_slices = share(limit);
+  first_slices.resize(kFramesPerBlock + 1, static_cast<int>(slices.size()));
+  return first_slices;
 }
 
 SlicedBasis slice_basis(const MelTables& tables) {
@@ -177,32 +197,8 @@ SlicedBasis slice_basis(const MelTables& tables) {
     }
     first_band += n_bands;
   }
+  basis.first_slices = share_slices(basis.slices);
   return basis;
-}
-
-void set_slices(const SlicedBasis& basis, MelJob& job) {
-  job.n_slices = static_cast<int>(basis.slices.size());
-  std::copy(basis.slices.begin(), basis.slices.end(), job.slices);
-  // Contiguous slices to each warp, so that the longest share is short.
-  for (int limit = 1;; ++limit) {
-    int warp = 0, load = 0;
-    job.first_slices[0] = 0;
-    bool fits = true;
-    for (int i = 0; i < job.n_slices && fits; ++i) {
-      const int cost = basis.slices[static_cast<std::size_t>(i)].n_bins + 8;
-      if (load + cost > limit && load > 0) {
-        job.first_slices[++warp] = i;
-        load = 0;
-      }
-      load += cost;
-      fits = load <= limit && warp < kWarpsPerBlock;
-    }
-    if (!fits) continue;
-    while (warp < kWarpsPerBlock) job.first_slices[++warp] = job.n_slices;
-    break;
-  }
-  job.most_slices_of_a_warp = 0;
-  for (int w = 0; w < kWarpsPerBlock; ++w) job.most_slices_of_a_warp = std::max(job.most_slices_of_a_warp, job.first_slices[w + 1] - job.first_slices[w]);
 }
 
 DeviceMel::DeviceMel(const MelOptions& options) : options_(options) {
@@ -213,7 +209,7 @@ DeviceMel::DeviceMel(const MelOptions& options) : options_(options) {
 }
 
 std::size_t DeviceMel::scratch_bytes(int crops) const {
-  const std::size_t floats = options_.mel_size() + static_cast<std::size_t>(blocks_per_crop(options_) * kWarpsPerBlock);
+  const std::size_t floats = options_.mel_size() + static_cast<std::size_t>(blocks_per_crop(options_) * kFramesPerBlock);
   return sizeof(float) * static_cast<std::size_t>(crops) * floats;
 }
 
@@ -238,7 +234,7 @@ void DeviceMel::mel(std::uint64_t list, int crops, std::uint64_t scratch, std::u
   job.mel = pointer<float>(scratch);
   job.maxima = job.mel + static_cast<std::size_t>(crops) * options_.mel_size();
   launch(job, blocks, crops, stream);
-  launch(NormaliseJob{options_.n_mels, options_.n_frames(), blocks * kWarpsPerBlock, options_.log_divisor, job.power_only,
+  launch(NormaliseJob{options_.n_mels, options_.n_frames(), blocks * kFramesPerBlock, options_.log_divisor, job.power_only,
                       job.mel, job.maxima, pointer<void>(out)},
          type, crops, stream);
 }

@@ -36,12 +36,11 @@ static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembe
 // band s - 1 falls. It is read once for both. Slices of up to 32 segments, one per lane of a warp, are padded to their
 // longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The next
 // slice begins with the last segment of the one before, whose bands thus need no other slice.
-struct MelSlice {
+struct alignas(16) MelSlice {
   int first_band, n_bands;  // at most 31 bands; lane l has segment first_band + l
   int n_bins;               // a multiple of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
   int first_weight;         // weights[first_weight + 32 * i + lane] is for bins 2 i and 2 i + 1 of the lane's segment
 };
-constexpr int kMaxSlices = (kBins + 30) / 31 + 3;
 
 struct alignas(16) Quad {  // a single load on a GPU
   float a, b, c, d;
@@ -49,13 +48,12 @@ struct alignas(16) Quad {  // a single load on a GPU
 
 struct SlicedBasis {
   std::vector<MelSlice> slices;
-  std::vector<int> first_bins;  // of each lane of each slice
-  std::vector<Quad> weights;    // rising, falling, rising, falling
+  std::vector<int> first_slices;  // of each warp of a block, and their number
+  std::vector<int> first_bins;    // of each lane of each slice
+  std::vector<Quad> weights;      // rising, falling, rising, falling
 };
 
 SlicedBasis slice_basis(const MelTables& tables);
-struct MelJob;
-void set_slices(const SlicedBasis& basis, MelJob& job);
 
 // Tables of the transform, by lane (mel_transform.h).
 struct WarpTables {
@@ -75,7 +73,8 @@ struct LevelJob {
 
 struct MelTablePointers {  // into device memory
   const Quad *window, *row_turns, *split_turns;
-  const int* first_bins;
+  const MelSlice* slices;
+  const int *first_slices, *first_bins;
   const Quad* weights;
 };
 
@@ -85,9 +84,6 @@ struct MelJob {
   bool power_only;  // stop before the logarithm
   MelTablePointers tables;
   const DeviceCrop* crops;
-  int n_slices;
-  MelSlice slices[kMaxSlices];
-  int most_slices_of_a_warp, first_slices[9];
   float* mel;               // [crops, n_frames, n_mels]
   float* maxima;            // [crops, blocks of a crop, warps of a block]
 };

@@ -168,7 +168,7 @@ class HostExec {  // executes one block
   template <class F>
   void warp_stage(const char* name, F f) const {
     watch_.begin_stage(name);
-    for (const int thread : order_) f(thread, WatchedShared{watch_, thread});
+    for_threads([&](int thread) { f(thread, WatchedShared{watch_, thread}); });
     if (traffic_ != nullptr) {
       EmulatedMel::Traffic& traffic = (*traffic_)[name];
       traffic.stage = name;
@@ -183,17 +183,36 @@ class HostExec {  // executes one block
 
   template <class Source, class Value, class Take>
   void shuffle(Source source, Value value, Take take) const {
-    const int threads = static_cast<int>(order_.size());
-    std::vector<float> values;
-    for (int thread = 0; thread < threads; ++thread) values.push_back(value(thread));
-    for (int thread = 0; thread < threads; ++thread) {
-      take(thread, values[static_cast<std::size_t>(thread / kWarp * kWarp + source(thread))]);
+    std::vector<float> values(order_.size());
+    for_threads([&](int thread) { values[static_cast<std::size_t>(thread)] = value(thread); });
+    for_threads([&](int thread) {
+      take(thread, values.at(static_cast<std::size_t>(thread / kWarp * kWarp + source(thread))));
+    });
+  }
+
+  template <class Begin, class End, class Body>
+  void for_warp(Begin begin, End end, Body body) const {
+    const int warps = static_cast<int>(order_.size()) / kWarp;
+    for (int warp = 0; warp < warps; ++warp) {
+      active_warp_ = warp;
+      for (int i = begin(warp); i < end(warp); ++i) body(i);
     }
+    active_warp_ = kAllWarps;
   }
 
  private:
+  static constexpr int kAllWarps = -1;
+
+  template <class F>
+  void for_threads(F f) const {
+    for (const int thread : order_) {
+      if (active_warp_ == kAllWarps || active_warp_ == thread / kWarp) f(thread);
+    }
+  }
+
   std::vector<int> order_;
   mutable Watch watch_;
+  mutable int active_warp_ = kAllWarps;
   TrafficByStage* traffic_;
 };
 
@@ -243,9 +262,8 @@ void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const auto order = thread_order(kMelThreads, state_->order);
   const WarpTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
-  job.tables = {tables.window.data(), tables.row_turns.data(), tables.split_turns.data(), basis.first_bins.data(),
-                basis.weights.data()};
-  set_slices(basis, job);
+  job.tables = {tables.window.data(),      tables.row_turns.data(),  tables.split_turns.data(), basis.slices.data(),
+                basis.first_slices.data(), basis.first_bins.data(), basis.weights.data()};
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));

@@ -1,10 +1,8 @@
 // The kernels of mel_device.h as stages. `exec.stage(f)` runs f(thread, shared) for all threads of the block, followed
 // by a barrier: on a GPU each thread runs its own f and then __syncthreads(), on the host a loop runs them all. Threads
 // may exchange values through shared memory only between stages. After `exec.warp_stage(f)` the barrier is the warp's, and
-// only its own threads may.
-//
-// The FFT is that of the CPU implementation (mel_lanes.inc): 1024 complex points as 32 x 32, here with one frame per
-// warp, and one column, then one row, in the registers of a lane.
+// only its own threads may. `exec.shuffle` lets each thread take a value of a thread of its warp, `exec.registers` keeps
+// values of each thread from stage to stage, and `exec.for_warp` repeats stages as often as each warp wants.
 #pragma once
 
 #include <cfloat>
@@ -17,37 +15,16 @@
 
 namespace singerembed {
 
-#ifndef SE_FRAMES
-#define SE_FRAMES 1
-#define SE_WARPS 4
-#endif
-constexpr int kFramesPerWarp = SE_FRAMES;
-constexpr int kWarpsPerBlock = SE_WARPS;
-constexpr int kMelThreads = kWarpsPerBlock * kWarp;
-constexpr int kFramesPerBlock = kFramesPerWarp * kWarpsPerBlock;
+constexpr int kFramesPerBlock = 4;  // a frame to each warp
+constexpr int kMelThreads = kFramesPerBlock * kWarp;
+// Stride of rows in the exchange between the passes, in words: lanes that each read four points of their row take all
+// banks. The powers of the bins replace them, bin k at word k.
+constexpr int kRowStride = kWarp + 4;
+constexpr int kFrameWords = kWarp * kRowStride;
+constexpr int kMelSharedBytes = kFramesPerBlock * kFrameWords * 4;
+static_assert(kBins <= kFrameWords);
 
-#ifdef SE_COOP
-constexpr int kBandFrames = kFramesPerBlock;
-#else
-constexpr int kBandFrames = kFramesPerWarp;
-#endif
-
-// Words of a warp's shared memory: the exchange between the passes; in its place the points whose mirrors other lanes
-// need, with a stride that is odd, and the powers of the warp's last frame; behind it the powers of those before.
-constexpr int kMirrorStride = kWarp / 2 + 1;  // points
-constexpr int kPowerWord = 2 * kWarp * kMirrorStride + 4;
-constexpr int kPowerWords = kPoints + 4;
-#ifdef SE_HALVES
-constexpr int kHalfStride = kWarp + 4;
-constexpr int kWarpWords = kWarp * kHalfStride + (kFramesPerWarp - 1) * kPowerWords;
-#else
-constexpr int kWarpWords = kExchangeWords + (kFramesPerWarp - 1) * kPowerWords;
-#endif
-constexpr int kMelSharedBytes = kWarpsPerBlock * kWarpWords * 4;
-static_assert(kPowerWord + kPowerWords <= kExchangeWords && kWarpWords % 4 == 0);
-
-// The loop over the bins of a segment is unrolled by so many.
-constexpr int kBinsPerStep = 4;
+constexpr int kBinsPerStep = 4;  // of the loop over a segment of mel bands
 
 constexpr int kLevelThreads = 512;
 constexpr int kPeaksWord = 2 * kLevelThreads;  // after as many doubles
@@ -162,26 +139,24 @@ SE_HD void level_block(const LevelJob& job, int crop, const Exec& exec) {
 
 // --- mel ----------------------------------------------------------------------------------------------------------
 
-// Samples are multiplied by their crop's scale where that costs nothing: its square is a factor of the mel power. Unless
-// squares could leave the range of float.
+// Whether the square of a crop's scale may be a factor of the mel power, in the place of one of the samples: as long as no
+// square leaves the range of float.
 SE_HD bool scaled_last(float scale) { return scale >= 0x1p-40f && scale <= 0x1p40f; }
 
-// Samples of a frame's column as points, n1 at points[reversed(n1)].
+// A column of a frame whose first point has sample `first`, point n1 at reversed(n1).
 template <class Sample>
-SE_HD void load_column(const Sample* pcm, int first, Point (&points)[kWarp]) {
+SE_HD void load_column(const DeviceCrop& crop, int first, Points& x) {
+  const Sample* samples = reinterpret_cast<const Sample*>(static_cast<std::uintptr_t>(crop.pcm)) + first;
   SE_UNROLL
-  for (int n1 = 0; n1 < kColumnPoints; ++n1) {
-#ifdef SE_ABLATE_SAMPLES
-    const Pair<Sample> pair = load_pair(pcm + first + 2 * kWarp * (n1 % 4));
-#else
-    const Pair<Sample> pair = load_pair(pcm + first + 2 * kWarp * n1);
-#endif
-    points[reversed(n1)] = {static_cast<float>(pair.first), static_cast<float>(pair.second)};
+  for (int n1 = 0; n1 < kWarp; ++n1) {
+    const Pair<Sample> pair = load_pair(samples + 2 * kWarp * n1);
+    x.re[reversed(n1)] = static_cast<float>(pair.first);
+    x.im[reversed(n1)] = static_cast<float>(pair.second);
   }
 }
 
 // The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale.
-SE_HD void load_column_at_end(const MelJob& job, const DeviceCrop& crop, int first, Point (&points)[kWarp]) {
+SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first, Points& x) {
   const void* pcm = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(crop.pcm));
   const float scale = scaled_last(crop.scale) ? 1.0f : crop.scale;
   const auto sample = [&](int i) {
@@ -190,187 +165,109 @@ SE_HD void load_column_at_end(const MelJob& job, const DeviceCrop& crop, int fir
                                   : static_cast<const float*>(pcm)[at]);
   };
   SE_UNROLL
-  for (int n1 = 0; n1 < kColumnPoints; ++n1) {
-    const int i = first + 2 * kWarp * n1;
-    points[reversed(n1)] = {sample(i), sample(i + 1)};
+  for (int n1 = 0; n1 < kWarp; ++n1) {
+    x.re[reversed(n1)] = sample(first + 2 * kWarp * n1);
+    x.im[reversed(n1)] = sample(first + 2 * kWarp * n1 + 1);
   }
 }
 
-SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int lane, Point (&points)[kWarp]) {
+SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int lane, Points& x) {
   const int start = frame * kHopSamples - kFftSize / 2, first = start + 2 * lane;
-  if (start >= 0 && start + kFftSize <= job.crop_samples && scaled_last(crop.scale)) {
-    const auto address = static_cast<std::uintptr_t>(crop.pcm);
-    if (crop.is_int16) {
-      load_column(reinterpret_cast<const std::int16_t*>(address), first, points);
-    } else {
-      load_column(reinterpret_cast<const float*>(address), first, points);
-    }
+  if (start < 0 || start + kFftSize > job.crop_samples || !scaled_last(crop.scale)) {
+    load_any_column(job, crop, first, x);
+  } else if (crop.is_int16) {
+    load_column<std::int16_t>(crop, first, x);
   } else {
-    load_column_at_end(job, crop, first, points);
+    load_column<float>(crop, first, x);
   }
 }
 
-// Registers of a lane of the mel kernel.
-struct MelLane {
-  Point points[kWarp];
-#ifdef SE_HALVES
-  float real[kWarp];
-#endif
-#ifdef SE_SHUFFLE
-  Point mirrors[kWarp / 2];
-#endif
-  float rising[kBandFrames], falling[kBandFrames];  // sums over a segment of mel bands
+struct MelLane {  // registers of a lane
+  Points points;
+  Complex<float> mirrors[kWarp / 2];
+  float rising[kFramesPerBlock], falling[kFramesPerBlock];  // sums over a segment of mel bands
   float maximum;
 };
 
-// Where a frame's power of bin 0 is, relative to the words of its warp.
-SE_HD constexpr int power_word(int frame_of_warp) {
-#ifdef SE_HALVES
-  return frame_of_warp == kFramesPerWarp - 1 ? 0 : kWarp * kHalfStride + frame_of_warp * kPowerWords;
-#endif
-  return frame_of_warp == kFramesPerWarp - 1 ? kPowerWord : kExchangeWords + frame_of_warp * kPowerWords;
+// Gives each lane its row of what the lanes have by columns: value n of lane L was value L of lane n. In bit-reversed
+// order. `values` picks them from a MelLane.
+template <class Exec, class Lanes, class Values>
+SE_HD void exchange(const Exec& exec, Lanes& lanes, const Values& values) {
+  exec.warp_stage("columns", [&](int thread, auto shared) {
+    const float(&mine)[kWarp] = values(lanes[thread]);
+    SE_UNROLL
+    for (int row = 0; row < kWarp; ++row) {
+      shared.store(thread / kWarp * kFrameWords + row * kRowStride + thread % kWarp, mine[row]);
+    }
+  });
+  exec.warp_stage("rows", [&](int thread, auto shared) {
+    float(&mine)[kWarp] = values(lanes[thread]);
+    const int row = (thread / kWarp * kFrameWords + thread % kWarp * kRowStride) / 4;
+    SE_UNROLL
+    for (int n = 0; n < kWarp; n += 4) {
+      const Quad four = shared.template load<Quad>(row + n / 4);
+      mine[reversed(n)] = four.a;
+      mine[reversed(n + 1)] = four.b;
+      mine[reversed(n + 2)] = four.c;
+      mine[reversed(n + 3)] = four.d;
+    }
+  });
 }
 
-// The transform of frame `frame` of crop `crop`: powers of its bins to shared memory, each bin at word `powers` + bin.
+// Gives each lane the mirrors kPoints - k of its bins k = lane + 32 k2 below kPoints / 2. They are in lane 32 - lane, from
+// the last on; those of lane 0 its own, one further on, where bin 0 is its own mirror.
 template <class Exec, class Lanes>
-SE_HD void transform_frame(const MelJob& job, const DeviceCrop& crop, int block_frame, int index, const Exec& exec, Lanes& lanes) {
-  exec.warp_stage("columns", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    const int mine = block_frame + thread / kWarp * kFramesPerWarp + index;
-    Point(&points)[kWarp] = lanes[thread].points;
-    load_column(job, crop, mine < job.n_frames ? mine : job.n_frames - 1, lane, points);
-    transform_column(job.tables.window, lane, points);
-#ifdef SE_HALVES
-    SE_UNROLL
-    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base + k1 * kHalfStride + lane, points[k1].re);
-  });
-  exec.warp_stage("rows", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    Point(&points)[kWarp] = lanes[thread].points;
-    // The points still have their order by k1 in .im.
-    SE_UNROLL
-    for (int n2 = 0; n2 < kWarp; n2 += 4) {
-      const Quad four = shared.template load<Quad>(base / 4 + lane * (kHalfStride / 4) + n2 / 4);
-      lanes[thread].real[reversed(n2)] = four.a;
-      lanes[thread].real[reversed(n2 + 1)] = four.b;
-      lanes[thread].real[reversed(n2 + 2)] = four.c;
-      lanes[thread].real[reversed(n2 + 3)] = four.d;
-    }
-    (void)points;
-  });
-  exec.warp_stage("columns", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    Point(&points)[kWarp] = lanes[thread].points;
-    SE_UNROLL
-    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base + k1 * kHalfStride + lane, points[k1].im);
-  });
-  exec.warp_stage("rows", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    Point(&points)[kWarp] = lanes[thread].points;
-    SE_UNROLL
-    for (int n2 = 0; n2 < kWarp; n2 += 4) {
-      const Quad four = shared.template load<Quad>(base / 4 + lane * (kHalfStride / 4) + n2 / 4);
-      points[reversed(n2)].im = four.a;
-      points[reversed(n2 + 1)].im = four.b;
-      points[reversed(n2 + 2)].im = four.c;
-      points[reversed(n2 + 3)].im = four.d;
-    }
-    SE_UNROLL
-    for (int n2 = 0; n2 < kWarp; ++n2) points[n2].re = lanes[thread].real[n2];
-#else
-    SE_UNROLL
-    for (int k1 = 0; k1 < kWarp; ++k1) shared.store(base / 2 + k1 * kRowStride + lane, points[k1]);
-  });
-  exec.warp_stage("rows", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    Point(&points)[kWarp] = lanes[thread].points;
-    SE_UNROLL
-    for (int n2 = 0; n2 < kWarp; n2 += 2) {
-      const Quad two = shared.template load<Quad>(base / 4 + lane * (kRowStride / 2) + n2 / 2);
-      points[reversed(n2)] = {two.a, two.b};
-      points[reversed(n2 + 1)] = {two.c, two.d};
-    }
-#endif
-    transform_row(job.tables.row_turns, lane, points);
-  });
-  // Lane L has bins L + 32 k2, whose mirrors have lane 32 - L (from the last), and lane 0 its own (one further on).
-#ifdef SE_SHUFFLE
+SE_HD void take_mirrors(const Exec& exec, Lanes& lanes) {
+  const auto source = [](int thread) { return (kWarp - thread % kWarp) % kWarp; };
   SE_UNROLL
   for (int k2 = 0; k2 < kWarp / 2; ++k2) {
-    const auto source = [](int thread) { return (kWarp - thread % kWarp) % kWarp; };
-    const auto of = [&](int thread) { return &lanes[thread].points[thread % kWarp == 0 ? (k2 == 0 ? 0 : kWarp - k2) : kWarp - 1 - k2]; };
-    (void)of;
-    exec.shuffle(source, [&](int thread) {
-      const Point(&points)[kWarp] = lanes[thread].points;
-      return thread % kWarp == 0 ? points[(kWarp - k2) % kWarp].re : points[kWarp - 1 - k2].re;
-    }, [&](int thread, float value) { lanes[thread].mirrors[k2].re = value; });
-    exec.shuffle(source, [&](int thread) {
-      const Point(&points)[kWarp] = lanes[thread].points;
-      return thread % kWarp == 0 ? points[(kWarp - k2) % kWarp].im : points[kWarp - 1 - k2].im;
-    }, [&](int thread, float value) { lanes[thread].mirrors[k2].im = value; });
+    const int own = (kWarp - k2) % kWarp, other = kWarp - 1 - k2;
+    const auto mirror = [&](int thread, const float(&values)[kWarp]) {
+      return thread % kWarp == 0 ? values[own] : values[other];
+    };
+    exec.shuffle(source, [&](int thread) { return mirror(thread, lanes[thread].points.re); },
+                 [&](int thread, float value) { lanes[thread].mirrors[k2].re = value; });
+    exec.shuffle(source, [&](int thread) { return mirror(thread, lanes[thread].points.im); },
+                 [&](int thread, float value) { lanes[thread].mirrors[k2].im = value; });
   }
-#else
-  exec.warp_stage("mirrors", [&](int thread, auto shared) {
-    const int row = thread / kWarp * kWarpWords / 2 + thread % kWarp * kMirrorStride;
-    SE_UNROLL
-    for (int k2 = kWarp / 2; k2 < kWarp; ++k2) shared.store(row + k2 - kWarp / 2, lanes[thread].points[k2]);
-    shared.store(row + kWarp / 2, lanes[thread].points[0]);
-  });
-#endif
-  exec.warp_stage("split", [&](int thread, auto shared) {
-    const int lane = thread % kWarp, base = thread / kWarp * kWarpWords;
-    const int powers = base + power_word(index);
-    const Point(&points)[kWarp] = lanes[thread].points;
-    const int last = base / 2 + (lane == 0 ? kWarp / 2 : (kWarp - lane) * kMirrorStride + kWarp / 2 - 1);
-    (void)last;
-    SE_UNROLL
-    for (int k2 = 0; k2 < kWarp / 2; k2 += 2) {
-      const Quad turns = load_quad(job.tables.split_turns + kWarp * (k2 / 2) + lane);
-      SE_UNROLL
-      for (int j = k2; j < k2 + 2; ++j) {
-        float power, mirror_power;
-#ifdef SE_SHUFFLE
-        const Point mirror = lanes[thread].mirrors[j];
-#else
-        const Point mirror = shared.template load<Point>(last - j);
-#endif
-        split_powers(points[j], mirror, j == k2 ? Turn{turns.a, turns.b} : Turn{turns.c, turns.d}, power, mirror_power);
-        shared.store(powers + lane + kWarp * j, power);
-        shared.store(powers + kPoints - lane - kWarp * j, mirror_power);
-      }
-    }
-    if (lane == 0) shared.store(powers + kPoints / 2, 4 * squared(points[kWarp / 2]));  // its own mirror
-  });
 }
 
-SE_HD int band_word(int frame) {
-#ifdef SE_COOP
-  return frame / kFramesPerWarp * kWarpWords + power_word(frame % kFramesPerWarp);
-#else
-  return power_word(frame);
-#endif
-}
-
-// Sums over a lane's segment of a slice, for the bands that rise and fall over it.
+// Powers of a lane's bins and their mirrors, to the words from `base` on.
 template <class Shared>
-SE_HD void sum_segment(const MelJob& job, int index, int thread, const Shared& shared, MelLane& mine) {
-  const MelSlice slice = job.slices[index];
-  const Quad* weights = job.tables.weights + slice.first_weight + thread % kWarp;
-#ifdef SE_COOP
-  int word = job.tables.first_bins[index * kWarp + thread % kWarp];
-#else
-  int word = job.tables.first_bins[index * kWarp + thread % kWarp] + thread / kWarp * kWarpWords;
-#endif
+SE_HD void store_powers(const MelJob& job, int lane, int base, const MelLane& mine, const Shared& shared) {
+  const Points& x = mine.points;
   SE_UNROLL
-  for (int frame = 0; frame < kBandFrames; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
+  for (int pair = 0; pair < kWarp / 4; ++pair) {
+    const Quad turns = load_quad(job.tables.split_turns + kWarp * pair + lane);
+    SE_UNROLL
+    for (int k2 = 2 * pair; k2 < 2 * pair + 2; ++k2) {
+      const Turn turn = k2 % 2 == 0 ? Turn{turns.a, turns.b} : Turn{turns.c, turns.d};
+      float power, mirror_power;
+      split_powers({x.re[k2], x.im[k2]}, mine.mirrors[k2], turn, power, mirror_power);
+      shared.store(base + lane + kWarp * k2, power);
+      shared.store(base + kPoints - lane - kWarp * k2, mirror_power);
+    }
+  }
+  constexpr int middle = kWarp / 2;  // its bin is its own mirror, and W = -i
+  if (lane == 0) shared.store(base + kPoints / 2, 4 * (x.re[middle] * x.re[middle] + x.im[middle] * x.im[middle]));
+}
+
+// Sums over a lane's segment of a slice for the bands that rise and fall over it, for all frames of the block.
+template <class Shared>
+SE_HD void sum_segment(const MelJob& job, int index, int lane, const Shared& shared, MelLane& mine) {
+  const MelSlice slice = job.tables.slices[index];
+  const Quad* weights = job.tables.weights + slice.first_weight + lane;
+  int word = job.tables.first_bins[index * kWarp + lane];
+  SE_UNROLL
+  for (int frame = 0; frame < kFramesPerBlock; ++frame) mine.rising[frame] = mine.falling[frame] = 0;
   SE_NO_UNROLL
   for (int bin = 0; bin < slice.n_bins; bin += kBinsPerStep) {
     SE_UNROLL
     for (int i = 0; i < kBinsPerStep; i += 2) {
       const Quad weight = load_quad(weights + kWarp * i / 2);
       SE_UNROLL
-      for (int frame = 0; frame < kBandFrames; ++frame) {
-        const int at = word + i + band_word(frame);
+      for (int frame = 0; frame < kFramesPerBlock; ++frame) {
+        const int at = word + frame * kFrameWords + i;
         const float first = shared.template load<float>(at), second = shared.template load<float>(at + 1);
         mine.rising[frame] += weight.a * first;
         mine.falling[frame] += weight.b * first;
@@ -383,17 +280,19 @@ SE_HD void sum_segment(const MelJob& job, int index, int thread, const Shared& s
   }
 }
 
-// Replaces the lanes' `value` by their sum, or their maximum, in all lanes.
-template <class Exec, class Lanes, class Value, class Join>
-SE_HD void reduce_warp(const Exec& exec, Lanes& lanes, const Value& value, const Join& join) {
+// Writes a lane's band of a slice for all frames of the block, and keeps the maximum of what it has written. `factor` is
+// that of the powers.
+SE_HD void write_band(const MelJob& job, int index, int lane, int crop, int first_frame, float factor, MelLane& mine) {
+  const MelSlice slice = job.tables.slices[index];
+  float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_frames + first_frame) * job.n_mels + slice.first_band + lane;
   SE_UNROLL
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    exec.shuffle([&](int thread) { return thread % kWarp ^ distance; },
-                 [&](int thread) { return value(lanes[thread]); },
-                 [&](int thread, float other) {
-                   float& own = value(lanes[thread]);
-                   own = join(own, other);
-                 });
+  for (int frame = 0; frame < kFramesPerBlock; ++frame) {
+    const float sum = mine.rising[frame] * factor, logarithm = natural_logarithm(sum + job.log_offset);
+    const float value = job.power_only ? sum : logarithm;
+    if (lane < slice.n_bands && first_frame + frame < job.n_frames) {
+      out[frame * job.n_mels] = value;
+      mine.maximum = larger(mine.maximum, value);
+    }
   }
 }
 
@@ -401,81 +300,51 @@ SE_HD void reduce_warp(const Exec& exec, Lanes& lanes, const Value& value, const
 // computed as the last one, and not written.
 template <class Exec>
 SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const Exec& exec) {
-  const int block_frame = block * kFramesPerBlock;
+  const int first_frame = block * kFramesPerBlock;
   const DeviceCrop description = job.crops[crop];
-  const float factor = scaled_last(description.scale) ? description.scale * description.scale * 0.0625f : 0.0625f;
+  // The window and the split leave the powers 16 times as large.
+  const float factor = (scaled_last(description.scale) ? description.scale * description.scale : 1.0f) / 16;
   auto lanes = exec.template registers<MelLane>();
-#if SE_FRAMES == 1
-  transform_frame(job, description, block_frame, 0, exec, lanes);
-#else
-  SE_NO_UNROLL
-  for (int index = 0; index < kFramesPerWarp; ++index) transform_frame(job, description, block_frame, index, exec, lanes);
-#endif
-#ifdef SE_COOP
-  exec.stage("barrier", [&](int thread, auto) { lanes[thread].maximum = -FLT_MAX; });
-  const int max_slices = job.most_slices_of_a_warp;
-#else
-  exec.warp_stage("barrier", [&](int thread, auto) { lanes[thread].maximum = -FLT_MAX; });
-  const int max_slices = job.n_slices;
-#endif
-  const auto index_of = [&](int thread, int i) {
-#ifdef SE_COOP
-    return job.first_slices[thread / kWarp] + i;
-#else
-    return i;
-#endif
-  };
-  const auto end_of = [&](int thread) {
-#ifdef SE_COOP
-    return job.first_slices[thread / kWarp + 1];
-#else
-    return job.n_slices;
-#endif
-  };
-  SE_NO_UNROLL
-  for (int i = 0; i < max_slices; ++i) {
-#if defined(__CUDA_ARCH__) && defined(SE_COOP)
-    if (index_of(threadIdx.x, i) >= end_of(threadIdx.x)) break;
-#endif
+  exec.warp_stage("samples", [&](int thread, auto) {
+    const int lane = thread % kWarp, frame = smaller(first_frame + thread / kWarp, job.n_frames - 1);
+    load_column(job, description, frame, lane, lanes[thread].points);
+    transform_column(job.tables.window, lane, lanes[thread].points);
+    lanes[thread].maximum = -FLT_MAX;
+  });
+  exchange(exec, lanes, [](MelLane& lane) -> float(&)[kWarp] { return lane.points.re; });
+  exchange(exec, lanes, [](MelLane& lane) -> float(&)[kWarp] { return lane.points.im; });
+  exec.warp_stage("transform", [&](int thread, auto) {
+    transform_row(job.tables.row_turns, thread % kWarp, lanes[thread].points);
+  });
+  take_mirrors(exec, lanes);
+  exec.stage("split", [&](int thread, auto shared) {
+    store_powers(job, thread % kWarp, thread / kWarp * kFrameWords, lanes[thread], shared);
+  });
+  const int* first_slices = job.tables.first_slices;
+  exec.for_warp([&](int warp) { return first_slices[warp]; }, [&](int warp) { return first_slices[warp + 1]; }, [&](int slice) {
     exec.warp_stage("bands", [&](int thread, auto shared) {
-      if (index_of(thread, i) >= end_of(thread)) return;
-      sum_segment(job, index_of(thread, i), thread, shared, lanes[thread]);
+      sum_segment(job, slice, thread % kWarp, shared, lanes[thread]);
     });
     SE_UNROLL
-    for (int frame = 0; frame < kBandFrames; ++frame) {
+    for (int frame = 0; frame < kFramesPerBlock; ++frame) {
       exec.shuffle([](int thread) { return (thread + 1) % kWarp; },
                    [&](int thread) { return lanes[thread].falling[frame]; },
-                   [&](int thread, float value) { lanes[thread].rising[frame] += value; });
+                   [&](int thread, float falling) { lanes[thread].rising[frame] += falling; });
     }
     exec.warp_stage("write", [&](int thread, auto) {
-      if (index_of(thread, i) >= end_of(thread)) return;
-      MelLane& mine = lanes[thread];
-      const MelSlice slice = job.slices[index_of(thread, i)];
-      const int lane = thread % kWarp;
-#ifdef SE_COOP
-      const int first_frame = block_frame;
-#else
-      const int first_frame = block_frame + thread / kWarp * kFramesPerWarp;
-#endif
-      float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_frames + first_frame) * job.n_mels + slice.first_band + lane;
-      SE_UNROLL
-      for (int frame = 0; frame < kBandFrames; ++frame) {
-        const float sum = mine.rising[frame] * factor, logarithm = natural_logarithm(sum + job.log_offset);
-        const float value = job.power_only ? sum : logarithm;
-        if (lane < slice.n_bands && first_frame + frame < job.n_frames) {
-          *out = value;
-          mine.maximum = larger(mine.maximum, value);
-        }
-        out += job.n_mels;
-      }
+      write_band(job, slice, thread % kWarp, crop, first_frame, factor, lanes[thread]);
     });
+  });
+  SE_UNROLL
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    exec.shuffle([&](int thread) { return thread % kWarp ^ distance; },
+                 [&](int thread) { return lanes[thread].maximum; },
+                 [&](int thread, float other) { lanes[thread].maximum = larger(lanes[thread].maximum, other); });
   }
-  reduce_warp(exec, lanes, [](MelLane& lane) -> float& { return lane.maximum; },
-              [](float a, float b) { return larger(a, b); });
   exec.warp_stage("maximum", [&](int thread, auto) {
     if (thread % kWarp != 0) return;
-    const std::size_t at = (static_cast<std::size_t>(crop) * blocks + block) * kWarpsPerBlock + thread / kWarp;
-    job.maxima[at] = lanes[thread].maximum;
+    const std::size_t warp = (static_cast<std::size_t>(crop) * blocks + block) * kFramesPerBlock + thread / kWarp;
+    job.maxima[warp] = lanes[thread].maximum;
   });
 }
 
