@@ -93,13 +93,12 @@ cudaStream_t to_stream(std::uint64_t stream) {
 
 class CudaMel final : public DeviceMel {
  public:
-  explicit CudaMel(const MelOptions& options) : CudaMel(options, make_warp_tables(), slice_basis(make_tables(options))) {}
+  explicit CudaMel(const MelOptions& options) : CudaMel(options, slice_basis(make_tables(options))) {}
 
  private:
-  CudaMel(const MelOptions& options, const WarpTables& tables, const SlicedBasis& basis)
-      : DeviceMel(options), window_(tables.window), row_turns_(tables.row_turns), split_turns_(tables.split_turns),
-        slices_(basis.slices), first_slices_(basis.first_slices), first_bins_(basis.first_bins),
-        weights_(basis.weights) {}
+  CudaMel(const MelOptions& options, const SlicedBasis& basis)
+      : DeviceMel(options), transform_(make_transform_table()), slices_(basis.slices),
+        first_slices_(basis.first_slices), first_bins_(basis.first_bins), weights_(basis.weights) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -108,8 +107,7 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(),       row_turns_.data(),  split_turns_.data(), slices_.data(),
-                  first_slices_.data(), first_bins_.data(), weights_.data()};
+    job.tables = {transform_.data(), slices_.data(), first_slices_.data(), first_bins_.data(), weights_.data()};
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -123,7 +121,7 @@ class CudaMel final : public DeviceMel {
     SE_CUDA(cudaGetLastError());
   }
 
-  DeviceTable<Quad> window_, row_turns_, split_turns_;
+  DeviceTable<Quad> transform_;
   DeviceTable<MelSlice> slices_;
   DeviceTable<int> first_slices_, first_bins_;
   DeviceTable<Quad> weights_;

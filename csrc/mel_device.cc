@@ -104,28 +104,32 @@ Quad two_turns(double first, double second) {
 
 }  // namespace
 
-WarpTables make_warp_tables() {
-  constexpr double turn = 2 * 3.14159265358979323846;
-  WarpTables tables;
-  const auto cosine = [](int n) { return static_cast<float>(-std::cos(turn * n / kFftSize)); };
-  for (int i = 0; i < 8; ++i) {
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int n = 2 * (lane + kWarp * i), on = n + 2 * kWarp * 8;
-      tables.window.push_back({cosine(n), cosine(n + 1), cosine(on), cosine(on + 1)});
-      // Stage with pairs `half` apart: turns half / 2 to half - 1 (the first stage: turn 0), turn half / 2 + j by theta to the
-      // power 16 / half, times the j-th root of a DFT of 2 half points. theta = exp(-2 pi i lane / kPoints).
-      const auto row_angle = [&](int index) {
-        int half = 1;
-        while (half <= index) half *= 2;
-        const int j = index - half / 2;
-        return turn * (static_cast<double>(lane) / kPoints * (kWarp / 2 / half) + j / (2.0 * half));
-      };
-      tables.row_turns.push_back(two_turns(row_angle(2 * i), row_angle(2 * i + 1)));
-      const int bin = lane + kWarp * 2 * i;
-      tables.split_turns.push_back(two_turns(turn * bin / kFftSize, turn * (bin + kWarp) / kFftSize));
+std::vector<Quad> make_transform_table() {
+  constexpr double circle = 2 * 3.14159265358979323846;
+  const auto window = [](int sample) { return static_cast<float>(-std::cos(circle * sample / kFftSize)); };
+  // Turn `index` of a row: half / 2 to half - 1 are those of the stage with pairs `half` apart (of the first one: 0), theta to
+  // the power 16 / half times the j-th root for DFTs of 2 half points. theta = exp(-2 pi i lane / kPoints).
+  const auto row_angle = [](int lane, int index) {
+    int half = 1;
+    while (half <= index) half *= 2;
+    return circle * (static_cast<double>(lane) / kPoints * (kWarp / 2 / half) + (index - half / 2) / (2.0 * half));
+  };
+  const auto fill = [](std::vector<Quad>& table, auto quad) {
+    for (int i = 0; i < 8; ++i) {
+      for (int lane = 0; lane < kWarp; ++lane) table.push_back(quad(i, lane));
     }
-  }
-  return tables;
+  };
+  std::vector<Quad> table;
+  fill(table, [&](int n1, int lane) {
+    const int sample = 2 * (lane + kWarp * n1), on = sample + 2 * kWarp * 8;
+    return Quad{window(sample), window(sample + 1), window(on), window(on + 1)};
+  });
+  fill(table, [&](int i, int lane) { return two_turns(row_angle(lane, 2 * i), row_angle(lane, 2 * i + 1)); });
+  fill(table, [&](int i, int lane) {
+    const int bin = lane + kWarp * 2 * i;
+    return two_turns(circle * bin / kFftSize, circle * (bin + kWarp) / kFftSize);
+  });
+  return table;
 }
 
 // Numbers of bands of slices with the fewest steps.

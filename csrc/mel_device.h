@@ -55,14 +55,9 @@ struct SlicedBasis {
 
 SlicedBasis slice_basis(const MelTables& tables);
 
-// Tables of the transform, by lane (mel_transform.h).
-struct WarpTables {
-  std::vector<Quad> window;       // [8, 32]: -cos(2 pi n / kFftSize) of points n1 and n1 + 8
-  std::vector<Quad> row_turns;    // [8, 32]: two turns of a row's butterflies, in the order of the stages
-  std::vector<Quad> split_turns;  // [8, 32]: two turns of bins lane + 32 k2
-};
-
-WarpTables make_warp_tables();
+// Constants of the transform (mel_transform.h), [24, 32], of each lane 8 quads for the window, 8 for the turns of a row's
+// butterflies in the order of the stages, and 8 for the turns of the split.
+std::vector<Quad> make_transform_table();
 
 struct LevelJob {
   int crop_samples;
@@ -72,7 +67,7 @@ struct LevelJob {
 };
 
 struct MelTablePointers {  // into device memory
-  const Quad *window, *row_turns, *split_turns;
+  const Quad* transform;
   const MelSlice* slices;
   const int *first_slices, *first_bins;
   const Quad* weights;

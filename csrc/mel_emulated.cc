@@ -227,14 +227,14 @@ std::vector<int> thread_order(int threads, std::uint32_t order) {
 }  // namespace
 
 struct EmulatedMel::State {
-  WarpTables tables;
+  std::vector<Quad> transform;
   SlicedBasis basis;
   std::uint32_t order;
   TrafficByStage traffic;
 };
 
 EmulatedMel::EmulatedMel(const MelOptions& options, std::uint32_t order)
-    : DeviceMel(options), state_(new State{make_warp_tables(), slice_basis(make_tables(options)), order, {}}) {}
+    : DeviceMel(options), state_(new State{make_transform_table(), slice_basis(make_tables(options)), order, {}}) {}
 
 EmulatedMel::~EmulatedMel() = default;
 
@@ -260,10 +260,9 @@ void EmulatedMel::launch(const LevelJob& job, bool is_int16, int crops, std::uin
 
 void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const auto order = thread_order(kMelThreads, state_->order);
-  const WarpTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
-  job.tables = {tables.window.data(),      tables.row_turns.data(),  tables.split_turns.data(), basis.slices.data(),
-                basis.first_slices.data(), basis.first_bins.data(), basis.weights.data()};
+  job.tables = {state_->transform.data(), basis.slices.data(), basis.first_slices.data(), basis.first_bins.data(),
+                basis.weights.data()};
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));

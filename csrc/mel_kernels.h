@@ -155,26 +155,33 @@ SE_HD void load_column(const DeviceCrop& crop, int first, Points& x) {
   }
 }
 
-// The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale.
-SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first, Points& x) {
+// The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale. By way of the
+// lane's own words of shared memory, from `word` on with a stride of a warp, because registers have no index that varies:
+// without a loop this rare path would be as long as the transform.
+template <class Shared>
+SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first, int word, const Shared& shared, Points& x) {
   const void* pcm = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(crop.pcm));
   const float scale = scaled_last(crop.scale) ? 1.0f : crop.scale;
-  const auto sample = [&](int i) {
-    const int at = reflect(i, job.crop_samples);
-    return scale * (crop.is_int16 ? static_cast<float>(static_cast<const std::int16_t*>(pcm)[at])
-                                  : static_cast<const float*>(pcm)[at]);
+  const auto load = [&](int from, float(&values)[kWarp]) {
+    SE_NO_UNROLL
+    for (int n1 = 0; n1 < kWarp; ++n1) {
+      const int at = reflect(from + 2 * kWarp * n1, job.crop_samples);
+      const float sample = crop.is_int16 ? static_cast<float>(static_cast<const std::int16_t*>(pcm)[at])
+                                         : static_cast<const float*>(pcm)[at];
+      shared.store(word + kWarp * n1, scale * sample);
+    }
+    SE_UNROLL
+    for (int n1 = 0; n1 < kWarp; ++n1) values[reversed(n1)] = shared.template load<float>(word + kWarp * n1);
   };
-  SE_UNROLL
-  for (int n1 = 0; n1 < kWarp; ++n1) {
-    x.re[reversed(n1)] = sample(first + 2 * kWarp * n1);
-    x.im[reversed(n1)] = sample(first + 2 * kWarp * n1 + 1);
-  }
+  load(first, x.re);
+  load(first + 1, x.im);
 }
 
-SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int lane, Points& x) {
-  const int start = frame * kHopSamples - kFftSize / 2, first = start + 2 * lane;
+template <class Shared>
+SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int thread, const Shared& shared, Points& x) {
+  const int lane = thread % kWarp, start = frame * kHopSamples - kFftSize / 2, first = start + 2 * lane;
   if (start < 0 || start + kFftSize > job.crop_samples || !scaled_last(crop.scale)) {
-    load_any_column(job, crop, first, x);
+    load_any_column(job, crop, first, thread / kWarp * kFrameWords + lane, shared, x);
   } else if (crop.is_int16) {
     load_column<std::int16_t>(crop, first, x);
   } else {
@@ -238,7 +245,7 @@ SE_HD void store_powers(const MelJob& job, int lane, int base, const MelLane& mi
   const Points& x = mine.points;
   SE_UNROLL
   for (int pair = 0; pair < kWarp / 4; ++pair) {
-    const Quad turns = load_quad(job.tables.split_turns + kWarp * pair + lane);
+    const Quad turns = load_quad(job.tables.transform + kWarp * (kSplitQuad + pair) + lane);
     SE_UNROLL
     for (int k2 = 2 * pair; k2 < 2 * pair + 2; ++k2) {
       const Turn turn = k2 % 2 == 0 ? Turn{turns.a, turns.b} : Turn{turns.c, turns.d};
@@ -301,25 +308,25 @@ SE_HD void write_band(const MelJob& job, int index, int lane, int crop, int firs
 template <class Exec>
 SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const Exec& exec) {
   const int first_frame = block * kFramesPerBlock;
-  const DeviceCrop description = job.crops[crop];
-  // The window and the split leave the powers 16 times as large.
-  const float factor = (scaled_last(description.scale) ? description.scale * description.scale : 1.0f) / 16;
   auto lanes = exec.template registers<MelLane>();
-  exec.warp_stage("samples", [&](int thread, auto) {
-    const int lane = thread % kWarp, frame = smaller(first_frame + thread / kWarp, job.n_frames - 1);
-    load_column(job, description, frame, lane, lanes[thread].points);
-    transform_column(job.tables.window, lane, lanes[thread].points);
-    lanes[thread].maximum = -FLT_MAX;
+  exec.warp_stage("samples", [&](int thread, auto shared) {
+    const int frame = smaller(first_frame + thread / kWarp, job.n_frames - 1);
+    load_column(job, job.crops[crop], frame, thread, shared, lanes[thread].points);
+    transform_column(job.tables.transform + thread % kWarp, lanes[thread].points);
   });
   exchange(exec, lanes, [](MelLane& lane) -> float(&)[kWarp] { return lane.points.re; });
   exchange(exec, lanes, [](MelLane& lane) -> float(&)[kWarp] { return lane.points.im; });
   exec.warp_stage("transform", [&](int thread, auto) {
-    transform_row(job.tables.row_turns, thread % kWarp, lanes[thread].points);
+    transform_row(job.tables.transform + thread % kWarp, lanes[thread].points);
   });
   take_mirrors(exec, lanes);
   exec.stage("split", [&](int thread, auto shared) {
     store_powers(job, thread % kWarp, thread / kWarp * kFrameWords, lanes[thread], shared);
+    lanes[thread].maximum = -FLT_MAX;
   });
+  const float scale = job.crops[crop].scale;
+  // The window and the split leave the powers 16 times as large.
+  const float factor = (scaled_last(scale) ? scale * scale : 1.0f) / 16;
   const int* first_slices = job.tables.first_slices;
   exec.for_warp([&](int warp) { return first_slices[warp]; }, [&](int warp) { return first_slices[warp + 1]; }, [&](int slice) {
     exec.warp_stage("bands", [&](int thread, auto shared) {

@@ -33,6 +33,9 @@ SE_HD Quad load_quad(const Quad* p) {  // of memory that no kernel of the launch
 SE_HD Quad load_quad(const Quad* p) { return *p; }
 #endif
 
+// Of the rows of the table, in which the quads of a lane have a stride of a warp.
+constexpr int kWindowQuad = 0, kRowQuad = 8, kSplitQuad = 16;
+
 SE_HD constexpr int reversed(int n) {  // of five bits
   return (n & 1) << 4 | (n & 2) << 2 | (n & 4) | (n & 8) >> 2 | (n & 16) >> 4;
 }
@@ -101,13 +104,13 @@ SE_HD void windowed_butterfly(float& x0, float& x1, float t) {
   x1 = difference + t * sum;
 }
 
-// Window and DFT over n1, in place. In: raw samples, point n1 of the column at reversed(n1). Out: k1 at k1. The window is
+// Window and DFT over n1, in place. `table` is that of the lane. In: raw samples, point n1 of the column at reversed(n1). Out: k1 at k1. The window is
 // twice Hann's: 1 + t with a negative cosine t, which changes its sign half a frame on, where a butterfly has its other
 // point.
-SE_HD void transform_column(const Quad* window, int lane, Points& x) {
+SE_HD void transform_column(const Quad* table, Points& x) {
   SE_UNROLL
   for (int n1 = 0; n1 < 8; ++n1) {
-    const Quad t = load_quad(window + kWarp * n1 + lane);
+    const Quad t = load_quad(table + kWarp * (kWindowQuad + n1));
     const int a = reversed(n1), b = reversed(n1 + 8);
     windowed_butterfly(x.re[a], x.re[a + 1], t.a);  // points n1 and n1 + 16
     windowed_butterfly(x.im[a], x.im[a + 1], t.b);
@@ -122,25 +125,25 @@ SE_HD void transform_column(const Quad* window, int lane, Points& x) {
 
 // Butterflies j and j + 1 of a stage of the row, whose turns are the pair number `pair`.
 template <int half>
-SE_HD void row_butterflies(const Quad* turns, int lane, int pair, int j, Points& x) {
-  const Quad two = load_quad(turns + kWarp * pair + lane);
+SE_HD void row_butterflies(const Quad* table, int pair, int j, Points& x) {
+  const Quad two = load_quad(table + kWarp * (kRowQuad + pair));
   turned_butterflies<half>(x, j, {two.a, two.b});
   turned_butterflies<half>(x, j + 1, {two.c, two.d});
 }
 
 // Twiddle factors and DFT over n2, in place. In: n2 at reversed(n2); out: k2 at k2.
-SE_HD void transform_row(const Quad* turns, int lane, Points& x) {
-  const Quad two = load_quad(turns + lane);
+SE_HD void transform_row(const Quad* table, Points& x) {
+  const Quad two = load_quad(table + kWarp * kRowQuad);
   SE_UNROLL
   for (int i = 0; i < kWarp; i += 2) butterfly(x, i, i + 1, {two.a, two.b});
   turned_butterflies<2>(x, 0, {two.c, two.d});
-  row_butterflies<4>(turns, lane, 1, 0, x);
-  row_butterflies<8>(turns, lane, 2, 0, x);
-  row_butterflies<8>(turns, lane, 3, 2, x);
-  row_butterflies<16>(turns, lane, 4, 0, x);
-  row_butterflies<16>(turns, lane, 5, 2, x);
-  row_butterflies<16>(turns, lane, 6, 4, x);
-  row_butterflies<16>(turns, lane, 7, 6, x);
+  row_butterflies<4>(table, 1, 0, x);
+  row_butterflies<8>(table, 2, 0, x);
+  row_butterflies<8>(table, 3, 2, x);
+  row_butterflies<16>(table, 4, 0, x);
+  row_butterflies<16>(table, 5, 2, x);
+  row_butterflies<16>(table, 6, 4, x);
+  row_butterflies<16>(table, 7, 6, x);
 }
 
 // |2 X[k]|^2 and |2 X[kPoints - k]|^2 of the real transform X from the complex one Z, in which z is Z[k] and `mirror`
