@@ -6,6 +6,7 @@
 #include "cuda_raii.h"
 #include "mel_device.h"
 #include "mel_kernels.h"
+#include "mel_normalise.h"
 
 namespace singerembed {
 namespace {
@@ -70,11 +71,9 @@ __global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
   level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
 }
 
-// Five blocks a multiprocessor, which leave 96 registers to a thread. Fewer fit only on 7.5, by shared memory.
-#ifndef SE_BLOCKS
-#define SE_BLOCKS 5
-#endif
-__global__ void __launch_bounds__(kMelThreads, SE_BLOCKS) mel_kernel(MelJob job) {
+// Five blocks a multiprocessor leave 96 registers to a thread, which the transform fits into but for one on 9.0. Fewer
+// blocks fit only on 7.5, by shared memory.
+__global__ void __launch_bounds__(kMelThreads, 5) mel_kernel(MelJob job) {
   __shared__ alignas(16) unsigned char memory[kMelSharedBytes];
   mel_block(job, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y),
             DeviceExec{memory});

@@ -45,11 +45,10 @@ std::vector<Segment> find_segments(const MelTables& tables) {
   std::vector<Segment> segments(static_cast<std::size_t>(n_bands) + 1);
   int segment = 0;
   for (int bin = 0; bin < kBins; ++bin) {
-    int last = -1;  // band of this bin
-    for (int band = std::max(0, segment - 1); band < n_bands; ++band) {
+    int last = -1;  // band that this bin is in
+    for (int band = 0; band < n_bands; ++band) {
       const MelBand& run = tables.bands[static_cast<std::size_t>(band)];
       if (bin >= run.first_bin && bin < run.first_bin + run.n_bins) last = band;
-      if (last >= 0 && band > last) break;
     }
     if (last < 0) continue;
     const auto weight = [&](int band) {
@@ -107,8 +106,8 @@ Quad two_turns(double first, double second) {
 std::vector<Quad> make_transform_table() {
   constexpr double circle = 2 * 3.14159265358979323846;
   const auto window = [](int sample) { return static_cast<float>(-std::cos(circle * sample / kFftSize)); };
-  // Turn `index` of a row: half / 2 to half - 1 are those of the stage with pairs `half` apart (of the first one: 0), theta to
-  // the power 16 / half times the j-th root for DFTs of 2 half points. theta = exp(-2 pi i lane / kPoints).
+  // Turn `index` of a row: half / 2 to half - 1 are those of the stage with pairs `half` apart (of the first one: 0),
+  // theta to the power 16 / half times the j-th root for DFTs of 2 half points. theta = exp(-2 pi i lane / kPoints).
   const auto row_angle = [](int lane, int index) {
     int half = 1;
     while (half <= index) half *= 2;
@@ -153,8 +152,8 @@ std::vector<int> cut_slices(const std::vector<Segment>& segments) {
   return slices;
 }
 
-// First slice of each warp of a block, and at the end their number. Each has contiguous ones, such that the warp with most
-// to do has as little as possible.
+// First slice of each warp of a block, and at the end their number. Each has contiguous ones, such that the warp with
+// most to do has as little as possible.
 std::vector<int> share_slices(const std::vector<MelSlice>& slices) {
   const auto share = [&](int limit) {  // one more for each warp that the limit makes necessary
     std::vector<int> first_slices = {0};
@@ -213,7 +212,8 @@ DeviceMel::DeviceMel(const MelOptions& options) : options_(options) {
 }
 
 std::size_t DeviceMel::scratch_bytes(int crops) const {
-  const std::size_t floats = options_.mel_size() + static_cast<std::size_t>(blocks_per_crop(options_) * kFramesPerBlock);
+  const int warps = blocks_per_crop(options_) * kFramesPerBlock;  // each writes a maximum
+  const std::size_t floats = options_.mel_size() + static_cast<std::size_t>(warps);
   return sizeof(float) * static_cast<std::size_t>(crops) * floats;
 }
 
@@ -238,8 +238,8 @@ void DeviceMel::mel(std::uint64_t list, int crops, std::uint64_t scratch, std::u
   job.mel = pointer<float>(scratch);
   job.maxima = job.mel + static_cast<std::size_t>(crops) * options_.mel_size();
   launch(job, blocks, crops, stream);
-  launch(NormaliseJob{options_.n_mels, options_.n_frames(), blocks * kFramesPerBlock, options_.log_divisor, job.power_only,
-                      job.mel, job.maxima, pointer<void>(out)},
+  launch(NormaliseJob{options_.n_mels, options_.n_frames(), blocks * kFramesPerBlock, options_.log_divisor,
+                      job.power_only, job.mel, job.maxima, pointer<void>(out)},
          type, crops, stream);
 }
 

@@ -32,10 +32,10 @@ struct DeviceCrop {        // input of `mel` for a crop
 };
 static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/model/mel.py has the same layout");
 
-// The mel basis by segments: segment s lies between the edges s and s + 1 of the bands, so that band s rises over it and
-// band s - 1 falls. It is read once for both. Slices of up to 32 segments, one per lane of a warp, are padded to their
-// longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The next
-// slice begins with the last segment of the one before, whose bands thus need no other slice.
+// The mel basis by segments: segment s lies between the edges s and s + 1 of the bands, so that band s rises over it
+// and band s - 1 falls. It is read once for both. Slices of up to 32 segments, one per lane of a warp, are padded to
+// their longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The
+// next slice begins with the last segment of the one before, whose bands thus need no other slice.
 struct alignas(16) MelSlice {
   int first_band, n_bands;  // at most 31 bands; lane l has segment first_band + l
   int n_bins;               // a multiple of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
@@ -55,8 +55,8 @@ struct SlicedBasis {
 
 SlicedBasis slice_basis(const MelTables& tables);
 
-// Constants of the transform (mel_transform.h), [24, 32], of each lane 8 quads for the window, 8 for the turns of a row's
-// butterflies in the order of the stages, and 8 for the turns of the split.
+// Constants of the transform (mel_transform.h), [24, 32], of each lane 8 quads for the window, 8 for the turns of a
+// row's butterflies in the order of the stages, and 8 for the turns of the split.
 std::vector<Quad> make_transform_table();
 
 struct LevelJob {
@@ -150,7 +150,7 @@ class EmulatedMel : public DeviceMel {
 
   EmulatedMel(const MelOptions& options, std::uint32_t order);
   ~EmulatedMel() override;
-  std::vector<Traffic> traffic() const;  // since construction, one per stage of the mel kernel
+  std::vector<Traffic> traffic() const;  // since construction, one per stage of the mel kernel that has any
 
  private:
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override;

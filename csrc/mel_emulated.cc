@@ -10,11 +10,13 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "mel_device.h"
 #include "mel_kernels.h"
+#include "mel_normalise.h"
 
 namespace singerembed {
 namespace {
@@ -141,11 +143,14 @@ struct WatchedShared {
   }
 };
 
-// Registers of each thread, which outlive a stage.
+// Registers of each thread, which outlive a stage. Floats that nobody has written are NaN.
 template <class T>
 class HostRegisters {
  public:
-  explicit HostRegisters(std::size_t threads) : of_threads_(threads) {}
+  explicit HostRegisters(std::size_t threads) : of_threads_(threads) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    for (T& of_thread : of_threads_) std::memset(static_cast<void*>(&of_thread), 0xff, sizeof(T));
+  }
   T& operator[](int thread) { return of_threads_[static_cast<std::size_t>(thread)]; }
 
  private:
@@ -186,7 +191,9 @@ class HostExec {  // executes one block
     std::vector<float> values(order_.size());
     for_threads([&](int thread) { values[static_cast<std::size_t>(thread)] = value(thread); });
     for_threads([&](int thread) {
-      take(thread, values.at(static_cast<std::size_t>(thread / kWarp * kWarp + source(thread))));
+      const int lane = source(thread);
+      if (lane < 0 || lane >= kWarp) throw std::logic_error("a shuffle takes from lane " + std::to_string(lane));
+      take(thread, values[static_cast<std::size_t>(thread / kWarp * kWarp + lane)]);
     });
   }
 

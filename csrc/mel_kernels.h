@@ -1,13 +1,13 @@
-// The kernels of mel_device.h as stages. `exec.stage(f)` runs f(thread, shared) for all threads of the block, followed
-// by a barrier: on a GPU each thread runs its own f and then __syncthreads(), on the host a loop runs them all. Threads
-// may exchange values through shared memory only between stages. After `exec.warp_stage(f)` the barrier is the warp's, and
-// only its own threads may. `exec.shuffle` lets each thread take a value of a thread of its warp, `exec.registers` keeps
-// values of each thread from stage to stage, and `exec.for_warp` repeats stages as often as each warp wants.
+// The kernels `level` and `mel` of mel_device.h as stages. `exec.stage(f)` runs f(thread, shared) for all threads of
+// the block, followed by a barrier: on a GPU each thread runs its own f and then __syncthreads(), on the host a loop
+// runs them all. Threads may exchange values through shared memory only between stages. After `exec.warp_stage(f)` the
+// barrier is the warp's, and only its own threads may. `exec.shuffle` lets each thread take a value of a thread of its
+// warp, `exec.registers` keeps values of each thread from stage to stage, and `exec.for_warp` repeats stages as often
+// as each warp wants.
 #pragma once
 
 #include <cfloat>
 #include <cstdint>
-#include <cstring>
 
 #include "mel_device.h"
 #include "mel_math.h"
@@ -29,11 +29,6 @@ constexpr int kBinsPerStep = 4;  // of the loop over a segment of mel bands
 constexpr int kLevelThreads = 512;
 constexpr int kPeaksWord = 2 * kLevelThreads;  // after as many doubles
 constexpr int kLevelSharedBytes = 3 * kLevelThreads * 4;
-
-constexpr int kNormaliseThreads = 256;
-constexpr int kTileBands = kWarp, kTileFrames = 4 * kWarp;
-constexpr int kTileStride = kTileBands + 1;
-constexpr int kNormaliseSharedBytes = kTileFrames * kTileStride * 4;
 
 template <class Sample>
 struct alignas(2 * sizeof(Sample)) Pair {  // a single load on a GPU
@@ -57,16 +52,6 @@ SE_HD Pair<Sample> load_pair(const Sample* p) {
 }
 #endif
 
-SE_HD int smaller(int a, int b) { return a < b ? a : b; }
-
-SE_HD float larger(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return fmaxf(a, b);  // one instruction
-#else
-  return a > b ? a : b;
-#endif
-}
-
 // On a GPU with the error of the hardware's logarithm to base 2: 2^-22, relative, and absolute between 1/2 and 2.
 SE_HD float natural_logarithm(float x) {
 #if defined(__CUDA_ARCH__)
@@ -74,26 +59,6 @@ SE_HD float natural_logarithm(float x) {
 #else
   return std::log(x);
 #endif
-}
-
-// Writes the maximum of the `threads` floats from word `first` on to that word. `threads` is a power of two.
-// By sixteens, because a barrier costs more than a few more loads.
-template <class Exec>
-SE_HD void reduce_maximum(const Exec& exec, int first, int threads) {
-  for (int count = threads; count > 1;) {
-    const int width = (count + 15) / 16;
-    exec.stage("reduce", [&](int thread, auto shared) {
-      if (thread >= width) return;
-      float maximum = shared.template load<float>(first + thread);
-      SE_UNROLL
-      for (int i = 1; i < 16; ++i) {
-        const int other = thread + i * width;
-        if (other < count) maximum = larger(maximum, shared.template load<float>(first + other));
-      }
-      shared.store(first + thread, maximum);
-    });
-    count = width;
-  }
 }
 
 // --- level --------------------------------------------------------------------------------------------------------
@@ -139,8 +104,8 @@ SE_HD void level_block(const LevelJob& job, int crop, const Exec& exec) {
 
 // --- mel ----------------------------------------------------------------------------------------------------------
 
-// Whether the square of a crop's scale may be a factor of the mel power, in the place of one of the samples: as long as no
-// square leaves the range of float.
+// Whether the square of a crop's scale may be a factor of the mel power, in the place of one of the samples: as long as
+// no square leaves the range of float.
 SE_HD bool scaled_last(float scale) { return scale >= 0x1p-40f && scale <= 0x1p40f; }
 
 // A column of a frame whose first point has sample `first`, point n1 at reversed(n1).
@@ -155,11 +120,12 @@ SE_HD void load_column(const DeviceCrop& crop, int first, Points& x) {
   }
 }
 
-// The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale. By way of the
-// lane's own words of shared memory, from `word` on with a stride of a warp, because registers have no index that varies:
-// without a loop this rare path would be as long as the transform.
+// The same for a frame that reaches over an end of the crop, where samples are reflected, and for any scale. By way of
+// the lane's own words of shared memory, from `word` on with a stride of a warp, because registers have no index that
+// varies: without a loop this rare path would be as long as the transform.
 template <class Shared>
-SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first, int word, const Shared& shared, Points& x) {
+SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first, int word, const Shared& shared,
+                           Points& x) {
   const void* pcm = reinterpret_cast<const void*>(static_cast<std::uintptr_t>(crop.pcm));
   const float scale = scaled_last(crop.scale) ? 1.0f : crop.scale;
   const auto load = [&](int from, float(&values)[kWarp]) {
@@ -178,7 +144,8 @@ SE_HD void load_any_column(const MelJob& job, const DeviceCrop& crop, int first,
 }
 
 template <class Shared>
-SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int thread, const Shared& shared, Points& x) {
+SE_HD void load_column(const MelJob& job, const DeviceCrop& crop, int frame, int thread, const Shared& shared,
+                       Points& x) {
   const int lane = thread % kWarp, start = frame * kHopSamples - kFftSize / 2, first = start + 2 * lane;
   if (start < 0 || start + kFftSize > job.crop_samples || !scaled_last(crop.scale)) {
     load_any_column(job, crop, first, thread / kWarp * kFrameWords + lane, shared, x);
@@ -221,8 +188,8 @@ SE_HD void exchange(const Exec& exec, Lanes& lanes, const Values& values) {
   });
 }
 
-// Gives each lane the mirrors kPoints - k of its bins k = lane + 32 k2 below kPoints / 2. They are in lane 32 - lane, from
-// the last on; those of lane 0 its own, one further on, where bin 0 is its own mirror.
+// Gives each lane the mirrors kPoints - k of its bins k = lane + 32 k2 below kPoints / 2. They are in lane 32 - lane,
+// from the last on; those of lane 0 its own, one further on, where bin 0 is its own mirror.
 template <class Exec, class Lanes>
 SE_HD void take_mirrors(const Exec& exec, Lanes& lanes) {
   const auto source = [](int thread) { return (kWarp - thread % kWarp) % kWarp; };
@@ -287,11 +254,12 @@ SE_HD void sum_segment(const MelJob& job, int index, int lane, const Shared& sha
   }
 }
 
-// Writes a lane's band of a slice for all frames of the block, and keeps the maximum of what it has written. `factor` is
-// that of the powers.
+// Writes a lane's band of a slice for all frames of the block, and keeps the maximum of what it has written. `factor`
+// is that of the powers.
 SE_HD void write_band(const MelJob& job, int index, int lane, int crop, int first_frame, float factor, MelLane& mine) {
   const MelSlice slice = job.tables.slices[index];
-  float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_frames + first_frame) * job.n_mels + slice.first_band + lane;
+  float* out = job.mel + (static_cast<std::size_t>(crop) * job.n_frames + first_frame) * job.n_mels +
+               slice.first_band + lane;
   SE_UNROLL
   for (int frame = 0; frame < kFramesPerBlock; ++frame) {
     const float sum = mine.rising[frame] * factor, logarithm = natural_logarithm(sum + job.log_offset);
@@ -303,8 +271,8 @@ SE_HD void write_band(const MelJob& job, int index, int lane, int crop, int firs
   }
 }
 
-// Frames [kFramesPerBlock * block, ...) of listed crop `crop`, which has `blocks` blocks. Frames beyond the last one are
-// computed as the last one, and not written.
+// Frames [kFramesPerBlock * block, ...) of listed crop `crop`, which has `blocks` blocks. Frames beyond the last one
+// are computed as the last one, and not written.
 template <class Exec>
 SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const Exec& exec) {
   const int first_frame = block * kFramesPerBlock;
@@ -328,7 +296,9 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
   // The window and the split leave the powers 16 times as large.
   const float factor = (scaled_last(scale) ? scale * scale : 1.0f) / 16;
   const int* first_slices = job.tables.first_slices;
-  exec.for_warp([&](int warp) { return first_slices[warp]; }, [&](int warp) { return first_slices[warp + 1]; }, [&](int slice) {
+  const auto first_slice = [&](int warp) { return first_slices[warp]; };
+  const auto end_slice = [&](int warp) { return first_slices[warp + 1]; };
+  exec.for_warp(first_slice, end_slice, [&](int slice) {
     exec.warp_stage("bands", [&](int thread, auto shared) {
       sum_segment(job, slice, thread % kWarp, shared, lanes[thread]);
     });
@@ -352,83 +322,6 @@ SE_HD void mel_block(const MelJob& job, int block, int blocks, int crop, const E
     if (thread % kWarp != 0) return;
     const std::size_t warp = (static_cast<std::size_t>(crop) * blocks + block) * kFramesPerBlock + thread / kWarp;
     job.maxima[warp] = lanes[thread].maximum;
-  });
-}
-
-// --- normalise ----------------------------------------------------------------------------------------------------
-
-// Bits of the nearest IEEE half, ties to even. Values beyond the range become the largest finite half, because a crop
-// whose maximum is nearly 0 would give infinity, which the encoder would turn into NaN.
-SE_HD std::uint16_t to_half_bits(float x) {
-  constexpr float largest = 65504.0f;
-  if (x > largest) x = largest;
-  if (x < -largest) x = -largest;
-#if defined(__CUDA_ARCH__)
-  std::uint16_t nearest;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(nearest) : "f"(x));
-  return nearest;
-#else
-  std::uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const std::uint32_t sign = bits >> 16 & 0x8000u, absolute = bits & 0x7fffffffu;
-  if (absolute > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);  // NaN
-  std::uint32_t half;
-  if (absolute < 0x38800000u) {  // below 2^-14: adding 1/2 rounds to a multiple of 2^-24
-    float shifted;
-    std::memcpy(&shifted, &absolute, sizeof shifted);
-    shifted += 0.5f;
-    std::memcpy(&half, &shifted, sizeof half);
-    half -= 0x3f000000u;
-  } else {
-    half = (absolute + 0xfffu + (absolute >> 13 & 1u) - 0x38000000u) >> 13;
-  }
-  return static_cast<std::uint16_t>(sign | half);
-#endif
-}
-
-SE_HD void store_value(float* out, float value) { *out = value; }
-SE_HD void store_value(std::uint16_t* out, float value) { *out = to_half_bits(value); }
-
-// A tile of listed crop `crop`: frames [kTileFrames * part, ...) of bands [kTileBands * group, ...). Out: float, or
-// std::uint16_t for the bits of a half.
-template <class Out, class Exec>
-SE_HD void normalise_block(const NormaliseJob& job, int part, int group, int crop, const Exec& exec) {
-  const int first_frame = part * kTileFrames, first_band = group * kTileBands;
-  if (job.log_divisor == 0) {
-    exec.stage("maxima", [&](int thread, auto shared) {
-      const float* maxima = job.maxima + static_cast<std::size_t>(crop) * job.maxima_per_crop;
-      float maximum = -FLT_MAX;
-      for (int i = thread; i < job.maxima_per_crop; i += kNormaliseThreads) maximum = larger(maximum, maxima[i]);
-      shared.store(thread, maximum);
-    });
-    reduce_maximum(exec, 0, kNormaliseThreads);
-  }
-  auto factors = exec.template registers<float>();
-  exec.stage("factor", [&](int thread, auto shared) {
-    const float divisor = job.log_divisor != 0 ? job.log_divisor : shared.template load<float>(0);
-    factors[thread] = job.power_only ? 1.0f : 1.0f / divisor;
-  });
-  const std::size_t offset = static_cast<std::size_t>(crop) * job.n_mels * job.n_frames;
-  exec.stage("load", [&](int thread, auto shared) {
-    // Beyond the last band or frame: the last one again, which is not written.
-    const float* mel = job.mel + offset + smaller(first_band + thread % kWarp, job.n_mels - 1);
-    SE_UNROLL
-    for (int i = 0; i < kTileFrames; i += kNormaliseThreads / kWarp) {
-      const int row = i + thread / kWarp, frame = smaller(first_frame + row, job.n_frames - 1);
-      shared.store(row * kTileStride + thread % kWarp, mel[frame * job.n_mels] * factors[thread]);
-    }
-  });
-  exec.stage("normalise", [&](int thread, auto shared) {
-    constexpr int step = kNormaliseThreads / kTileFrames;
-    const int frame = thread % kTileFrames;
-    const bool inside = first_frame + frame < job.n_frames;
-    Out* out = static_cast<Out*>(job.out) + offset + static_cast<std::size_t>(first_band) * job.n_frames + first_frame + frame;
-    SE_UNROLL
-    for (int i = 0; i < kTileBands; i += step) {
-      const int band = i + thread / kTileFrames;
-      const float value = shared.template load<float>(frame * kTileStride + band);
-      if (inside && first_band + band < job.n_mels) store_value(out + band * job.n_frames, value);
-    }
   });
 }
 

@@ -1,10 +1,11 @@
-// The transform of the mel kernel: one frame, 2048 samples, by one warp. 1024 complex points, pairs of samples, as 32 x 32:
-// point 32 n1 + n2 is in lane n2, the column; a DFT over n1 in the registers of each lane; an exchange, after which lane
-// k1 has a row; a DFT over n2, after which it has bins k1 + 32 k2; the split into the bins of the real transform.
+// The transform of the mel kernel: one frame, 2048 samples, by one warp. 1024 complex points, pairs of samples, as 32 x
+// 32: point 32 n1 + n2 is in lane n2, the column; a DFT over n1 in the registers of each lane; an exchange, after which
+// lane k1 has a row; a DFT over n2, after which it has bins k1 + 32 k2; the split into the bins of the real transform.
 //
-// The DFTs have radix 2 and are in place, from bit-reversed to natural order. A butterfly a +- w b with w = c (1 - i t), t
-// a tangent, is six multiply-adds (Linzer and Feig, 1993). The twiddle factors between the passes add nothing to the
-// second one: a factor theta^n of input n of a DFT is one of the butterflies in each stage, where others are already.
+// The DFTs have radix 2 and are in place, from bit-reversed to natural order. A butterfly a +- w b with w = c (1 - i
+// t), t a tangent, is six multiply-adds (Linzer and Feig, 1993). The twiddle factors between the passes add nothing to
+// the second one: a factor theta^n of input n of a DFT is one of the butterflies in each stage, where others are
+// already.
 #pragma once
 
 #include "mel_device.h"
@@ -70,8 +71,8 @@ SE_HD void turned_butterflies(Points& x, int j, Turn turn) {
 
 template <int half>
 SE_HD void column_stage(Points& x) {
-  // (cos, tan)(2 pi j / 32). Local, because device code can read only local constexpr arrays; the loops are unrolled, so
-  // that each entry becomes an immediate.
+  // (cos, tan)(2 pi j / 32). Local, because device code can read only local constexpr arrays; the loops are unrolled,
+  // so that each entry becomes an immediate.
   constexpr Turn turns[8] = {{1.0f, 0.0f},
                              {0.98078528040323044913f, 0.19891236737965800691f},
                              {0.92387953251128675613f, 0.41421356237309504880f},
@@ -104,9 +105,9 @@ SE_HD void windowed_butterfly(float& x0, float& x1, float t) {
   x1 = difference + t * sum;
 }
 
-// Window and DFT over n1, in place. `table` is that of the lane. In: raw samples, point n1 of the column at reversed(n1). Out: k1 at k1. The window is
-// twice Hann's: 1 + t with a negative cosine t, which changes its sign half a frame on, where a butterfly has its other
-// point.
+// Window and DFT over n1, in place. `table` is that of the lane. In: raw samples, point n1 of the column at
+// reversed(n1). Out: k1 at k1. The window is twice Hann's: 1 + t with a negative cosine t, which changes its sign half
+// a frame on, where a butterfly has its other point.
 SE_HD void transform_column(const Quad* table, Points& x) {
   SE_UNROLL
   for (int n1 = 0; n1 < 8; ++n1) {
@@ -147,8 +148,8 @@ SE_HD void transform_row(const Quad* table, Points& x) {
 }
 
 // |2 X[k]|^2 and |2 X[kPoints - k]|^2 of the real transform X from the complex one Z, in which z is Z[k] and `mirror`
-// Z[kPoints - k]: X[k] = E + W O and X[kPoints - k] = conj(E - W O), with 2 E = Z[k] + conj Z[kPoints - k],
-// 2 i O = Z[k] - conj Z[kPoints - k], W = exp(-2 pi i k / kFftSize). For k = 0 pass Z[0] twice, which gives bins 0 and kPoints.
+// Z[kPoints - k]: X[k] = E + W O and X[kPoints - k] = conj(E - W O), with 2 E = Z[k] + conj Z[kPoints - k], 2 i O =
+// Z[k] - conj Z[kPoints - k], W = exp(-2 pi i k / kFftSize). For k = 0 pass Z[0] twice, which gives bins 0 and kPoints.
 SE_HD void split_powers(Complex<float> z, Complex<float> mirror, Turn turn, float& power, float& mirror_power) {
   const Complex<float> even = {z.re + mirror.re, z.im - mirror.im}, odd = {z.im + mirror.im, mirror.re - z.re};
   const float re = odd.re + turn.tan * odd.im, im = odd.im - turn.tan * odd.re;
