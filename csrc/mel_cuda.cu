@@ -6,6 +6,7 @@
 #include "cuda_raii.h"
 #include "mel_device.h"
 #include "mel_kernels.h"
+#include "mel_normalise.h"
 
 namespace singerembed {
 namespace {
@@ -24,8 +25,32 @@ struct Shared {
   }
 };
 
+template <class T>
+struct Registers {
+  T of_thread;
+  __device__ T& operator[](int) { return of_thread; }
+};
+
 struct DeviceExec {
   unsigned char* memory;
+
+  template <class T>
+  __device__ Registers<T> registers() const {
+    return {};
+  }
+
+  template <class Source, class Value, class Take>
+  __device__ void shuffle(Source source, Value value, Take take) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    take(thread, __shfl_sync(0xffffffffu, value(thread), source(thread)));
+  }
+
+  template <class Begin, class End, class Body>
+  __device__ void for_warp(Begin begin, End end, Body body) const {
+    const int warp = static_cast<int>(threadIdx.x) / kWarp, stop = end(warp);
+    SE_NO_UNROLL
+    for (int i = begin(warp); i < stop; ++i) body(i);
+  }
 
   template <class F>
   __device__ void stage(const char*, F f) const {
@@ -46,14 +71,9 @@ __global__ void __launch_bounds__(kLevelThreads) level_kernel(LevelJob job) {
   level_block<Sample>(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
 }
 
-// On 9.0, five blocks a multiprocessor spill 8 bytes a thread and are 1.18 times as fast as the four that fit without a
-// bound (docs/gpu.md). Elsewhere that is not measured, and shared memory allows no more than one to three before 10.0.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
-#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads, 5)
-#else
-#define SE_MEL_BOUNDS __launch_bounds__(kMelThreads)
-#endif
-__global__ void SE_MEL_BOUNDS mel_kernel(MelJob job) {
+// Five blocks a multiprocessor leave 96 registers to a thread, which the transform fits into but for one on 9.0. Fewer
+// blocks fit only on 7.5, by shared memory.
+__global__ void __launch_bounds__(kMelThreads, 5) mel_kernel(MelJob job) {
   __shared__ alignas(16) unsigned char memory[kMelSharedBytes];
   mel_block(job, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x), static_cast<int>(blockIdx.y),
             DeviceExec{memory});
@@ -62,7 +82,8 @@ __global__ void SE_MEL_BOUNDS mel_kernel(MelJob job) {
 template <class Out>
 __global__ void __launch_bounds__(kNormaliseThreads) normalise_kernel(NormaliseJob job) {
   __shared__ alignas(16) unsigned char memory[kNormaliseSharedBytes];
-  normalise_block<Out>(job, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), DeviceExec{memory});
+  normalise_block<Out>(job, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), static_cast<int>(blockIdx.z),
+                       DeviceExec{memory});
 }
 
 cudaStream_t to_stream(std::uint64_t stream) {
@@ -71,13 +92,12 @@ cudaStream_t to_stream(std::uint64_t stream) {
 
 class CudaMel final : public DeviceMel {
  public:
-  explicit CudaMel(const MelOptions& options) : CudaMel(options, make_tables(options)) {}
+  explicit CudaMel(const MelOptions& options) : CudaMel(options, slice_basis(make_tables(options))) {}
 
  private:
-  CudaMel(const MelOptions& options, const MelTables& tables) : CudaMel(options, tables, slice_basis(tables)) {}
-  CudaMel(const MelOptions& options, const MelTables& tables, const SlicedBasis& basis)
-      : DeviceMel(options), window_(tables.window), fft_twiddles_(tables.fft_twiddles),
-        split_twiddles_(tables.split_twiddles), slices_(basis.slices), weights_(basis.weights) {}
+  CudaMel(const MelOptions& options, const SlicedBasis& basis)
+      : DeviceMel(options), transform_(make_transform_table()), slices_(basis.slices),
+        first_slices_(basis.first_slices), first_bins_(basis.first_bins), weights_(basis.weights) {}
 
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override {
     const auto kernel = is_int16 ? level_kernel<std::int16_t> : level_kernel<float>;
@@ -86,7 +106,7 @@ class CudaMel final : public DeviceMel {
   }
 
   void launch(MelJob job, int blocks, int crops, std::uint64_t stream) override {
-    job.tables = {window_.data(), fft_twiddles_.data(), split_twiddles_.data(), slices_.data(), weights_.data()};
+    job.tables = {transform_.data(), slices_.data(), first_slices_.data(), first_bins_.data(), weights_.data()};
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(crops));
     mel_kernel<<<grid, kMelThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
@@ -94,15 +114,16 @@ class CudaMel final : public DeviceMel {
 
   void launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t stream) override {
     const auto kernel = type == DeviceOutput::kHalf ? normalise_kernel<std::uint16_t> : normalise_kernel<float>;
-    const dim3 grid(static_cast<unsigned>((job.size + kNormaliseChunk - 1) / kNormaliseChunk),
-                    static_cast<unsigned>(crops));
+    const dim3 grid(static_cast<unsigned>((job.n_frames + kTileFrames - 1) / kTileFrames),
+                    static_cast<unsigned>((job.n_mels + kTileBands - 1) / kTileBands), static_cast<unsigned>(crops));
     kernel<<<grid, kNormaliseThreads, 0, to_stream(stream)>>>(job);
     SE_CUDA(cudaGetLastError());
   }
 
-  DeviceTable<float> window_, fft_twiddles_, split_twiddles_;
+  DeviceTable<Quad> transform_;
   DeviceTable<MelSlice> slices_;
-  DeviceTable<WeightedWord> weights_;
+  DeviceTable<int> first_slices_, first_bins_;
+  DeviceTable<Quad> weights_;
 };
 
 // Asks for one kernel, so that a build without code for the device is found at opening, not in the middle of a run.

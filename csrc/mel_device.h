@@ -32,24 +32,32 @@ struct DeviceCrop {        // input of `mel` for a crop
 };
 static_assert(sizeof(DeviceLevel) == 16 && sizeof(DeviceCrop) == 16, "singerembed/model/mel.py has the same layout");
 
-// The mel basis in slices of 32 bands, one per lane of a warp, padded to the longest band (sliced ELLPACK), so that a
-// warp's reads of weights are coalesced and its lanes do not diverge.
-struct MelSlice {
-  int first_weight;  // weights[first_weight + 32 * i + lane] is the i-th of the lane's band
-  int n_bins;        // a multiple of kSliceBins (mel_kernels.h), some of them with weights of 0
+// The mel basis by segments: segment s lies between the edges s and s + 1 of the bands, so that band s rises over it
+// and band s - 1 falls. It is read once for both. Slices of up to 32 segments, one per lane of a warp, are padded to
+// their longest one (sliced ELLPACK), so that a warp's reads of weights are coalesced and its lanes do not diverge. The
+// next slice begins with the last segment of the one before, whose bands thus need no other slice.
+struct alignas(16) MelSlice {
+  int first_band, n_bands;  // at most 31 bands; lane l has segment first_band + l
+  int n_bins;               // a multiple of kBinsPerStep (mel_kernels.h), some of the bins with weights of 0
+  int first_weight;         // weights[first_weight + 32 * i + lane] is for bins 2 i and 2 i + 1 of the lane's segment
 };
 
-struct WeightedWord {
-  float weight;
-  std::int32_t word;  // of shared memory, with the power of the bin of the first frame
+struct alignas(16) Quad {  // a single load on a GPU
+  float a, b, c, d;
 };
 
 struct SlicedBasis {
   std::vector<MelSlice> slices;
-  std::vector<WeightedWord> weights;
+  std::vector<int> first_slices;  // of each warp of a block, and their number
+  std::vector<int> first_bins;    // of each lane of each slice
+  std::vector<Quad> weights;      // rising, falling, rising, falling
 };
 
 SlicedBasis slice_basis(const MelTables& tables);
+
+// Constants of the transform (mel_transform.h), [24, 32], of each lane 8 quads for the window, 8 for the turns of a
+// row's butterflies in the order of the stages, and 8 for the turns of the split.
+std::vector<Quad> make_transform_table();
 
 struct LevelJob {
   int crop_samples;
@@ -59,11 +67,10 @@ struct LevelJob {
 };
 
 struct MelTablePointers {  // into device memory
-  const float* window;
-  const float* fft_twiddles;
-  const float* split_twiddles;
+  const Quad* transform;
   const MelSlice* slices;
-  const WeightedWord* weights;
+  const int *first_slices, *first_bins;
+  const Quad* weights;
 };
 
 struct MelJob {
@@ -72,18 +79,18 @@ struct MelJob {
   bool power_only;  // stop before the logarithm
   MelTablePointers tables;
   const DeviceCrop* crops;
-  float* mel;     // [crops, n_mels, n_frames]
-  float* maxima;  // [crops, blocks of a crop]
+  float* mel;               // [crops, n_frames, n_mels]
+  float* maxima;            // [crops, blocks of a crop, warps of a block]
 };
 
 struct NormaliseJob {
-  int size;    // of a crop's spectrogram
-  int blocks;  // of the mel launch, of a crop
+  int n_mels, n_frames;
+  int maxima_per_crop;
   float log_divisor;
   bool power_only;
   const float* mel;
   const float* maxima;
-  void* out;  // [crops, size]: float, or the bits of IEEE half
+  void* out;  // [crops, n_mels, n_frames]: float, or the bits of IEEE half
 };
 
 enum class DeviceOutput { kFloat, kHalf };
@@ -143,7 +150,7 @@ class EmulatedMel : public DeviceMel {
 
   EmulatedMel(const MelOptions& options, std::uint32_t order);
   ~EmulatedMel() override;
-  std::vector<Traffic> traffic() const;  // since construction, one per stage of the mel kernel
+  std::vector<Traffic> traffic() const;  // since construction, one per stage of the mel kernel that has any
 
  private:
   void launch(const LevelJob& job, bool is_int16, int crops, std::uint64_t stream) override;

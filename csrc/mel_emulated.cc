@@ -10,11 +10,13 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "mel_device.h"
 #include "mel_kernels.h"
+#include "mel_normalise.h"
 
 namespace singerembed {
 namespace {
@@ -141,6 +143,20 @@ struct WatchedShared {
   }
 };
 
+// Registers of each thread, which outlive a stage. Floats that nobody has written are NaN.
+template <class T>
+class HostRegisters {
+ public:
+  explicit HostRegisters(std::size_t threads) : of_threads_(threads) {
+    static_assert(std::is_trivially_copyable_v<T>);
+    for (T& of_thread : of_threads_) std::memset(static_cast<void*>(&of_thread), 0xff, sizeof(T));
+  }
+  T& operator[](int thread) { return of_threads_[static_cast<std::size_t>(thread)]; }
+
+ private:
+  std::vector<T> of_threads_;
+};
+
 using TrafficByStage = std::map<std::string, EmulatedMel::Traffic>;
 
 class HostExec {  // executes one block
@@ -157,7 +173,7 @@ class HostExec {  // executes one block
   template <class F>
   void warp_stage(const char* name, F f) const {
     watch_.begin_stage(name);
-    for (const int thread : order_) f(thread, WatchedShared{watch_, thread});
+    for_threads([&](int thread) { f(thread, WatchedShared{watch_, thread}); });
     if (traffic_ != nullptr) {
       EmulatedMel::Traffic& traffic = (*traffic_)[name];
       traffic.stage = name;
@@ -165,9 +181,45 @@ class HostExec {  // executes one block
     }
   }
 
+  template <class T>
+  HostRegisters<T> registers() const {
+    return HostRegisters<T>(order_.size());
+  }
+
+  template <class Source, class Value, class Take>
+  void shuffle(Source source, Value value, Take take) const {
+    std::vector<float> values(order_.size());
+    for_threads([&](int thread) { values[static_cast<std::size_t>(thread)] = value(thread); });
+    for_threads([&](int thread) {
+      const int lane = source(thread);
+      if (lane < 0 || lane >= kWarp) throw std::logic_error("a shuffle takes from lane " + std::to_string(lane));
+      take(thread, values[static_cast<std::size_t>(thread / kWarp * kWarp + lane)]);
+    });
+  }
+
+  template <class Begin, class End, class Body>
+  void for_warp(Begin begin, End end, Body body) const {
+    const int warps = static_cast<int>(order_.size()) / kWarp;
+    for (int warp = 0; warp < warps; ++warp) {
+      active_warp_ = warp;
+      for (int i = begin(warp); i < end(warp); ++i) body(i);
+    }
+    active_warp_ = kAllWarps;
+  }
+
  private:
+  static constexpr int kAllWarps = -1;
+
+  template <class F>
+  void for_threads(F f) const {
+    for (const int thread : order_) {
+      if (active_warp_ == kAllWarps || active_warp_ == thread / kWarp) f(thread);
+    }
+  }
+
   std::vector<int> order_;
   mutable Watch watch_;
+  mutable int active_warp_ = kAllWarps;
   TrafficByStage* traffic_;
 };
 
@@ -182,22 +234,22 @@ std::vector<int> thread_order(int threads, std::uint32_t order) {
 }  // namespace
 
 struct EmulatedMel::State {
-  MelTables tables;
+  std::vector<Quad> transform;
   SlicedBasis basis;
   std::uint32_t order;
   TrafficByStage traffic;
 };
 
 EmulatedMel::EmulatedMel(const MelOptions& options, std::uint32_t order)
-    : DeviceMel(options), state_(new State{make_tables(options), {}, order, {}}) {
-  state_->basis = slice_basis(state_->tables);
-}
+    : DeviceMel(options), state_(new State{make_transform_table(), slice_basis(make_tables(options)), order, {}}) {}
 
 EmulatedMel::~EmulatedMel() = default;
 
 std::vector<EmulatedMel::Traffic> EmulatedMel::traffic() const {
   std::vector<Traffic> stages;
-  for (const auto& [name, traffic] : state_->traffic) stages.push_back(traffic);
+  for (const auto& [name, traffic] : state_->traffic) {
+    if (traffic.ideal != 0) stages.push_back(traffic);
+  }
   return stages;
 }
 
@@ -215,10 +267,9 @@ void EmulatedMel::launch(const LevelJob& job, bool is_int16, int crops, std::uin
 
 void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
   const auto order = thread_order(kMelThreads, state_->order);
-  const MelTables& tables = state_->tables;
   const SlicedBasis& basis = state_->basis;
-  job.tables = {tables.window.data(), tables.fft_twiddles.data(), tables.split_twiddles.data(),
-                basis.slices.data(),  basis.weights.data()};
+  job.tables = {state_->transform.data(), basis.slices.data(), basis.first_slices.data(), basis.first_bins.data(),
+                basis.weights.data()};
   for (int crop = 0; crop < crops; ++crop) {
     for (int block = 0; block < blocks; ++block) {
       mel_block(job, block, blocks, crop, HostExec(order, kMelSharedBytes, &state_->traffic));
@@ -228,14 +279,15 @@ void EmulatedMel::launch(MelJob job, int blocks, int crops, std::uint64_t) {
 
 void EmulatedMel::launch(const NormaliseJob& job, DeviceOutput type, int crops, std::uint64_t) {
   const auto order = thread_order(kNormaliseThreads, state_->order);
-  const int chunks = (job.size + kNormaliseChunk - 1) / kNormaliseChunk;
   for (int crop = 0; crop < crops; ++crop) {
-    for (int chunk = 0; chunk < chunks; ++chunk) {
-      const HostExec exec(order, kNormaliseSharedBytes);
-      if (type == DeviceOutput::kHalf) {
-        normalise_block<std::uint16_t>(job, chunk, crop, exec);
-      } else {
-        normalise_block<float>(job, chunk, crop, exec);
+    for (int part = 0; part * kTileFrames < job.n_frames; ++part) {
+      for (int group = 0; group * kTileBands < job.n_mels; ++group) {
+        const HostExec exec(order, kNormaliseSharedBytes);
+        if (type == DeviceOutput::kHalf) {
+          normalise_block<std::uint16_t>(job, part, group, crop, exec);
+        } else {
+          normalise_block<float>(job, part, group, crop, exec);
+        }
       }
     }
   }

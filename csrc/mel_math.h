@@ -29,6 +29,16 @@
 
 namespace singerembed {
 
+SE_HD int smaller(int a, int b) { return a < b ? a : b; }
+
+SE_HD float larger(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return fmaxf(a, b);  // one instruction
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // Level and state of a crop from sums over its samples, in their unit (int16, or full scale 1).
 SE_HD CropLevel crop_level(float peak, double sum_squares, bool finite, float full_scale, int n, float silence_peak) {
   if (!finite) return {NAN, NAN, CropState::kInvalid};

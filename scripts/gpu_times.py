@@ -45,7 +45,8 @@ SPEC = ModelSpec(name="timing", method="untrained")
 BATCH = 256  # crops; more bytes than a cache of the second level holds
 REPEATS = 20
 LAUNCHES = 20
-# Instructions of one lane per frame, counted in csrc/mel_math.h and mel_kernels.h; docs/gpu.md has the derivation.
+# Instructions of one lane per frame of the mel kernel of the first measurement, so that shares of the limit stay
+# comparable; docs/gpu.md has the derivation, and the count of today.
 INSTRUCTIONS_A_FRAME = 47_400
 LANES_OF_A_MULTIPROCESSOR = 128  # FP32, compute capability 8.6 and later; 8.0 has 64
 TRACKS, CROPS_A_TRACK = {"wav": 1024, "mp3": 128}, 45  # of the whole job: 51 and 6 hours
