@@ -60,8 +60,8 @@ def write_page(evaluation: Evaluation, path: str) -> str:
     """
     views: list[View] = [make_view(result, evaluation.crops) for result in evaluation.results]
     figures = str(Path(path).with_suffix("")) + "-figures"
-    with storage.writing(path):
-        _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
+    _publish(Path(path), make_page(evaluation, views, f"Singer embeddings of {Path(evaluation.data.source).name}"))
+    with storage.writing(figures):
         save_figures(evaluation, views, figures)
     return figures
 
