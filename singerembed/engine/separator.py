@@ -21,6 +21,7 @@ from singerembed.engine.tensorrt import LIBRARIES
 from singerembed.errors import EngineError
 from singerembed.model.separator_spec import SpectrogramSpec, WaveformSpec
 
+_FRAMES_AT_ONCE = 32  # of the transforms: what fits into a processor's second cache
 _AT_ONCE_ON_GPU = 2  # segments: while one is computed, another is copied; more would only hold device memory
 
 
@@ -101,21 +102,28 @@ def stft(segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.comp
     """Transform [samples, channels] to [channels, frames, n_fft / 2 + 1]; the first frame begins with the segment."""
     channels: Any = np.ascontiguousarray(segment.T)
     frames = np.lib.stride_tricks.sliding_window_view(channels, spec.n_fft, axis=1)[:, :: spec.hop_samples]
-    spectrum: NDArray[np.complex64] = np.fft.rfft(frames * _window(spec)).astype(np.complex64, copy=False)
+    # Normalised and undone: without, numpy computes in double precision, which takes 3.2 times as long.
+    window = _window(spec) * np.float32(spec.n_fft)
+    spectrum = np.empty((*frames.shape[:2], spec.n_fft // 2 + 1), np.complex64)
+    for first in range(0, frames.shape[1], _FRAMES_AT_ONCE):
+        part = slice(first, first + _FRAMES_AT_ONCE)
+        spectrum[:, part] = np.fft.rfft(frames[:, part] * window, norm="forward")
     return spectrum
 
 
 def inverse_stft(spectrum: NDArray[np.complex64], spec: SpectrogramSpec) -> NDArray[np.float32]:
     """Transform back by adding overlapping frames; exact but for the first and the last n_fft - hop samples."""
-    frames = np.fft.irfft(spectrum, spec.n_fft).astype(np.float32, copy=False)
     # The squares of the window, added at this hop, are a constant.
-    frames *= _window(spec) * np.float32(spec.hop_samples / np.sum(_window(spec).astype(np.float64) ** 2))
-    channels, n = frames.shape[:2]
+    window = _window(spec) * np.float32(spec.hop_samples / np.sum(_window(spec).astype(np.float64) ** 2))
+    channels, n = spectrum.shape[:2]
     hops = spec.n_fft // spec.hop_samples
-    pieces = frames.reshape(channels, n, hops, spec.hop_samples)
     signal = np.zeros((channels, n + hops - 1, spec.hop_samples), np.float32)
-    for i in range(hops):
-        signal[:, i : i + n] += pieces[:, :, i]
+    for first in range(0, n, _FRAMES_AT_ONCE):
+        frames = np.fft.irfft(spectrum[:, first : first + _FRAMES_AT_ONCE], spec.n_fft).astype(np.float32, copy=False)
+        frames *= window
+        pieces = frames.reshape(channels, -1, hops, spec.hop_samples)
+        for i in range(hops):
+            signal[:, first + i : first + i + pieces.shape[1]] += pieces[:, :, i]
     return signal.reshape(channels, -1).T
 
 
