@@ -41,7 +41,7 @@ def _index(path: str) -> dict[str, Any]:
     from singerembed.search.store import StoredIndex
 
     index = StoredIndex(path)
-    tracks, crops = int(index.active.sum()), index.crops.num_rows
+    tracks, crops = int(index.active.sum()), int(index.tracks["n_crops"].to_numpy()[index.active].sum())
     scoring = {"singer_column": index.singer_column, "scoring": index.scoring.kind}
     facts = {"engine": index.engine, "spec": index.manifest["spec"]}
     return {"kind": "index", "tracks": tracks, "crops": crops, **scoring, **facts}
