@@ -79,13 +79,11 @@ class GpuEngine:
         self, open_device: Callable[[], AnyDevice], open_network: Callable[[AnyDevice], Network], silence_dbfs: float
     ) -> None:
         try:
-            with contextlib.ExitStack() as owned:
-                device = open_device()
-                owned.callback(device.close)
-                network = open_network(device)
-                owned.callback(network.close)
-                worker = Worker(self.spec, device, network, self._ring, silence_dbfs)
-                owned.callback(worker.close)
+            with (
+                contextlib.closing(open_device()) as device,
+                contextlib.closing(open_network(device)) as network,
+                contextlib.closing(Worker(self.spec, device, network, self._ring, silence_dbfs)) as worker,
+            ):
                 self.batch = max(1, worker.batch // _CALLERS_PER_BATCH)
                 self.description = f"{self.spec.name}, {self.spec.precision}, {network.description} on {device.name}"
                 self._started.set()

@@ -164,11 +164,11 @@ class SegmentRunner:
         started: threading.Event,
     ) -> None:
         try:
-            with contextlib.ExitStack() as owned:
-                device = open_device()
-                owned.callback(device.close)
-                network = open_network(device)
-                owned.callback(network.close)
+            with (
+                contextlib.closing(open_device()) as device,
+                contextlib.closing(open_network(device)) as network,
+                contextlib.ExitStack() as owned,
+            ):
                 self._output_of = network.output_of
                 network.prepare(LANES, [self._tensors.usual])
                 lanes = [self._new_lane(index, device, owned) for index in range(LANES)]
