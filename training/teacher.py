@@ -95,11 +95,16 @@ class CamPlusPlusTeacher:
             return None
         parts = parts[loud]
         parts *= PEAK / np.abs(parts).max(axis=1, keepdims=True)  # its energies have a floor
-        embedding = self._model(torch.from_numpy(parts)).numpy()
-        # Positive and negative parts side by side: on the eight singers of the model card the same error rate, at an
-        # effective rank of 44 instead of 35.
-        embeddings: Floats = np.concatenate([embedding.clip(min=0), (-embedding).clip(min=0)], axis=1)
+        embeddings: Floats = both_signs(self._model(torch.from_numpy(parts))).numpy()
         return Windows((first[loud] + length / 2) / SAMPLE_RATE, embeddings)
+
+
+def both_signs(embedding: torch.Tensor) -> torch.Tensor:
+    """Return the positive and the negative parts of rows, [n, dim], side by side, [n, 2 dim].
+
+    Of CAM++, on the eight singers of the model card: the same error rate, at an effective rank of 44 instead of 35.
+    """
+    return torch.cat([embedding.clamp(min=0), (-embedding).clamp(min=0)], 1)
 
 
 @command

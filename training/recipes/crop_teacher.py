@@ -41,8 +41,8 @@ class CropTeacher:
         features = self._model.features(teacher.PEAK * pcm)
         with torch.autocast(self._device.type, torch.float16, enabled=self._device.type == "cuda"):
             embedding = self._model.xvector(self._model.head(features)).float()
-        parts = torch.cat([embedding.clamp(min=0), (-embedding).clamp(min=0)], 1)
-        return torch.nn.functional.normalize((parts - self._mean) @ self._whitening, dim=1)
+        centred = teacher.both_signs(embedding) - self._mean
+        return torch.nn.functional.normalize(centred @ self._whitening, dim=1)
 
 
 def resampled(pcm: Tensor, samples: int) -> Tensor:
