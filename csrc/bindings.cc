@@ -30,6 +30,7 @@ using singerembed::EncoderOptions;
 using singerembed::MelOptions;
 using singerembed::MelOutput;
 using singerembed::MelPlan;
+using singerembed::VoiceJob;
 
 namespace {
 
@@ -186,6 +187,22 @@ nb::tuple mix_down(Interleaved pcm, std::size_t segment) {
   return nb::make_tuple(to_numpy(std::move(mono), {frames}), cancelled);
 }
 
+// Binds `launch`, which takes a VoiceJob and `last`, with the job's fields as keywords.
+template <class Launch>
+void def_mix_voice(nb::module_& m, const char* name, const char* last, Launch launch) {
+  m.def(
+      name,
+      [launch](std::uint64_t voice, int channels, int stride, int first, int samples, int crop_samples, int segment,
+               std::uint64_t mono, std::uint64_t energies, std::uint64_t how) {
+        const auto pointer = [](std::uint64_t address) { return reinterpret_cast<float*>(address); };
+        launch(VoiceJob{pointer(voice), channels, stride, first, samples, crop_samples, segment, pointer(mono),
+                        pointer(energies)},
+               how);
+      },
+      nb::kw_only(), "voice"_a, "channels"_a, "stride"_a, "first"_a, "samples"_a, "crop_samples"_a, "segment"_a,
+      "mono"_a, "energies"_a, nb::arg(last), nb::call_guard<nb::gil_scoped_release>());
+}
+
 nb::ndarray<nb::numpy, float> mel_basis(const MelPlan& plan) {
   const auto& tables = plan.tables();
   const std::size_t n_mels = tables.bands.size();
@@ -282,10 +299,14 @@ NB_MODULE(_csrc, m) {
         return stages;
       });
 
+  def_mix_voice(m, "emulate_mix_voice", "order", [](const VoiceJob& job, std::uint64_t order) {
+    singerembed::emulate_mix_voice(job, static_cast<std::uint32_t>(order));
+  });
   m.def("emulate_missing_barrier", &singerembed::emulate_missing_barrier);
 
 #ifdef SINGEREMBED_CUDA
   m.attr("HAS_CUDA") = true;
+  def_mix_voice(m, "mix_voice", "stream", singerembed::mix_voice);
   m.def("make_cuda_mel", &singerembed::make_cuda_mel, "options"_a, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<CapturedGraph>(m, "CapturedGraph")
       .def(

@@ -1,4 +1,4 @@
-// CUDA kernels and launches of the stages in mel_kernels.h.
+// CUDA kernels and launches of the stages in mel_kernels.h, mel_normalise.h and voice_kernel.h.
 
 #include <cstdint>
 #include <memory>
@@ -7,6 +7,7 @@
 #include "mel_device.h"
 #include "mel_kernels.h"
 #include "mel_normalise.h"
+#include "voice_kernel.h"
 
 namespace singerembed {
 namespace {
@@ -86,6 +87,11 @@ __global__ void __launch_bounds__(kNormaliseThreads) normalise_kernel(NormaliseJ
                        DeviceExec{memory});
 }
 
+__global__ void __launch_bounds__(kVoiceThreads) voice_kernel(VoiceJob job) {
+  __shared__ alignas(16) unsigned char memory[kVoiceSharedBytes];
+  voice_block(job, static_cast<int>(blockIdx.x), DeviceExec{memory});
+}
+
 cudaStream_t to_stream(std::uint64_t stream) {
   return reinterpret_cast<cudaStream_t>(static_cast<std::uintptr_t>(stream));
 }
@@ -141,6 +147,12 @@ void require_device_code() {
 }
 
 }  // namespace
+
+void mix_voice(const VoiceJob& job, std::uint64_t stream) {
+  check_voice(job);
+  voice_kernel<<<static_cast<unsigned>(job.segments()), kVoiceThreads, 0, to_stream(stream)>>>(job);
+  SE_CUDA(cudaGetLastError());
+}
 
 std::unique_ptr<DeviceMel> make_cuda_mel(const MelOptions& options) {
   require_device_code();

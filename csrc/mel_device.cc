@@ -204,6 +204,16 @@ SlicedBasis slice_basis(const MelTables& tables) {
   return basis;
 }
 
+void check_voice(const VoiceJob& job) {
+  const auto require = [](bool ok, const char* message) {
+    if (!ok) throw std::invalid_argument(message);
+  };
+  require(job.channels == 1 || job.channels == 2, "a voice has one or two channels");
+  require(job.segment >= 1 && job.crop_samples >= 1, "segment and crop_samples must be positive");
+  require(job.samples >= 0 && job.samples <= job.crop_samples, "samples must lie in [0, crop_samples]");
+  require(job.first >= 0 && job.samples <= job.stride - job.first, "the crop reaches beyond the voice");
+}
+
 DeviceMel::DeviceMel(const MelOptions& options) : options_(options) {
   if (options.crop_samples % 2 != 0) {
     throw std::invalid_argument("on a GPU crop_samples must be even, because samples are read in pairs; it is " +

@@ -7,6 +7,10 @@
 //              anywhere in device memory.
 //   mel        one block per kFramesPerBlock frames of a listed crop: log-mel to scratch, and the block's maximum.
 //   normalise  divides by the maximum over the crop's blocks (or by a constant), and casts.
+//
+// Where a separator on the device gave a voice in several channels, one more comes first:
+//
+//   voice      one block per stretch in which one decision is made on how to mix down to mono.
 #pragma once
 
 #include <cstddef>
@@ -93,6 +97,20 @@ struct NormaliseJob {
   void* out;  // [crops, n_mels, n_frames]: float, or the bits of IEEE half
 };
 
+struct VoiceJob {
+  const float* voice;  // in device memory, [channels] with `stride` samples from one to the next
+  int channels;        // 1 or 2
+  int stride;
+  int first;           // sample of the voice at which the crop begins
+  int samples;         // of the crop that are there; the others become 0
+  int crop_samples;
+  int segment;         // samples in which one decision is made, see mix_down
+  float* mono;         // [crop_samples]
+  float* energies;     // sums of squares over all channels, [segments() of the crop]
+
+  int segments() const { return (crop_samples + segment - 1) / segment; }
+};
+
 enum class DeviceOutput { kFloat, kHalf };
 
 // Base class of the CUDA implementation and its emulation. Addresses are device addresses; a stream is a cudaStream_t
@@ -131,6 +149,16 @@ class DeviceMel {
 
   MelOptions options_;
 };
+
+// Enqueues the kernel `voice` in the current CUDA context. Throws std::invalid_argument for sizes out of range, and
+// std::runtime_error if CUDA fails.
+void mix_voice(const VoiceJob& job, std::uint64_t stream);
+
+// The same, emulated on the host as EmulatedMel.
+void emulate_mix_voice(const VoiceJob& job, std::uint32_t order);
+
+// Throws std::invalid_argument for sizes out of range.
+void check_voice(const VoiceJob& job);
 
 // The tables are allocated in the current CUDA context, which must be current in all calls and in the destructor.
 // Throws std::runtime_error if CUDA fails.

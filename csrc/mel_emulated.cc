@@ -17,6 +17,7 @@
 #include "mel_device.h"
 #include "mel_kernels.h"
 #include "mel_normalise.h"
+#include "voice_kernel.h"
 
 namespace singerembed {
 namespace {
@@ -290,6 +291,13 @@ void EmulatedMel::launch(const NormaliseJob& job, DeviceOutput type, int crops, 
         }
       }
     }
+  }
+}
+
+void emulate_mix_voice(const VoiceJob& job, std::uint32_t order) {
+  check_voice(job);
+  for (int block = 0; block < job.segments(); ++block) {
+    voice_block(job, block, HostExec(thread_order(kVoiceThreads, order), kVoiceSharedBytes));
   }
 }
 

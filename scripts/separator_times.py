@@ -1,4 +1,4 @@
-"""Measures a separator on the GPU: as a run feeds it, its transforms, its network with copies and without.
+"""Measures a separator on the GPU: by ONNX Runtime, with its parts, and on the runtime of plans, by torch in theirs.
 
 gpu_times.py has these rows too; alone, in a third of a minute: python scripts/separator_times.py
 
@@ -11,8 +11,9 @@ import copy
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from numpy.typing import NDArray
 
 from singerembed.audio.crops import CropBlock
 from singerembed.engine import onnxruntime_cuda
+from singerembed.engine import separator as separators
+from singerembed.engine.base import Engine
 from singerembed.engine.build_separator import export_onnx, made_mixture
 from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.file import EngineFile, SeparatorFile
+from singerembed.engine.gpu import GpuEngine
 from singerembed.engine.onnxruntime import new_session
-from singerembed.engine.separation import Separation
-from singerembed.engine.separator import Separator, inverse_stft, stft
-from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, SegmentRunner, separator_tensors
+from singerembed.engine.separation import Separation, open_separation
+from singerembed.engine.separator import INPUT_NAME, OUTPUT_NAME, Separator, inverse_stft, network_input, stft
+from singerembed.engine.separator_gpu import CropMix, SegmentRunner, separator_tensors
 from singerembed.engine.spleeter import SpleeterNet, load_spleeter
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 from singerembed.model.separator_spec import SpectrogramSpec
@@ -68,7 +72,7 @@ def separator_times() -> Iterator[Timed]:
     except Exception as exc:  # whatever is missing: the other rows of the table are not lost
         print(f"separator: left out: {exc}", flush=True)
         return
-    for rows in (_by_onnxruntime(file, halved, callers), _by_plans_runtime(network, callers), _by_torch(network)):
+    for rows in (_by_onnxruntime(file, halved, callers), _by_plans_runtime(network, callers)):
         try:
             yield from rows
         except Exception as exc:
@@ -132,7 +136,12 @@ def _by_onnxruntime(file: SeparatorFile, halved: SeparatorFile, callers: int, pl
     if place not in separator.description.lower():
         raise RuntimeError(f"there is no separator on a GPU here, but {separator.description}")
     segment = np.ascontiguousarray(made_mixture(SEGMENT, SPEC.sample_rate))
-    yield timed("separator, as a run feeds it, float32", _run_of(separator, segment), callers)
+    sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
+    from benchmarks.fakes import InstantEngine
+
+    instant = InstantEngine(EngineFile(ENCODER, "", b"", {}, {}), DEFAULT_SILENCE_DBFS, 0)
+    separation = Separation(separator, ENCODER, _NO_VOICE_DB, DEFAULT_SILENCE_DBFS)
+    yield timed("separator, as a run feeds it, float32", _run_of(separation, instant, segment), callers)
     yield timed("separator, transforms and network", lambda: separator.vocals(segment), callers)
     spectrum = stft(segment, SPEC)
     mask = np.ones((SPEC.channels, FRAMES, SPEC.n_bins), np.float32)
@@ -156,13 +165,8 @@ def _by_onnxruntime(file: SeparatorFile, halved: SeparatorFile, callers: int, pl
             yield timed(f"separator, network alone, {name}, {together} at a time", work, crops=together)
 
 
-def _run_of(separator: Separator, segment: NDArray[np.float32]) -> Callable[[], object]:
-    """What a thread of a run does with a crop between decoding and the encoder."""
-    sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
-    from benchmarks.fakes import InstantEngine
-
-    separation = Separation(separator, ENCODER, _NO_VOICE_DB, DEFAULT_SILENCE_DBFS)
-    engine = InstantEngine(EngineFile(ENCODER, "", b"", {}, {}), DEFAULT_SILENCE_DBFS, 0)
+def _run_of(separation: Separation, engine: Engine, segment: NDArray[np.float32]) -> Callable[[], object]:
+    """What a thread of a run does with a crop after decoding."""
     block = CropBlock(segment[np.newaxis], [0], np.array([0]), np.array([len(segment)]))
     return lambda: separation.embed(block, engine)
 
@@ -179,48 +183,22 @@ def _bound(session: Any, magnitude: NDArray[np.float32], place: str) -> Callable
     return lambda: session.run_with_iobinding(binding)  # waits for the device
 
 
-# --- torch ------------------------------------------------------------------------------------------------------------
+# --- the runtime of plans ---------------------------------------------------------------------------------------------
 
 
-class Masker(torch.nn.Module):
-    """Both U-Nets in `dtype`, and the mask in float32."""
+class NoNetwork:
+    """An encoder that takes no time. See `Network`."""
 
-    def __init__(self, network: SpleeterNet, dtype: torch.dtype) -> None:
-        super().__init__()
-        self._both, self._dtype = copy.deepcopy(network).to(dtype).to(memory_format=torch.channels_last), dtype
+    description, half_input, max_batch, capturable = "nothing", True, 64, True
 
-    def forward(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """Map magnitudes [batch, channels, frames, bins], float32, to the mask of the voice."""
-        seen = magnitude.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        vocals, others = ((stem(seen) * magnitude) ** 2 for stem in (self._both.vocals, self._both.accompaniment))
-        share: torch.Tensor = vocals / (vocals + others + 1e-10)
-        return share
+    def prepare(self, lanes: int, batches: Sequence[int]) -> None:
+        """See `Network.prepare`."""
 
+    def enqueue(self, lane: int, batch: int, log_mel: int, embedding: int, stream: int) -> None:
+        """See `Network.enqueue`. Leaves in the embeddings what is there."""
 
-def _by_torch(network: SpleeterNet, place: str = "cuda") -> Iterator[Timed]:
-    """Measure the network, and what a separator would give that sends PCM up and keeps the voice on the device."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    window = torch.hann_window(SPEC.n_fft, device=place)
-    pcm = torch.from_numpy(np.ascontiguousarray(made_mixture(SEGMENT, SPEC.sample_rate).T))
-    for name, dtype in (("float32", torch.float32), ("FP16", torch.float16)):
-        masker = Masker(network, dtype).to(place)
-        for together in TOGETHER:
-            mixtures = pcm.repeat(together, 1)
-            mixtures = mixtures.pin_memory() if place == "cuda" else mixtures
-            magnitude = torch.rand(together, SPEC.channels, FRAMES, SPEC.n_bins, device=place)
-
-            def network_alone(masker: Masker = masker, magnitude: torch.Tensor = magnitude) -> None:
-                with torch.inference_mode():
-                    masker(magnitude)
-                _wait(place)
-
-            def all_there(masker: Masker = masker, mixtures: torch.Tensor = mixtures) -> None:
-                with torch.inference_mode():
-                    _voice(mixtures.to(place, non_blocking=True), masker, window)
-                _wait(place)
-
-            yield timed(f"separator by torch, {name}, network, {together} at a time", network_alone, crops=together)
-            yield timed(f"the same, from PCM up to voices there, {together}", all_there, crops=together)
+    def close(self) -> None:
+        """See `Network.close`."""
 
 
 def _by_plans_runtime(network: SpleeterNet, callers: int) -> Iterator[Timed]:
@@ -228,28 +206,40 @@ def _by_plans_runtime(network: SpleeterNet, callers: int) -> Iterator[Timed]:
     sys.path.append(str(Path(__file__).parents[1] / "tests"))
     from torch_network import TorchSegments
 
-    tensors = separator_tensors(SPEC)
-    halved, magnitude = network.in_fp16(), np.ones((1, SPEC.channels, FRAMES, SPEC.n_bins), np.float32)
-    runner = SegmentRunner(tensors, CudaDevice, lambda device: TorchSegments(halved, tensors, device.index))
-    yield timed("separator by torch, FP16, on the runtime of plans", lambda: runner.run(magnitude), callers)
-    runner.close()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    tensors, halved = separator_tensors(SPEC), network.in_fp16()
+
+    def open_plan(_file: SeparatorFile, device: int, crop_mix: CropMix | None) -> SegmentRunner:
+        return SegmentRunner(
+            tensors, lambda: CudaDevice(device), lambda cuda: TorchSegments(halved, SPEC, tensors, cuda.index), crop_mix
+        )
+
+    vars(separators)["open_plan"] = open_plan
+    file = SeparatorFile(SPEC, "tensorrt", b"", {"precision": "fp16"}, {})
+    segment = np.ascontiguousarray(made_mixture(SEGMENT, SPEC.sample_rate))
+    with closing(GpuEngine(ENCODER, CudaDevice, lambda _cuda: NoNetwork())) as engine:
+        with closing(Separator(file)) as separator:
+            yield timed("separator by torch, FP16, voices to the host", lambda: separator.vocals(segment), callers)
+            yield timed("the same, its network with transforms alone", _alone(halved, network_input(segment, SPEC)))
+            by_host = Separation(separator, ENCODER, _NO_VOICE_DB, DEFAULT_SILENCE_DBFS)
+            yield timed("the same, as a run feeds it", _run_of(by_host, engine, segment), callers)
+        with closing(open_separation(file, ENCODER, _NO_VOICE_DB, DEFAULT_SILENCE_DBFS)) as there:
+            yield timed("the same, voices stay on the GPU", _run_of(there, engine, segment), callers)
 
 
-def _voice(mixtures: torch.Tensor, masker: Masker, window: torch.Tensor) -> torch.Tensor:
-    """The voices in mono of [n * channels, samples]."""
-    n_fft, hop = SPEC.n_fft, SPEC.hop_samples
-    spectrum = torch.stft(mixtures, n_fft, hop, window=window, return_complex=True)[:, :, :FRAMES]
-    seen = spectrum[:, : SPEC.n_bins].reshape(-1, SPEC.channels, SPEC.n_bins, FRAMES)
-    mask = masker(seen.abs().transpose(2, 3)).transpose(2, 3)
-    voice = torch.zeros_like(spectrum)
-    voice[:, : SPEC.n_bins] = (seen * mask).flatten(0, 1)
-    stereo: torch.Tensor = torch.istft(voice, n_fft, hop, window=window)
-    return stereo.reshape(len(seen), SPEC.channels, -1).mean(1)
+def _alone(halved: SpleeterNet, mixture: NDArray[np.float32]) -> Callable[[], object]:
+    """A call of the network from samples to samples, which stay on the device."""
+    from singerembed.engine.spleeter import SpleeterOfSamples
 
+    network = SpleeterOfSamples(copy.deepcopy(halved), SPEC).cuda()
+    there = torch.from_numpy(mixture).cuda()
 
-def _wait(place: str) -> None:
-    if place == "cuda":
+    def call() -> None:
+        with torch.inference_mode():
+            network(there)
         torch.cuda.synchronize()
+
+    return call
 
 
 if __name__ == "__main__":

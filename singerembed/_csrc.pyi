@@ -66,9 +66,35 @@ class EmulatedMel(DeviceMel):
     def __init__(self, options: MelOptions, *, order: int = 0) -> None: ...
     def traffic(self) -> dict[str, tuple[int, int]]: ...
 
+def emulate_mix_voice(
+    *,
+    voice: int,
+    channels: int,
+    stride: int,
+    first: int,
+    samples: int,
+    crop_samples: int,
+    segment: int,
+    mono: int,
+    energies: int,
+    order: int,
+) -> None: ...
 def emulate_missing_barrier() -> None: ...
 
 # Only where HAS_CUDA.
+def mix_voice(
+    *,
+    voice: int,
+    channels: int,
+    stride: int,
+    first: int,
+    samples: int,
+    crop_samples: int,
+    segment: int,
+    mono: int,
+    energies: int,
+    stream: int,
+) -> None: ...
 def make_cuda_mel(options: MelOptions) -> DeviceMel: ...
 
 class CapturedGraph:

@@ -18,7 +18,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from singerembed import _csrc
-from singerembed.engine.device import OutOfDeviceMemory
+from singerembed.engine.device import OutOfDeviceMemory, VoiceMix
 from singerembed.model.mel import emulated_mel
 from singerembed.model.spec import ModelSpec
 
@@ -73,6 +73,7 @@ class FakeDevice:
     seed: int = 0
     memory: int = 1 << 62  # bytes, page-locked ones included
     name: str = "fake GPU"
+    index: int = 0
     fail_after: int | None = None  # operations, then the device is lost
     lost_at_call: int | None = None  # of the calls to it
     no_memory_at: frozenset[int] = frozenset()  # of the allocations
@@ -223,6 +224,18 @@ class FakeDevice:
     def mel(self, spec: ModelSpec, silence_dbfs: float) -> FakeMel:
         self._called()
         return FakeMel(self, emulated_mel(spec, silence_dbfs))
+
+    def mix_voice(self, mix: VoiceMix, stream: int) -> None:
+        def run() -> None:
+            for address, n in (
+                (mix.voice, mix.channels * mix.stride),
+                (mix.mono, mix.crop_samples),
+                (mix.energies, -(-mix.crop_samples // mix.segment)),
+            ):
+                self.check_memory(address, 4 * n, pinned=False)
+            _csrc.emulate_mix_voice(**vars(mix), order=self._random.randrange(4))
+
+        self.enqueue(stream, run)
 
     def close(self) -> None:
         assert not self.closed

@@ -13,10 +13,11 @@ import torch
 
 from singerembed.engine.build import fold_batch_norm
 from singerembed.engine.device import OutOfDeviceMemory
-from singerembed.engine.spleeter import SpleeterNet
+from singerembed.engine.spleeter import SpleeterNet, SpleeterOfSamples
 from singerembed.engine.tensorrt import Tensors
 from singerembed.engine.torch import load_encoder
 from singerembed.model.checkpoint import Checkpoint
+from singerembed.model.separator_spec import SpectrogramSpec
 
 _LARGEST_HALF = torch.finfo(torch.float16).max
 
@@ -98,12 +99,14 @@ class TorchNetwork(_OnTheDevice):
 
 
 class TorchSegments(_OnTheDevice):
-    """See `SegmentNetwork`: Spleeter, in FP16 if it is a copy `in_fp16`."""
+    """See `SegmentNetwork`: Spleeter from samples to samples, with masks in FP16 if it is a copy `in_fp16`."""
 
-    def __init__(self, network: SpleeterNet, tensors: Tensors, index: int = 0, device: str = "cuda") -> None:
+    def __init__(
+        self, network: SpleeterNet, spec: SpectrogramSpec, tensors: Tensors, index: int = 0, device: str = "cuda"
+    ) -> None:
         """Load `network` on `device`, number `index`."""
         super().__init__(index, device)
-        self._network = copy.deepcopy(network).to(self._place).to(memory_format=torch.channels_last)
+        self._network = SpleeterOfSamples(copy.deepcopy(network), spec).to(self._place)
         self._tensors = tensors
         self.description = f"torch {torch.__version__} ({self._place})"
 
@@ -116,9 +119,9 @@ class TorchSegments(_OnTheDevice):
 
     def execute(self, lane: int, size: int, source: int, result: int, stream: int) -> None:
         """See `Plan.execute`."""
-        magnitude, mask = (self._at(address, self._tensors.input_of(size)) for address in (source, result))
+        mixture, voice = (self._at(address, self._tensors.input_of(size)) for address in (source, result))
         with torch.inference_mode(), self._on(stream):
-            mask.copy_(self._network(magnitude.contiguous(memory_format=torch.channels_last)))
+            voice.copy_(self._network(mixture))
 
     def close(self) -> None:
         """See `SegmentNetwork`."""

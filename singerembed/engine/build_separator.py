@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from singerembed.engine import separator_gpu
 from singerembed.engine.file import SeparatorFile
-from singerembed.engine.separator import Separator, inverse_stft, stft
-from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, separator_tensors
+from singerembed.engine.separator import INPUT_NAME, OUTPUT_NAME, Separator, inverse_stft, stft
 from singerembed.engine.tensorrt import LIBRARIES, TENSORRT_RTX, cuda_devices
 from singerembed.engine.tensorrt_build import PlanOptions, build_network_plan, facts_entry
 from singerembed.errors import CheckpointError, EngineError, MissingDependencyError, OutputError, UsageError
@@ -112,7 +112,8 @@ def build_separator(
         "precision": precision,
         "versions": {name: version(name) for name in ("singerembed", "torch", "onnx")},
     }
-    model = export_onnx(network.in_fp16() if precision == "fp16" else network)
+    masks = network.in_fp16() if precision == "fp16" else network
+    model = export_of_samples(masks, spec) if backend in LIBRARIES else export_onnx(masks)
     exported = SeparatorFile(spec, "onnxruntime", model, build, {})
     file = as_plan(exported, backend, precision, options.plan) if backend in LIBRARIES else exported
     with verifiable(file, exported, options.plan.device) as (separator, what):
@@ -133,7 +134,7 @@ def backend_of(options: SeparatorOptions) -> str:
 def as_plan(network: SeparatorFile, backend: str, precision: str, options: PlanOptions) -> SeparatorFile:
     """Return `network`, an ONNX model, as a plan of TensorRT. Raises as `build_network_plan`."""
     options = replace(options, max_batch=1)
-    tensors = separator_tensors(network.spec)
+    tensors = separator_gpu.separator_tensors(network.spec)
     plan, facts = build_network_plan(network.payload, tensors, precision, LIBRARIES[backend], options)
     return replace(network, backend=backend, payload=plan, build=network.build | facts_entry(facts))
 
@@ -149,6 +150,19 @@ def verifiable(file: SeparatorFile, exported: SeparatorFile, device: int) -> Ite
 
 def export_onnx(network: SpleeterNet) -> bytes:
     """Export to ONNX: magnitude [1, channels, frames, bins] -> mask of the voice, of the same shape."""
+    return _export(network, (1, 2, 64, 1024), 2, INPUT_NAME, OUTPUT_NAME)
+
+
+def export_of_samples(network: SpleeterNet, spec: SpectrogramSpec) -> bytes:
+    """Export to ONNX: mixture [channels, hops, samples of a hop] -> the voice, of the same shape."""
+    from singerembed.engine.spleeter import SpleeterOfSamples
+
+    shape = separator_gpu.separator_tensors(spec).input_of(separator_gpu.separator_tensors(spec).smallest)
+    of_samples = SpleeterOfSamples(network, spec).eval()
+    return _export(of_samples, shape, 1, separator_gpu.INPUT_NAME, separator_gpu.OUTPUT_NAME)
+
+
+def _export(network: Any, shape: tuple[int, ...], open_axis: int, source: str, result: str) -> bytes:
     import torch
 
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
@@ -156,11 +170,11 @@ def export_onnx(network: SpleeterNet) -> bytes:
         warnings.simplefilter("ignore")  # the exporter warns that it is deprecated
         torch.onnx.export(
             network,
-            (torch.zeros(1, 2, 64, 1024),),
+            (torch.zeros(shape),),
             path,
-            input_names=[INPUT_NAME],
-            output_names=[OUTPUT_NAME],
-            dynamic_axes={INPUT_NAME: {2: "frames"}, OUTPUT_NAME: {2: "frames"}},
+            input_names=[source],
+            output_names=[result],
+            dynamic_axes={source: {open_axis: "open"}, result: {open_axis: "open"}},
             opset_version=_OPSET,
             dynamo=False,
         )

@@ -17,7 +17,7 @@ from functools import cache
 
 from singerembed import _csrc
 from singerembed.engine.cuda_calls import Driver, DriverError
-from singerembed.engine.device import Capture, DeviceBuffer, DeviceMel, OutOfDeviceMemory, PinnedBuffer
+from singerembed.engine.device import Capture, DeviceBuffer, DeviceMel, OutOfDeviceMemory, PinnedBuffer, VoiceMix
 from singerembed.errors import EngineError, MissingDependencyError
 from singerembed.model.mel import cuda_mel
 from singerembed.model.spec import ModelSpec
@@ -133,3 +133,7 @@ class CudaDevice:
     def mel(self, spec: ModelSpec, silence_dbfs: float) -> DeviceMel:
         """See `Device.mel`."""
         return cuda_mel(spec, silence_dbfs)
+
+    def mix_voice(self, mix: VoiceMix, stream: int) -> None:
+        """See `Device.mix_voice`."""
+        _csrc.mix_voice(**vars(mix), stream=stream)

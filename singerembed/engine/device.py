@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,6 +44,21 @@ class DeviceMel(Protocol):
     def mel(self, list: int, *, crops: int, scratch: int, out: int, stream: int, half: bool) -> None: ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class VoiceMix:
+    """A crop of a voice on the device to mix down to mono: VoiceJob in csrc/mel_device.h, with device addresses."""
+
+    voice: int
+    channels: int
+    stride: int
+    first: int
+    samples: int
+    crop_samples: int
+    segment: int
+    mono: int
+    energies: int
+
+
 class Capture(Protocol):
     """A CUDA graph being captured from a stream, then launched."""
 
@@ -60,6 +76,7 @@ class Device(Protocol):
     """
 
     name: str
+    index: int
 
     def allocate(self, n_bytes: int) -> DeviceBuffer: ...
 
@@ -88,6 +105,8 @@ class Device(Protocol):
     def capture(self, stream: int) -> Capture: ...
 
     def mel(self, spec: ModelSpec, silence_dbfs: float) -> DeviceMel: ...
+
+    def mix_voice(self, mix: VoiceMix, stream: int) -> None: ...
 
     def close(self) -> None: ...
 

@@ -16,7 +16,7 @@ import numpy as np
 from singerembed.engine.base import EmbeddedCrops
 from singerembed.engine.device import Device, Network
 from singerembed.engine.gpu_worker import Worker
-from singerembed.engine.ring import Request, Ring
+from singerembed.engine.ring import Request, Ring, Slot
 from singerembed.errors import EngineError
 from singerembed.model.mel import DEFAULT_SILENCE_DBFS, LOUD, Pcm
 from singerembed.model.spec import ModelSpec
@@ -46,6 +46,7 @@ class GpuEngine:
         self.spec = spec
         self.description = ""
         self.batch = 0
+        self.device_index = 0
         self._ring = Ring(spec.crop_samples)
         self._started = threading.Event()
         self._thread = threading.Thread(
@@ -65,6 +66,20 @@ class GpuEngine:
             )
         request = Request(len(crops), self.spec.embedding_dim)
         self._ring.put(request, crops)
+        return self.result(request)
+
+    def start_on_device(self, slot: Slot) -> Request:
+        """Begin to embed the one crop of `slot`, float32, which is on this engine's device. Do not wait for `result`.
+
+        The slot is released when the device is done with it, also after a failure.
+        """
+        request = Request(1, self.spec.embedding_dim)
+        self._ring.put_on_device(request, slot)
+        return request
+
+    @staticmethod
+    def result(request: Request) -> EmbeddedCrops:
+        """Wait for what `start_on_device` has begun. Raises EngineError."""
         request.finished.wait()
         if request.failure is not None:
             raise EngineError(str(request.failure)) from request.failure
@@ -84,6 +99,7 @@ class GpuEngine:
                 contextlib.closing(open_network(device)) as network,
                 contextlib.closing(Worker(self.spec, device, network, self._ring, silence_dbfs)) as worker,
             ):
+                self.device_index = device.index
                 self.batch = max(1, worker.batch // _CALLERS_PER_BATCH)
                 self.description = f"{self.spec.name}, {self.spec.precision}, {network.description} on {device.name}"
                 self._started.set()
@@ -91,6 +107,7 @@ class GpuEngine:
         except BaseException as exc:
             self._ring.fail(exc)
         finally:
+            self._ring.release_on_device()
             self._started.set()
 
     def _serve(self, worker: Worker) -> None:

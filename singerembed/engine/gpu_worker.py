@@ -173,8 +173,9 @@ class Worker:
 
     def _upload(self, slot: Slot) -> None:
         n = len(slot.entries)
-        n_bytes = n * self._spec.crop_samples * slot.sample_type.itemsize
-        self._device.upload(slot.device_pcm.address, slot.pcm.array[:n_bytes], self._up)
+        if slot.pcm is not None:
+            n_bytes = n * self._spec.crop_samples * slot.sample_type.itemsize
+            self._device.upload(slot.device_pcm.address, slot.pcm.array[:n_bytes], self._up)
         self._kernels().level(
             slot.device_pcm.address,
             is_int16=slot.is_int16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +43,10 @@ class Request:
 
 @dataclass(eq=False)
 class Slot:
-    """A buffer for crops of one sample type, in page-locked memory and on the device."""
+    """A buffer for crops of one sample type, in page-locked memory and on the device, or on the device alone."""
 
     capacity: int  # crops
-    pcm: PinnedBuffer
+    pcm: PinnedBuffer | None  # None: one crop, which something else has put on the device
     device_pcm: DeviceBuffer
     levels: NDArray[Any]  # DEVICE_LEVEL [capacity], page-locked
     device_levels: DeviceBuffer
@@ -54,6 +55,7 @@ class Slot:
     writers: int = 0  # callers that are copying into it
     waiting: int = 0  # loud crops that are not embedded yet
     uploaded: object = None  # event
+    release: Callable[[], None] = lambda: None  # called when such a slot is free again
 
     @property
     def sample_type(self) -> np.dtype[Any]:
@@ -70,6 +72,7 @@ class Ring:
         self._free: list[Slot] = []
         self._filling: dict[bool, Slot] = {}  # by is_int16
         self._full: deque[Slot] = deque()
+        self._on_device: set[Slot] = set()  # those without `pcm`, from `put_on_device` until they are released
         self._requests: set[Request] = set()  # unfinished; `fail` fails them
         self.failure: SingerEmbedError | None = None
 
@@ -78,15 +81,14 @@ class Ring:
     def put(self, request: Request, crops: Pcm) -> None:
         """Copy `crops` into slots, waiting for free ones. After a failure, set `request.failure` instead of raising."""
         with self._changed:
-            self._requests = {known for known in self._requests if not known.finished.is_set()} | {request}
-            if self.failure is not None:
-                _fail(request, self.failure)
+            self._add(request)
         first = 0
         while first < len(crops):
             reserved = self._reserve(request, crops.dtype == np.int16, first, len(crops) - first)
             if reserved is None:
                 return
             slot, at, count = reserved
+            assert slot.pcm is not None
             try:
                 room = slot.pcm.array.view(slot.sample_type)[
                     at * self._crop_samples : (at + count) * self._crop_samples
@@ -97,6 +99,24 @@ class Ring:
                     slot.writers -= 1
                     self._changed.notify_all()
             first += count
+
+    def put_on_device(self, request: Request, slot: Slot) -> None:
+        """Queue a slot whose one crop, float32, is on the device. It is released when the device is done with it."""
+        with self._changed:
+            self._add(request)
+            queued = self.failure is None
+            if queued:
+                slot.entries = [(request, 0)]
+                self._on_device.add(slot)
+                self._full.append(slot)
+                self._changed.notify_all()
+        if not queued:
+            slot.release()
+
+    def _add(self, request: Request) -> None:
+        self._requests = {known for known in self._requests if not known.finished.is_set()} | {request}
+        if self.failure is not None:
+            _fail(request, self.failure)
 
     def _reserve(self, request: Request, is_int16: bool, first: int, wanted: int) -> tuple[Slot, int, int] | None:
         with self._changed:
@@ -138,8 +158,12 @@ class Ring:
         """Mark a slot as free, when all its crops are done."""
         with self._changed:
             slot.entries = []
-            self._free.append(slot)
-            self._changed.notify_all()
+            if slot.pcm is not None:
+                self._free.append(slot)
+                self._changed.notify_all()
+                return
+            self._on_device.remove(slot)
+        slot.release()
 
     def wait(self, busy: bool) -> None:
         """Wait for a slot to upload, or a failure; while the device is `busy`, at most POLL_SECONDS."""
@@ -163,6 +187,13 @@ class Ring:
                 _fail(request, self.failure)
             self._requests.clear()
             self._changed.notify_all()
+
+    def release_on_device(self) -> None:
+        """Release the slots without page-locked memory that are left after a failure. The device must be idle."""
+        with self._changed:
+            slots, self._on_device = self._on_device, set()
+        for slot in slots:
+            slot.release()
 
     def wait_for_writers(self) -> None:
         """Wait until no caller is copying. After a failure no new copy starts."""

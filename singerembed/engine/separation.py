@@ -6,8 +6,10 @@ which crops are wanted, nor on what was read before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,8 @@ from singerembed.audio.padding import PaddedReader
 from singerembed.audio.reader import PcmReader
 from singerembed.engine.base import EmbeddedCrops, Engine
 from singerembed.engine.file import SeparatorFile
+from singerembed.engine.gpu import GpuEngine
+from singerembed.engine.ring import Request
 from singerembed.errors import EngineError, TrackError
 from singerembed.model import mel
 from singerembed.model.spec import ModelSpec
@@ -25,6 +29,7 @@ from singerembed.model.vocal_activity import VocalDetector
 
 if TYPE_CHECKING:
     from singerembed.engine.separator import Separator
+    from singerembed.engine.separator_gpu import DeviceVoice
 
 MAX_BLOCK = 8  # crops that are read before they are separated: 17 MB in windows of 6 s
 VOICELESS = 3  # a state of a crop beside those of mel
@@ -90,37 +95,122 @@ class Separation:
         n = len(block.index)
         peak, rms, ratio = (np.full(n, np.nan, np.float32) for _ in range(3))
         state = np.full(n, mel.INVALID, np.uint8)
-        voices = np.zeros((n, self._crop_samples), np.float32)
-        for i, pcm in enumerate(block.pcm):
-            window = mel.as_float(pcm).reshape(-1, self.channels)
-            samples = slice(self._context, self._context + int(stop[i] - block.start[i]))
-            mixture: NDArray[np.float32] = np.ascontiguousarray(window[samples])
-            if not np.isfinite(mixture).all():
-                continue
-            mono = self._mono(mixture)
-            peak[i] = np.abs(mono).max()
-            rms[i] = np.sqrt(np.sum(mono.astype(np.float64) ** 2) / self._crop_samples)
-            state[i] = mel.LOUD if peak[i] > self._silence_peak else mel.SILENT
-            if state[i] == mel.LOUD:
-                vocals = self._vocals(window)[samples]
-                ratio[i] = _energy_ratio_db(vocals, mixture)
-                voices[i, : len(mono)] = self._mono(vocals)
-        state[(state == mel.LOUD) & (ratio < self._min_vocals_db)] = VOICELESS
+        with closing(self._voices_for(engine)) as voices:
+            for i, pcm in enumerate(block.pcm):
+                window = mel.as_float(pcm).reshape(-1, self.channels)
+                samples = int(stop[i] - block.start[i])
+                mixture: NDArray[np.float32] = np.ascontiguousarray(window[self._context :][:samples])
+                if not np.isfinite(mixture).all():
+                    continue
+                mono = self._mono(mixture)
+                peak[i] = np.abs(mono).max()
+                rms[i] = np.sqrt(np.sum(mono.astype(np.float64) ** 2) / self._crop_samples)
+                if peak[i] <= self._silence_peak:
+                    state[i] = mel.SILENT
+                    continue
+                ratio[i] = _ratio_db(voices.separate(self._segment(window), self._context, samples), _energy(mixture))
+                state[i] = mel.LOUD if ratio[i] >= self._min_vocals_db else VOICELESS
+                if state[i] == mel.LOUD:
+                    voices.embed()
+            embedding, of_voices = voices.results()
         voiced = np.flatnonzero(state == mel.LOUD)
-        embedding = np.empty((0, engine.spec.embedding_dim), np.float32)
-        if len(voiced):
-            embedded = engine.embed(voices[voiced])
-            embedding = embedded.embedding
-            state[voiced[embedded.state != mel.LOUD]] = VOICELESS
+        state[voiced[of_voices != mel.LOUD]] = VOICELESS
         return replace(block, stop=stop), EmbeddedCrops(embedding, peak, rms, state), ratio
 
-    def _vocals(self, window: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _voices_for(self, engine: Engine) -> _Voices:
+        if isinstance(engine, GpuEngine) and self._separator.stays_on(engine.device_index):
+            return _OnDevice(self._separator, engine)
+        return _OnHost(self._separator, engine, self._mono)
+
+    def _segment(self, window: NDArray[np.float32]) -> NDArray[np.float32]:
         segment = np.zeros((self._window, self.channels), np.float32)
         segment[: len(window)] = np.nan_to_num(window, posinf=0, neginf=0)
-        return self._separator.vocals(segment)
+        return segment
 
     def _mono(self, pcm: NDArray[np.float32]) -> NDArray[np.float32]:
         return mel.mix_down(np.ascontiguousarray(pcm), self._mixing_segment)[0]
+
+
+class _Voices(Protocol):
+    """Voices of the crops of a block, from the separator to the encoder."""
+
+    def separate(self, segment: NDArray[np.float32], first: int, samples: int) -> float:
+        """Separate a segment, and return the energy of the voice in `samples` samples from `first` on."""
+        ...
+
+    def embed(self) -> None:
+        """Have what was separated last embedded."""
+        ...
+
+    def results(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Return the embeddings of loud voices, and the state of each voice that `embed` was called for."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _OnHost:
+    """Voices that the host gives to the encoder. See `_Voices`."""
+
+    def __init__(
+        self, separator: Separator, engine: Engine, mono: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    ) -> None:
+        self._separator, self._engine, self._mono = separator, engine, mono
+        self._last = np.empty((0, 0), np.float32)
+        self._crops: list[NDArray[np.float32]] = []
+
+    def separate(self, segment: NDArray[np.float32], first: int, samples: int) -> float:
+        self._last = self._separator.vocals(segment)[first : first + samples]
+        return _energy(self._last)
+
+    def embed(self) -> None:
+        crop = np.zeros(self._engine.spec.crop_samples, np.float32)
+        crop[: len(self._last)] = self._mono(self._last)
+        self._crops.append(crop)
+
+    def results(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        if not self._crops:
+            return np.empty((0, self._engine.spec.embedding_dim), np.float32), np.empty(0, np.uint8)
+        embedded = self._engine.embed(np.stack(self._crops))
+        return embedded.embedding, embedded.state
+
+    def close(self) -> None:
+        pass
+
+
+class _OnDevice:
+    """Voices that stay on the device that separator and encoder share. See `_Voices`."""
+
+    def __init__(self, separator: Separator, engine: GpuEngine) -> None:
+        self._separator, self._engine = separator, engine
+        self._last: DeviceVoice | None = None
+        self._requests: list[Request] = []
+
+    def separate(self, segment: NDArray[np.float32], first: int, samples: int) -> float:
+        self.close()
+        self._last = self._separator.voice_on_device(segment, first, samples)
+        return self._last.energy
+
+    def embed(self) -> None:
+        # At once, for a voice that waits holds memory of the separator, which others may wait for.
+        assert self._last is not None
+        self._requests.append(self._engine.start_on_device(self._last.slot))
+        self._last = None
+
+    def results(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        embedded = [self._engine.result(request) for request in self._requests]
+        rows = np.empty((0, self._engine.spec.embedding_dim), np.float32)
+        states = np.empty(0, np.uint8)
+        return (
+            np.concatenate([rows, *(one.embedding for one in embedded)]),
+            np.concatenate([states, *(one.state for one in embedded)]),
+        )
+
+    def close(self) -> None:
+        """Give the last voice back if it was not embedded."""
+        if self._last is not None:
+            self._last.slot.release()
+            self._last = None
 
 
 def open_separation(
@@ -131,10 +221,15 @@ def open_separation(
     Raises EngineError.
     """
     from singerembed.engine.separator import Separator  # loads ONNX Runtime, which not every process needs
+    from singerembed.engine.separator_gpu import CropMix
 
-    return Separation(Separator(file, device), spec, min_vocals_db, silence_dbfs)
+    crop_mix = CropMix(file.spec, spec.crop_samples, segment_samples(spec.sample_rate))
+    return Separation(Separator(file, device, crop_mix), spec, min_vocals_db, silence_dbfs)
 
 
-def _energy_ratio_db(vocals: NDArray[np.float32], mixture: NDArray[np.float32]) -> float:
-    of_vocals, of_mixture = (float(np.sum(pcm.astype(np.float64) ** 2)) for pcm in (vocals, mixture))
-    return max(_NEVER_DB, 10 * np.log10(of_vocals / of_mixture)) if of_vocals > 0 else _NEVER_DB
+def _energy(pcm: NDArray[np.float32]) -> float:
+    return float(np.sum(pcm.astype(np.float64) ** 2))
+
+
+def _ratio_db(of_voice: float, of_mixture: float) -> float:
+    return max(_NEVER_DB, 10 * np.log10(of_voice / of_mixture)) if of_voice > 0 else _NEVER_DB

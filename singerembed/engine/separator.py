@@ -1,7 +1,7 @@
 """Separate the voice from a mixture: an ONNX network masks a spectrogram, or maps samples to samples.
 
-The network runs on the CPU, or on a GPU by ONNX Runtime's CUDA provider or TensorRT; spectrograms are computed on the
-CPU.
+The network runs on the CPU, or on a GPU by ONNX Runtime's CUDA provider or TensorRT. Spectrograms are computed on the
+CPU, and for TensorRT by the network itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from numpy.typing import NDArray
 
 from singerembed.engine.file import SeparatorFile
 from singerembed.engine.onnxruntime import new_session
-from singerembed.engine.separator_gpu import INPUT_NAME, OUTPUT_NAME, SegmentRunner, open_plan
+from singerembed.engine.separator_gpu import INPUT_NAME as MIXTURE_NAME
+from singerembed.engine.separator_gpu import OUTPUT_NAME as VOICE_NAME
+from singerembed.engine.separator_gpu import CropMix, DeviceVoice, SegmentRunner, open_plan
 from singerembed.engine.tensorrt import LIBRARIES
 from singerembed.errors import EngineError
-from singerembed.model.separator_spec import SpectrogramSpec, WaveformSpec
+from singerembed.model.separator_spec import SeparatorSpec, SpectrogramSpec, WaveformSpec
 
 _FRAMES_AT_ONCE = 32  # of the transforms: what fits into a processor's second cache
+INPUT_NAME = "magnitude"  # of a network that masks a spectrogram
+OUTPUT_NAME = "mask"
 _AT_ONCE_ON_GPU = 2  # segments: while one is computed, another is copied; more would only hold device memory
 
 
@@ -31,17 +35,19 @@ class Separator:
     On the CPU a segment runs on the calling thread alone.
     """
 
-    def __init__(self, file: SeparatorFile, device: int = 0) -> None:
+    def __init__(self, file: SeparatorFile, device: int = 0, crop_mix: CropMix | None = None) -> None:
         """Load `file`; a plan, or where ONNX Runtime can use it, on CUDA device `device`, else on the CPU.
 
-        Raises EngineError if the network cannot be loaded, and MissingDependencyError for a plan without its library.
+        `crop_mix`: of the encoder that `voice_on_device` is for. Raises EngineError if the network cannot be loaded,
+        and MissingDependencyError for a plan without its library.
         """
         from singerembed.engine import onnxruntime_cuda
 
         self.spec = file.spec
         self._runner: SegmentRunner | None = None
+        self._takes_samples = True
         if file.backend in LIBRARIES:
-            self._runner = open_plan(file, device)
+            self._runner = open_plan(file, device, crop_mix)
             self.description = f"{file.spec.name}, {file.build.get('precision')}, {self._runner.description}"
             return
         if file.backend != "onnxruntime":
@@ -50,6 +56,7 @@ class Separator:
         self.description = f"{file.spec.name}, ONNX Runtime {onnxruntime.__version__}{' (CUDA)' if on_gpu else ''}"
         self._session = onnxruntime_cuda.open_session(file.payload, device) if on_gpu else new_session(file.payload)
         self._turn: AbstractContextManager[object] = threading.Semaphore(_AT_ONCE_ON_GPU) if on_gpu else nullcontext()
+        self._takes_samples = self._session.get_inputs()[0].name == MIXTURE_NAME
 
     def close(self) -> None:
         """Free the device. The separator cannot be used afterwards."""
@@ -64,14 +71,23 @@ class Separator:
         if isinstance(self.spec, WaveformSpec):
             return voice_of(self.waveforms(segment, self.spec), self.spec)
         assert isinstance(self.spec, SpectrogramSpec)
-        return self._masked(segment, self.spec)
+        if not self._takes_samples:
+            return self._masked(segment, self.spec)
+        voice: NDArray[np.float32] = self._run(VOICE_NAME, MIXTURE_NAME, network_input(segment, self.spec))
+        return voice.reshape(self.spec.channels, -1).T
+
+    def stays_on(self, device: int) -> bool:
+        """Whether `voice_on_device` leaves its voices on CUDA device `device`."""
+        return self._runner is not None and self._runner.leaves_voices and self._runner.device_index == device
+
+    def voice_on_device(self, segment: NDArray[np.float32], first: int, samples: int) -> DeviceVoice:
+        """As `vocals`, but leave the voice where it is, and no more than a crop. See `SegmentRunner.voice`."""
+        assert self._runner is not None
+        return self._runner.voice(network_input(segment, self.spec), first, samples)
 
     def waveforms(self, segment: NDArray[np.float32], spec: WaveformSpec) -> NDArray[np.float32]:
         """Return what a network from samples to samples gives for `segment`, with all stems. Raises EngineError."""
-        channels: NDArray[np.float32] = np.ascontiguousarray(segment.T)
-        output: NDArray[np.float32] = self._run(
-            spec.output_name, spec.input_name, channels[np.newaxis] if spec.batch_axis else channels
-        )
+        output: NDArray[np.float32] = self._run(spec.output_name, spec.input_name, network_input(segment, spec))
         return output
 
     def _masked(self, segment: NDArray[np.float32], spec: SpectrogramSpec) -> NDArray[np.float32]:
@@ -89,6 +105,14 @@ class Separator:
                 return self._session.run([output_name], {input_name: values})[0]
         except Exception as exc:  # ONNX Runtime's exceptions have no common base class
             raise EngineError(f"ONNX Runtime failed: {exc}") from exc
+
+
+def network_input(segment: NDArray[np.float32], spec: SeparatorSpec) -> NDArray[np.float32]:
+    """Return [samples, channels] in the shape that a network from samples to samples takes."""
+    channels = np.ascontiguousarray(segment.T)
+    if isinstance(spec, SpectrogramSpec):
+        return channels.reshape(spec.channels, -1, spec.hop_samples)
+    return channels[np.newaxis] if isinstance(spec, WaveformSpec) and spec.batch_axis else channels
 
 
 def voice_of(output: NDArray[np.float32], spec: WaveformSpec) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ JOSS 5(50), 2020; A. Jansson et al., "Singing voice separation with deep U-Net c
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from singerembed.errors import CheckpointError
+from singerembed.model.separator_spec import SpectrogramSpec
 
 _LEVELS = 6
 _BATCH_NORM_EPSILON = 1e-3  # Keras's
@@ -121,6 +123,76 @@ class SpleeterNet(nn.Module):
         accompaniment = (self.accompaniment(seen) * magnitude) ** 2
         share: Tensor = (vocals + _MASK_EPSILON / len(_STEMS)) / (vocals + accompaniment + _MASK_EPSILON)
         return share
+
+
+class SpleeterOfSamples(nn.Module):
+    """A network of masks with the transform before it and the inverse one behind: samples to samples of the voice.
+
+    For a GPU, where nothing but samples is then copied. A DFT of n = m^2 points is two of m points with twiddle factors
+    between them (Cooley and Tukey, 1965), each a product of small matrices. Only the bins that the network sees count.
+    """
+
+    half_of_first: Tensor
+    window: Tensor
+    undo: Tensor
+    cos: Tensor
+    sin: Tensor
+    turn_cos: Tensor
+    turn_sin: Tensor
+
+    def __init__(self, network: SpleeterNet, spec: SpectrogramSpec) -> None:
+        super().__init__()
+        self.network = network
+        self._m = m = math.isqrt(spec.n_fft)
+        self._columns = spec.n_bins // m
+        self._hops = spec.n_fft // spec.hop_samples
+        if m * m != spec.n_fft or self._columns * m != spec.n_bins or self._hops * spec.hop_samples != spec.n_fft:
+            raise ValueError(f"a transform of {spec.n_fft} points, {spec.n_bins} bins and hops of {spec.hop_samples}")
+        numbers = torch.arange(m, dtype=torch.float64)
+        window = torch.hann_window(spec.n_fft, dtype=torch.float64)
+        # The squares of the window, added at this hop, are a constant; a bin but the first stands for its mirror too.
+        undo = window * (2 * spec.hop_samples / (window**2).sum() / spec.n_fft)
+        product = torch.outer(numbers, numbers)
+        constants = {
+            "window": window.reshape(m, m),
+            "undo": undo,
+            "cos": torch.cos(2 * torch.pi * product / m),
+            "sin": torch.sin(2 * torch.pi * product / m),
+            "turn_cos": torch.cos(2 * torch.pi * product / spec.n_fft),
+            "turn_sin": torch.sin(2 * torch.pi * product / spec.n_fft),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value.float())
+        self.register_buffer("half_of_first", torch.where(torch.arange(spec.n_bins) == 0, 0.5, 1.0))
+
+    def forward(self, mixture: Tensor) -> Tensor:
+        """Map [channels, blocks of a hop, hop], contiguous samples, to the voice in as many."""
+        re, im = self._transform(mixture)
+        mask = self.network(torch.sqrt(re * re + im * im)[None])[0] * self.half_of_first
+        return self._inverse(re * mask, im * mask)
+
+    def _transform(self, mixture: Tensor) -> tuple[Tensor, Tensor]:
+        """Both parts of the lowest bins, [channels, frames, bins]."""
+        m, hops = self._m, self._hops
+        frames = torch.cat([mixture[:, i : i + 1 - hops or None] for i in range(hops)], dim=2)
+        x = frames.reshape(mixture.shape[0], -1, m, m) * self.window  # sample m r + c in row r and column c
+        re, im = self.cos @ x, -(self.sin @ x)
+        re, im = re * self.turn_cos + im * self.turn_sin, im * self.turn_cos - re * self.turn_sin
+        cos, sin = self.cos[:, : self._columns], self.sin[:, : self._columns]
+        re, im = re @ cos + im @ sin, im @ cos - re @ sin  # bin r + m c in row r and column c
+        shape = (mixture.shape[0], -1, m * self._columns)
+        return re.transpose(2, 3).reshape(shape), im.transpose(2, 3).reshape(shape)
+
+    def _inverse(self, re: Tensor, im: Tensor) -> Tensor:
+        m, hops, channels = self._m, self._hops, re.shape[0]
+        re, im = (part.reshape(channels, -1, self._columns, m).transpose(2, 3) for part in (re, im))
+        cos, sin = self.cos[: self._columns], self.sin[: self._columns]
+        re, im = re @ cos - im @ sin, im @ cos + re @ sin
+        re, im = re * self.turn_cos - im * self.turn_sin, im * self.turn_cos + re * self.turn_sin
+        frames = (self.cos @ re - self.sin @ im).reshape(channels, -1, m * m) * self.undo
+        pieces = frames.chunk(hops, dim=2)
+        added = [functional.pad(piece, (0, 0, i, hops - 1 - i)) for i, piece in enumerate(pieces)]
+        return torch.stack(added).sum(dim=0)
 
 
 def load_spleeter(tensors: dict[str, NDArray]) -> SpleeterNet:  # type: ignore[type-arg]

@@ -88,6 +88,7 @@ def test_the_network_runs_on_the_gpu_where_it_can(
 
         def __init__(self, model: bytes, device: int) -> None:
             self._session = new_session(model)
+            self.get_inputs = self._session.get_inputs
             devices.append(device)
 
         def run(self, *arguments: Any) -> Any:

@@ -12,7 +12,10 @@ import numpy as np
 import onnxruntime
 import pytest
 import tolerances
+from test_engines_gpu import cosine
+from test_engines_gpu import through_torch as engine_by_torch
 
+from singerembed.audio.crops import CropBlock
 from singerembed.engine import onnxruntime_cuda
 from singerembed.engine import separator as separators
 from singerembed.engine.build_separator import (
@@ -25,11 +28,14 @@ from singerembed.engine.build_separator import (
 )
 from singerembed.engine.cuda_driver import CudaDevice
 from singerembed.engine.file import SeparatorFile, read_separator_file
+from singerembed.engine.separation import Separation, open_separation
 from singerembed.engine.separator import Separator
-from singerembed.engine.separator_gpu import LANES, SegmentRunner, separator_tensors
+from singerembed.engine.separator_gpu import LANES, CropMix, SegmentRunner, separator_tensors
+from singerembed.model.mel import DEFAULT_SILENCE_DBFS
 from singerembed.model.separator_spec import SpectrogramSpec
 from singerembed.model.tensorflow_checkpoint import read_tensorflow_checkpoint
 
+ALL_DB = -199.0  # every voice counts
 PREFIX = str(Path(__file__).parents[1] / "engine" / "data" / "spleeter-tiny" / "model")
 
 pytest_plugins = ["gpu_device"]
@@ -64,7 +70,7 @@ def test_plans_and_their_runtime(
     if importlib.util.find_spec(backend.replace("-", "_")) is None:
         pytest.skip(f"{backend} is not installed")
     if backend == "torch":
-        on_gpu = through_torch(file, monkeypatch)
+        on_gpu = Separator(through_torch(file, monkeypatch))
     else:
         build_separator(PREFIX, str(tmp_path / "plan.engine"), SeparatorOptions(backend))
         on_gpu = Separator(read_separator_file(str(tmp_path / "plan.engine")))
@@ -82,8 +88,8 @@ def test_plans_and_their_runtime(
     on_gpu.close()
 
 
-def through_torch(file: SeparatorFile, monkeypatch: pytest.MonkeyPatch) -> Separator:
-    """The separator whose network runs in torch; device, buffers and runtime are the real ones."""
+def through_torch(file: SeparatorFile, monkeypatch: pytest.MonkeyPatch) -> SeparatorFile:
+    """A separator whose network runs in torch; device, buffers and runtime are the real ones."""
     import torch
     from torch_network import TorchSegments
 
@@ -92,7 +98,40 @@ def through_torch(file: SeparatorFile, monkeypatch: pytest.MonkeyPatch) -> Separ
     if not torch.cuda.is_available():
         pytest.skip("torch has no CUDA here")
     network, tensors = load_spleeter(read_tensorflow_checkpoint(PREFIX)).in_fp16(), separator_tensors(file.spec)
-    runner = SegmentRunner(tensors, CudaDevice, lambda device: TorchSegments(network, tensors, device.index))
-    monkeypatch.setattr(separators, "open_plan", lambda _file, _device: runner)
+
+    def open_plan(_file: SeparatorFile, _device: int, crop_mix: CropMix | None) -> SegmentRunner:
+        assert isinstance(file.spec, SpectrogramSpec)
+        spec = file.spec
+        return SegmentRunner(
+            tensors, CudaDevice, lambda device: TorchSegments(network, spec, tensors, device.index), crop_mix
+        )
+
+    monkeypatch.setattr(separators, "open_plan", open_plan)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)  # TensorRT is
-    return Separator(replace(file, backend="tensorrt"))
+    return replace(file, backend="tensorrt")
+
+
+def test_voices_stay_on_the_gpu(
+    gpu: None, separator_path: str, release_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From several callers, the embeddings are those of voices that went by way of the host."""
+    engine = engine_by_torch(str(release_folder))
+    file = through_torch(read_separator_file(separator_path), monkeypatch)
+    there = open_separation(file, engine.spec, ALL_DB, DEFAULT_SILENCE_DBFS)
+    assert isinstance(file.spec, SpectrogramSpec)
+    n, crop = file.spec.segment_samples(engine.spec.crop_samples), engine.spec.crop_samples
+    mixture = made_mixture(n, file.spec.sample_rate)
+    pcm = np.stack([np.roll(mixture, 1000 * i, axis=0) for i in range(4)])
+    start = np.arange(4) * crop
+    block = CropBlock(pcm, list(range(4)), start, start + n)
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda _: there.embed(block, engine), range(12)))
+    there.close()
+    here = Separation(Separator(file), engine.spec, ALL_DB, DEFAULT_SILENCE_DBFS)
+    _, expected, ratio = here.embed(block, engine)
+    here.close()
+    engine.close()
+    for _, embedded, of_voices in found:
+        np.testing.assert_array_equal(embedded.state, expected.state)
+        np.testing.assert_allclose(of_voices, ratio, atol=1e-3)
+        assert cosine(embedded.embedding, expected.embedding) >= tolerances.EMBEDDING_COSINE_FP16
