@@ -19,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.measure import Rate, compare
+from benchmarks.measure import Rate, compare, processor_seconds
 from singerembed.engine.build_separator import difference_db, separator_checkpoint, verification_segment
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.load import load_engine
@@ -111,7 +110,9 @@ def segments_of(mixes: list[str], spec: SpectrogramSpec) -> NDArray[np.float32]:
     segments = [made]
     for path in mixes:
         pcm, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        assert (rate, pcm.shape[1]) == (spec.sample_rate, spec.channels), path
+        if (rate, pcm.shape[1]) != (spec.sample_rate, spec.channels):
+            wanted = f"{spec.sample_rate:,} Hz and {spec.channels} channels are wanted"
+            sys.exit(f"{path} has {rate:,} Hz and {pcm.shape[1]} channels; {wanted}")
         n = min(len(pcm), len(made) - spec.n_fft)
         segment = np.zeros_like(made)
         start = (len(pcm) - n) // 2
@@ -156,16 +157,6 @@ def run_seconds(separator: str, rounds: int) -> dict[str, NDArray[np.float64]]:
     return {name: np.median(seconds, axis=0) for name, seconds in found.items()}
 
 
-def _processor_seconds(work: Callable[[], int]) -> float:
-    """Processor time of a call, of all threads of this process: on a busy machine it says more than the clock."""
-    found = []
-    for _ in range(_CALLS):
-        before = time.process_time()
-        work()
-        found.append(time.process_time() - before)
-    return statistics.median(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("separator")
@@ -177,14 +168,16 @@ def main() -> None:
     arguments = parser.parse_args()
     separator = Separator(read_separator_file(arguments.separator))
     spec = separator.spec
-    torch.set_num_threads(THREADS)
-    network = load_spleeter(read_tensorflow_checkpoint(separator_checkpoint("spleeter") or ""))
+    if not isinstance(spec, SpectrogramSpec):
+        sys.exit(f"{arguments.separator} is no Spleeter: singerembed build-engine spleeter makes one")
     segments = segments_of(arguments.mix, spec)
     seconds = segments.shape[1] / spec.sample_rate
-    names = ["made for the build", *(str(Path(path).parent.name) for path in arguments.mix)]
+    names = ["made for the build", *(Path(path).name for path in arguments.mix)]
     if arguments.like:
         differences(separator, Separator(read_separator_file(arguments.like)), names, segments)
         return
+    torch.set_num_threads(THREADS)
+    network = load_spleeter(read_tensorflow_checkpoint(separator_checkpoint("spleeter") or ""))
 
     def ours() -> int:
         separator.vocals(segments[0])
@@ -210,10 +203,10 @@ def main() -> None:
                 difference = difference_db(found, expected[: len(found)])
                 print(f"{name:<24} voice against TensorFlow's: difference {difference:6.1f} dB")
         rates = compare(rivals, arguments.seconds, arguments.rounds)
-        processor = {name: _processor_seconds(work) for name, (work, _) in rivals.items()}
+        in_process = {"singerembed, ONNX Runtime": ours, "torch": torch_alone}
+        processor = {name: processor_seconds(work, _CALLS) for name, work in in_process.items()}
         if arguments.tensorflow:
             processor["Spleeter, TensorFlow"] = statistics.median(spleeter.separate() for _ in range(_CALLS))
-        if arguments.tensorflow:
             spleeter.close()
     seconds_a_track = run_seconds(arguments.separator, arguments.rounds)
     best = rates["singerembed, ONNX Runtime"].median

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -24,6 +22,7 @@ import soundfile
 import soxr
 from numpy.typing import NDArray
 
+from benchmarks.measure import processor_seconds
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
 from singerembed.jobs.options import RunOptions
@@ -79,15 +78,6 @@ def separations(folder: Path, options: RunOptions, name: str) -> tuple[int, int,
     return len(status) - status.count("silent"), status.count("ok"), seconds
 
 
-def _milliseconds(work: Callable[[], object]) -> float:
-    found = []
-    for _ in range(_CALLS):
-        before = time.process_time()
-        work()
-        found.append(1000 * (time.process_time() - before))
-    return statistics.median(found)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("catalog")
@@ -108,7 +98,8 @@ def main() -> None:
     crop = voices[0][: 4 * bands.RATE]
     segment = np.zeros((separator.spec.segment_samples(len(crop)), separator.spec.channels), np.float32)
     segment[: len(crop)] = crop[:, np.newaxis]
-    look, separate = _milliseconds(lambda: detector.score(crop)), _milliseconds(lambda: separator.vocals(segment))
+    look = 1000 * processor_seconds(lambda: detector.score(crop), _CALLS)
+    separate = 1000 * processor_seconds(lambda: separator.vocals(segment), _CALLS)
     print(
         f"a look takes {look:.1f} ms of processor time, a separation {separate:.0f} ms: {look / separate:.1%}",
         flush=True,

@@ -124,7 +124,9 @@ class Separation:
 
     def _segment(self, window: NDArray[np.float32]) -> NDArray[np.float32]:
         segment = np.zeros((self._window, self.channels), np.float32)
-        segment[: len(window)] = np.nan_to_num(window, posinf=0, neginf=0)
+        segment[: len(window)] = window
+        if not np.isfinite(segment).all():
+            np.nan_to_num(segment, copy=False, posinf=0, neginf=0)
         return segment
 
     def _mono(self, pcm: NDArray[np.float32]) -> NDArray[np.float32]:
