@@ -23,7 +23,8 @@ What the programs themselves print with `--help`. Results go to standard output,
 | 0 | all well |
 | 1 | could not run, or had to stop |
 | 2 | the command line is wrong |
-| 3 | `run`: finished, with rows of `status = 'error'` or missing files; `scan` and `run`: without folders that could not be read |
+| 3 | `run`: finished, with rows of `status = 'error'` or missing files |
+| 3 | `scan` and `run`: without folders that could not be read |
 | 3 | `separate`: some recordings could not be separated |
 | 4 | `run`: the deadline came first |
 | 129, 130, 143 | interrupted by SIGHUP, SIGINT, SIGTERM |

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.engine.cuda_calls import DriverError
+from singerembed.engine.cuda_calls import DriverError, no_driver
 from singerembed.engine.device import DeviceBuffer, OutOfDeviceMemory, PinnedBuffer
-from singerembed.errors import EngineError
 
 
 class BindingsDriver:
@@ -26,7 +25,7 @@ class BindingsDriver:
         try:
             self._call("cuInit", 0)
         except (RuntimeError, DriverError) as exc:  # RuntimeError: libcuda.so.1 is not there
-            raise EngineError(f"the NVIDIA driver does not start: {exc}. nvidia-smi says more") from exc
+            raise no_driver(exc) from exc
         self._contexts: dict[int, Any] = {}  # never released
 
     def _call(self, name: str, *arguments: Any) -> Any:

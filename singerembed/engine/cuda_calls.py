@@ -7,10 +7,20 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from singerembed.engine.device import DeviceBuffer, PinnedBuffer
+from singerembed.errors import EngineError
 
 
 class DriverError(Exception):
     """A call of the CUDA driver failed; the message names the call and the error."""
+
+
+def no_driver(exc: Exception) -> EngineError:
+    """The error to raise where the driver did not start because of `exc`."""
+    reason = str(exc).rstrip(".")
+    return EngineError(
+        f"the NVIDIA driver does not start: {reason}. What was asked for needs an NVIDIA GPU; nvidia-smi says whether "
+        "one is seen here"
+    )
 
 
 class Driver(Protocol):

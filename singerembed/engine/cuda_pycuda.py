@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.engine.cuda_calls import DriverError
+from singerembed.engine.cuda_calls import DriverError, no_driver
 from singerembed.engine.device import DeviceBuffer, OutOfDeviceMemory, PinnedBuffer
 from singerembed.errors import EngineError
 
@@ -30,7 +30,7 @@ class PycudaDriver:
         try:
             driver.init()
         except driver.Error as exc:
-            raise EngineError(f"the NVIDIA driver does not start: {exc}. nvidia-smi says more") from exc
+            raise no_driver(exc) from exc
         self.name = f"pycuda {version('pycuda')}"
         self._contexts: dict[int, Any] = {}  # never detached
         self._streams: dict[int, Any] = {}
