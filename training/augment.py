@@ -18,16 +18,17 @@ import audiomentations
 import numpy as np
 from numpy.typing import NDArray
 
-from singerembed.errors import UsageError
+from singerembed.errors import SingerEmbedError, UsageError
 from training import pitch_worker
 from training.config import AugmentConfig
-from training.reading import Backing
+from training.reading import Backing, peak_normalised
 
 Samples = NDArray[np.float32]
 
 # Praat takes 0.05 s for a 4 s crop. The limit is much higher, because a crop that times out only on a busy machine
 # would make two runs differ.
 PITCH_TIMEOUT_SECONDS = 20.0
+_MAX_FAILURES = 5
 
 
 class Augmenter:
@@ -78,6 +79,7 @@ class PitchShifter:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._failures = 0  # in succession
 
     def shift(
         self,
@@ -88,7 +90,10 @@ class PitchShifter:
         seed: int,
         timeout_seconds: float = PITCH_TIMEOUT_SECONDS,
     ) -> Samples:
-        """Return `pcm` shifted, or `pcm` itself if Praat crashes or exceeds the time limit."""
+        """Return `pcm` shifted, or `pcm` itself if Praat crashes or exceeds the time limit.
+
+        Raises SingerEmbedError after _MAX_FAILURES of that in succession: it does not work here.
+        """
         process = self._running()
         deadline = time.monotonic() + timeout_seconds
         try:
@@ -96,10 +101,18 @@ class PitchShifter:
             requests, replies = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
             _write(requests, header + pcm.tobytes(), deadline)
             (length,) = pitch_worker.REPLY.unpack(_read(replies, pitch_worker.REPLY.size, deadline))
-            return np.frombuffer(_read(replies, 4 * length, deadline), np.float32)
-        except (TimeoutError, EOFError, BrokenPipeError):
+            shifted = np.frombuffer(_read(replies, 4 * length, deadline), np.float32)
+        except (TimeoutError, EOFError, BrokenPipeError) as exc:
             self.close()
+            self._failures += 1
+            if self._failures == _MAX_FAILURES:
+                raise SingerEmbedError(
+                    f"pitch could not be shifted {_MAX_FAILURES} times in succession ({type(exc).__name__}): does "
+                    f"{sys.executable} -c 'import parselmouth' work? augment.pitch_probability: 0 leaves it out"
+                ) from exc
             return pcm
+        self._failures = 0
+        return shifted
 
     def close(self) -> None:
         """Kill the worker process."""
@@ -118,12 +131,6 @@ class PitchShifter:
             )  # a hung worker must not block our writes
             weakref.finalize(self, self._process.kill)
         return self._process
-
-
-def peak_normalised(pcm: Samples) -> Samples:
-    """Divide by the largest magnitude; silence is returned unchanged."""
-    peak = float(np.abs(pcm).max())
-    return pcm / np.float32(peak) if peak > 0 else pcm
 
 
 def _write(pipe: IO[bytes], data: bytes, deadline: float) -> None:
@@ -167,8 +174,9 @@ def _transform(
         )
     try:
         return kind(**arguments)
-    except (TypeError, ValueError) as exc:
-        raise UsageError(f"augment.channel: {name}: {exc}") from exc
+    except (TypeError, ValueError, AssertionError, OSError) as exc:
+        reason = str(exc) or f"these arguments cannot be: {arguments}"
+        raise UsageError(f"augment.channel: {name}: {reason}") from exc
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ class TrainerConfig(Section):
     accelerator: str = "auto"
     devices: str | int = "auto"
     nodes: Count = 1
-    precision: str = "auto"  # bf16-mixed on CUDA, 32-true elsewhere; or a value of Lightning's Trainer
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"  # bf16-mixed on CUDA, 32-true elsewhere
     sync_batchnorm: bool = False  # on many GPUs; the official code does not
     deterministic: bool = False
     threads: Annotated[int, Field(ge=0)] = 0  # CPU threads of torch; 0: torch's default
@@ -173,7 +173,7 @@ class TrainConfig(Section):
     def differences(self, other: TrainConfig) -> list[str]:
         """Return the keys whose values differ in `other`, except those that may change when a run is resumed."""
         mine, theirs = _flat(self), _flat(other)
-        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        keys = [key for key in {**mine, **theirs} if key != "name" and mine.get(key) != theirs.get(key)]
         return [f"{key}: {mine.get(key)} here, {theirs.get(key)} there" for key in keys]
 
 

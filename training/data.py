@@ -1,4 +1,4 @@
-"""Pairs of crops for training and single crops for validation.
+"""Pairs of crops for training, and the loaders of a run.
 
 All randomness of an item is a function of (seed, epoch, position in the epoch), whichever worker, device or run draws
 it: a resumed run sees the same data as an uninterrupted one, and two devices with batches of n the same as one device
@@ -23,26 +23,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from singerembed.errors import SingerEmbedError, TrackError, UsageError
-from training.augment import Augmenter, Samples, peak_normalised
+from singerembed.output.finished import is_partitioned
+from training.augment import Augmenter, Samples
 from training.config import DataConfig, TrainConfig
-from training.groups import groups, recording_numbers
+from training.groups import groups
 from training.metrics import METRICS, CropLabels, verification_metrics
-from training.reading import read_crop
+from training.reading import draw_crop, warn_once
 from training.recordings import TRAIN, VALIDATION, Recording
 from training.targets import Floats, read_targets, relative_path
+from training.validation import CropDataset, ValidationSampler
 
-# A crop that is mostly silence is drawn again, up to this many times; then the most active one is taken.
-DRAWS_PER_CROP = 8
 # A recording that cannot be read, or is silent, is replaced by another, up to this many times; then the run ends.
 RECORDINGS_PER_PAIR = 50
-# A frame is active if it is louder than this, relative to the crop's peak.
-ACTIVE_DB = -40.0
-ACTIVE_FRAME_SECONDS = 0.05
-# All pairs of validation crops are compared: 4096 x 4096 similarities take 64 MiB.
-MAX_VALIDATION_CROPS = 4096
 
 _log = logging.getLogger(__name__)
-_warned: set[str] = set()
 
 
 class PairBatch(TypedDict):
@@ -66,51 +60,6 @@ class PairKey(NamedTuple):
     epoch: int
     position: int
     group: int
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
-
-
-def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
-    """Return the share of frames louder than 40 dB below the peak; -1 for silence, or a crop with NaN or infinity."""
-    peak = float(np.abs(pcm).max())
-    if not 10 ** (silence_dbfs / 20) < peak < math.inf:
-        return -1.0
-    frame = round(ACTIVE_FRAME_SECONDS * sample_rate)
-    frames = pcm[: len(pcm) // frame * frame].reshape(-1, frame)
-    power = np.einsum("ij,ij->i", frames, frames) / frame
-    return float((power > (peak * 10 ** (ACTIVE_DB / 20)) ** 2).mean())
-
-
-def draw_crop(
-    recording: Recording, path: str, n_samples: int, sample_rate: int, config: TrainConfig, rng: np.random.Generator
-) -> tuple[Samples, float]:
-    """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, the file or a variant of it.
-
-    Return it, float32 [n_samples], and its start in the file in seconds. A shorter recording is padded with zeros, even
-    if the file continues after it. Raises TrackError if it cannot be read or all drawn crops are silent.
-    """
-    latest = max(0.0, recording.seconds - n_samples / sample_rate)
-    n_there = min(n_samples, round(recording.seconds * sample_rate))
-    best, best_start, best_share = None, 0.0, -1.0
-    for _ in range(DRAWS_PER_CROP):
-        start = recording.start + rng.uniform(0.0, latest)
-        pcm = read_crop(path, start, n_there, sample_rate)
-        share = active_share(pcm, sample_rate, config.data.silence_dbfs)
-        if share > best_share:
-            best, best_start, best_share = pcm, start, share
-        if best_share >= config.data.min_active:
-            break
-    if best is None:
-        raise TrackError("silent", f"{DRAWS_PER_CROP} crops drawn at random are all silent")
-    return np.pad(peak_normalised(best), (0, n_samples - n_there)), best_start
-
-
-def _warn_once(path: str, problem: str) -> None:
-    """Warn of a file that cannot be used, once per process and not in every epoch."""
-    if path not in _warned:
-        _warned.add(path)
-        _log.warning("%s: %s", path, problem)
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -169,7 +118,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             return self._targets.of_crop(path, start, self._config.data.crop_seconds)  # type: ignore[union-attr]
         except KeyError:
-            _warn_once(path, f"no windows of it in {self._config.teacher.targets}; another is used instead")
+            warn_once(path, f"no windows of it in {self._config.teacher.targets}; another is used instead")
             raise TrackError("silent", f"{path}: no windows of it in teacher.targets") from None
 
     def _view(self, index: int, speed: float, rng: np.random.Generator, *, first: bool) -> tuple[Samples, float]:
@@ -184,7 +133,7 @@ class PairDataset(Dataset[dict[str, Any]]):
         try:
             pcm, start = draw_crop(recording, path, n_read, self._sample_rate, self._config, rng)
         except TrackError as exc:
-            _warn_once(path, f"{exc}; another is used instead")
+            warn_once(path, f"{exc}; another is used instead")
             raise TrackError(exc.code, f"{path}: {exc}") from exc
         if n_read != n_samples:
             faster = soxr.resample(pcm, n_read, n_samples, quality="LQ")[:n_samples]
@@ -246,7 +195,7 @@ class PairSampler(Sampler[list[PairKey]]):
 
 def variant_path(data: DataConfig, recording: Recording, number: int) -> Path:
     """Return the path of variant `number` of a recording. Raises UsageError if `data.source` is not a folder."""
-    if not Path(data.source).is_dir():
+    if not Path(data.source).is_dir() or is_partitioned(data.source):
         raise UsageError(f"pitch variants lie beside the recordings of a folder, and {data.source} is not one")
     relative = Path(recording.path).relative_to(data.source)
     return Path(data.pitch_variants) / relative.parent / f"{relative.name}.{number}.flac"
@@ -265,57 +214,7 @@ def _find_variants(recordings: Sequence[Recording], data: DataConfig) -> dict[in
     return found
 
 
-# --- validation -----------------------------------------------------------------------------------------------------
-
-
-class CropDataset(Dataset[dict[str, Any]]):
-    """Crops of the validation recordings, not augmented, the same in each epoch."""
-
-    def __init__(self, recordings: Sequence[Recording], config: TrainConfig, seconds: float | None = None) -> None:
-        """`seconds`: length of a crop; None for the encoder's."""
-        spec = config.front_end()
-        self._config = config
-        self._sample_rate = spec.sample_rate
-        self._n_samples = spec.crop_samples if seconds is None else round(seconds * spec.sample_rate)
-        per_recording = config.data.validation_crops
-        fitting = MAX_VALIDATION_CROPS // per_recording
-        chosen = np.random.default_rng(config.seed).permutation(len(recordings))[:fitting]
-        kept = [recordings[index] for index in np.sort(chosen)]
-        self._recordings = [recording for recording in kept for _ in range(per_recording)]
-        singers = {singer: number for number, singer in enumerate(dict.fromkeys(each.singer for each in kept))}
-        self.labels = CropLabels(
-            singers=np.array([singers[each.singer] for each in self._recordings], np.int64),
-            recordings=np.repeat(recording_numbers(kept), per_recording),
-        )
-
-    def __len__(self) -> int:
-        """Return the number of crops."""
-        return len(self._recordings)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return `clips`, float32 [samples], and `indices`; zeros and -1 for a recording that cannot be used."""
-        recording = self._recordings[index]
-        rng = np.random.default_rng((self._config.seed, index))
-        try:
-            pcm, _ = draw_crop(recording, recording.path, self._n_samples, self._sample_rate, self._config, rng)
-        except TrackError as exc:
-            _warn_once(recording.path, f"{exc}; its crops are left out of the validation")
-            return {"clips": np.zeros(self._n_samples, np.float32), "indices": -1}
-        return {"clips": pcm, "indices": index}
-
-
-class _ValidationSampler(Sampler[int]):
-    """One device's share of the validation crops. All devices get as many; if necessary the first crops repeat."""
-
-    def __init__(self, n_crops: int, rank: int, devices: int) -> None:
-        self._n_crops, self._rank, self._devices = n_crops, rank, devices
-
-    def __len__(self) -> int:
-        return math.ceil(self._n_crops / self._devices)
-
-    def __iter__(self) -> Iterator[int]:
-        for turn in range(len(self)):
-            yield (turn * self._devices + self._rank) % self._n_crops
+# --- loaders ----------------------------------------------------------------------------------------------------------
 
 
 class _Loading(TypedDict):
@@ -355,7 +254,7 @@ class PairData(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         """Return this device's share of the validation crops."""
         trainer = self._trainer()
-        sampler = _ValidationSampler(len(self._crops), trainer.global_rank, trainer.world_size)
+        sampler = ValidationSampler(len(self._crops), trainer.global_rank, trainer.world_size)
         # Validation crops are often longer than training crops, but need no gradients, so the same batch size fits.
         return DataLoader(self._crops, batch_size=self._config.data.batch_size, sampler=sampler, **self._loading())
 

@@ -9,47 +9,37 @@ import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.fft import dct
 from tqdm import tqdm
 
 from singerembed.errors import UsageError
+from singerembed.evaluation.baselines.base import ONLY_LAYER
+from singerembed.evaluation.baselines.encoders import untrained_checkpoint
+from singerembed.evaluation.baselines.mfcc import MfccModel
 from singerembed.model.checkpoint import Checkpoint, load_checkpoint
 from singerembed.model.spec import ModelSpec
 from singerembed.storage import absolute
 from training.augment import Samples
 from training.command import command
 from training.config import DataConfig, TrainConfig
-from training.data import CropDataset
 from training.metrics import METRICS, CropLabels, verification_metrics
 from training.model import Encoder, MelSpectrogram
 from training.recordings import VALIDATION, build_index
-
-N_MFCC = 20
+from training.validation import CropDataset
 
 Embedder = Callable[[Samples], NDArray[np.float32]]  # crop [samples] -> embedding [dim]
 
 
-def mfcc_statistics(pcm: Samples) -> NDArray[np.float32]:
-    """Return mean and deviation over time of 20 cepstral coefficients, without the first (level), and their deltas."""
-    spec = ModelSpec(name="mfcc", method="mfcc", mel_sample_rate=44_100, mel_fmax=16_000.0)
-    power = MelSpectrogram(spec)(torch.from_numpy(pcm)[None])[0].numpy()
-    cepstrum = dct(10 * np.log10(power + 1e-10), axis=0, norm="ortho")[1 : N_MFCC + 1]
-    tracks = np.concatenate([cepstrum, np.gradient(cepstrum, axis=1)])
-    return np.concatenate([tracks.mean(axis=1), tracks.std(axis=1)]).astype(np.float32)
+def mfcc_statistics(n_samples: int) -> Embedder:
+    """Return the baseline `mfcc` of `singerembed evaluate`, for crops of `n_samples` samples."""
+    model = MfccModel("mfcc", n_samples)
+    return lambda pcm: model.embed(pcm[np.newaxis])[ONLY_LAYER][0]
 
 
-def encoder_embedder(path: str) -> Embedder:
-    """Return the encoder of a checkpoint, or a randomly initialised one for an empty path."""
-    return embedder(load_checkpoint(path) if path else None)
-
-
-def embedder(checkpoint: Checkpoint | None) -> Embedder:
-    """Return the encoder of a checkpoint, or for None a randomly initialised one."""
-    spec = checkpoint.spec if checkpoint else ModelSpec(name="untrained", method="untrained")
-    torch.manual_seed(0)
-    front_end, encoder = MelSpectrogram(spec), Encoder(spec, normalise=spec.normalise).eval()
-    if checkpoint:
-        encoder.backbone.load_state_dict(checkpoint.state_dict)
+def encoder_embedder(checkpoint: Checkpoint) -> Embedder:
+    """Return the encoder of a checkpoint, for crops of any length."""
+    front_end, encoder = MelSpectrogram(checkpoint.spec), Encoder(checkpoint.spec, normalise=checkpoint.spec.normalise)
+    encoder.backbone.load_state_dict(checkpoint.state_dict)
+    encoder.eval()
 
     @torch.inference_mode()
     def embed(pcm: Samples) -> NDArray[np.float32]:
@@ -92,12 +82,13 @@ def labelled_crops(source: str, crops: int, seconds: float | None = None) -> Cro
 def main(data: str, checkpoints: Sequence[str], crops: int, seconds: float | None) -> None:
     """Compare CHECKPOINTS with MFCC statistics and the untrained encoder on the labelled folder or catalogue DATA."""
     dataset = labelled_crops(absolute(data), crops, seconds)
-    click.echo(f"{'':32}" + "".join(f"{name:>12}" for name in METRICS))
-    rows: list[tuple[str, Embedder]] = [("mfcc statistics", mfcc_statistics), ("untrained", encoder_embedder(""))]
-    rows += [(path, encoder_embedder(path)) for path in checkpoints]
+    click.echo(f"{'':32}" + "".join(f"{name:>16}" for name in METRICS))
+    mfcc = mfcc_statistics(dataset.n_samples)
+    rows = [("mfcc statistics", mfcc), ("untrained", encoder_embedder(untrained_checkpoint()))]
+    rows += [(path, encoder_embedder(load_checkpoint(path))) for path in checkpoints]
     for name, embed in rows:
-        metrics = score(embed, dataset, standardise=embed is mfcc_statistics)
-        click.echo(f"{name[-32:]:32}" + "".join(f"{metrics[key]:12.4f}" for key in METRICS))
+        metrics = score(embed, dataset, standardise=embed is mfcc)
+        click.echo(f"{name[-32:]:32}" + "".join(f"{metrics[key]:16.4f}" for key in METRICS))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from singerembed.errors import CheckpointError, OutputError, UsageError
 from singerembed.model.checkpoint import Checkpoint, load_checkpoint
 from singerembed.model.mel import mel_basis
 from singerembed.model.spec import ModelSpec
-from singerembed.storage import absolute
+from singerembed.storage import absolute, publishing, writing
 from training import files
 from training.command import command
-from training.evaluate import embedder, labelled_crops
+from training.evaluate import encoder_embedder, labelled_crops
 
 LAST_WEIGHT, LAST_BIAS = "classifier.1.weight", "classifier.1.bias"
 CENTRED_ON = 1000  # recordings, at most, of which a crop each makes the mean
@@ -76,26 +77,23 @@ def training_facts(source: Path) -> dict[str, Any]:
             f"{source} was not written by training.train. Other checkpoints need no export: "
             f"singerembed build-engine {source}"
         ) from exc
-    for section, key in (
-        ("data", "source"),
-        ("data", "validation"),
-        ("data", "pitch_variants"),
-        ("data", "audio_root"),
-        ("model", "initialise"),
-        ("teacher", "targets"),
-        ("augment", "backing"),
-    ):
-        if key not in config.get(section, {}):
-            continue  # a checkpoint of before there was that key
-        config[section][key] = Path(config[section][key]).name
     return {
         "method": config["method"],
         "epoch": content["epoch"],
         "step": content["global_step"],
         "seed": config["seed"],
-        "config": config,
+        "config": _without_folders(config),
         **content["training"],
     }
+
+
+def _without_folders(value: Any) -> Any:
+    """Return a configuration in which of each path only the last part is kept."""
+    if isinstance(value, dict):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1] if isinstance(value, str) else value
 
 
 def centred(checkpoint: Checkpoint, source: str, limit: int = CENTRED_ON) -> Checkpoint:
@@ -105,7 +103,7 @@ def centred(checkpoint: Checkpoint, source: str, limit: int = CENTRED_ON) -> Che
     """
     crops = labelled_crops(source, crops=2)  # a dataset has two crops of a recording at least; the first is taken
     chosen = np.random.default_rng(0).permutation(len(crops) // 2)[:limit] * 2
-    embed = embedder(checkpoint)
+    embed = encoder_embedder(checkpoint)
     items = (crops[int(index)] for index in tqdm(chosen, desc="centring", unit=" crops", disable=None))
     embeddings = [embed(item["clips"]) for item in items if item["indices"] >= 0]
     if not embeddings:
@@ -124,7 +122,8 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target} is a file; the official layout is a folder")
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(str(target)):
+        target.mkdir(parents=True, exist_ok=True)
     spec = checkpoint.spec
     encoder = {f"encoder.net.2.{name}": tensor for name, tensor in files.dense(checkpoint.state_dict).items()}
     files.save({**_official_front_end(spec), **encoder}, target / "model.pt")
@@ -132,7 +131,9 @@ def export_official(checkpoint: Checkpoint, target: Path) -> None:
         "feature_extractor": {"spec_layer": "melspectogram", "n_fft": spec.n_fft, "hop_length": spec.hop_samples},
         "encoder": {"backbone": spec.backbone, "pretrained": False, "embedding_dim": spec.embedding_dim},
     }
-    (target / "hyperparams.yaml").write_text(yaml.safe_dump(hyperparams), encoding="utf-8")
+    path = str(target / "hyperparams.yaml")
+    with writing(path), publishing(path) as temporary:
+        Path(temporary).write_text(yaml.safe_dump(hyperparams), encoding="utf-8")
 
 
 def _official_front_end(spec: ModelSpec) -> dict[str, Tensor]:

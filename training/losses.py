@@ -101,9 +101,8 @@ def uniformity(z: Tensor, *, t: float = 2.0) -> Tensor:
     On a unit sphere of many dimensions its minimum is about -2 t. Raises ValueError for a batch below 2.
     """
     _check_pair(z, z)
-    squared_distances: Tensor = torch.pdist(z).square()
-    potential: Tensor = (-t * squared_distances).exp().mean()
-    return potential.log()
+    exponents: Tensor = -t * torch.pdist(z).square()
+    return torch.logsumexp(exponents, 0) - math.log(exponents.numel())
 
 
 def towards(embeddings: Tensor, targets: Tensor) -> Tensor:

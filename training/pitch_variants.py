@@ -30,8 +30,8 @@ _BLOCK_SAMPLES = 1 << 16  # libsndfile's encoders cannot take whole songs in one
 @command
 @click.argument("data", type=click.Path(exists=True, file_okay=False))
 @click.argument("out", type=click.Path(file_okay=False))
-@click.option("--count", default=4, help="Variants of each recording.")
-@click.option("--jobs", default=2, help="Recordings at a time.")
+@click.option("--count", default=4, type=click.IntRange(min=1), help="Variants of each recording.")
+@click.option("--jobs", default=2, type=click.IntRange(min=1), help="Recordings at a time.")
 @click.option("--seed", default=123, help="Of the ratios.")
 def main(data: str, out: str, count: int, jobs: int, seed: int) -> None:
     """Write COUNT pitch-shifted variants of each recording in the folder DATA to the folder OUT.

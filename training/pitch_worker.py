@@ -14,9 +14,7 @@ import sys
 from typing import BinaryIO
 
 import numpy as np
-import parselmouth
 from numpy.typing import NDArray
-from parselmouth.praat import call, run
 
 # Request: number of samples, sample rate in Hz, pitch ratio, pitch range ratio, seed; then the samples, float32.
 # Reply: number of samples; then the samples, float32.
@@ -35,6 +33,10 @@ def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: flo
     Return as many samples as given; audio without pitch is returned unchanged. Method: PSOLA, Praat's "Change gender"
     with a formant shift ratio of 1.
     """
+    # Not at the top: a training reads REQUEST and REPLY here, and Praat belongs in a process of its own.
+    import parselmouth
+    from parselmouth.praat import call, run
+
     # Praat places periods at random in unvoiced parts.
     run(f"random_initializeWithSeedUnsafelyButPredictably ({seed})")
     sound = parselmouth.Sound(pcm.astype(np.float64), sampling_frequency=sample_rate)
@@ -54,6 +56,8 @@ def shift_pitch(pcm: Samples, sample_rate: float, ratio: float, range_ratio: flo
 
 def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     """Answer requests until the end of `requests`."""
+    import parselmouth
+
     while header := requests.read(REQUEST.size):
         n_samples, sample_rate, ratio, range_ratio, seed = REQUEST.unpack(header)
         pcm = np.frombuffer(requests.read(4 * n_samples), np.float32)

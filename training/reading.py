@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
 from singerembed.catalog.read import AUDIO_SUFFIXES
 from singerembed.errors import TrackError, UsageError
+from training.config import TrainConfig
 from training.recordings import Recording, measured
 
 Samples = NDArray[np.float32]
@@ -18,6 +21,14 @@ Samples = NDArray[np.float32]
 _READ_TIMEOUT_SECONDS = 60.0
 _DRAWS = 8
 _QUIET = 1e-4  # root mean square of accompaniment, full scale 1, below which another stretch is drawn
+
+# A crop that is mostly silence is drawn again, up to this many times; then the most active one is taken.
+DRAWS_PER_CROP = 8
+# A frame is active if it is louder than this, relative to the crop's peak.
+ACTIVE_DB = -40.0
+ACTIVE_FRAME_SECONDS = 0.05
+_log = logging.getLogger(__name__)
+_warned: set[str] = set()
 
 
 def read_crop(path: str, start_seconds: float, n_samples: int, sample_rate: int) -> Samples:
@@ -63,3 +74,51 @@ class Backing:
                 gain = np.sqrt(np.square(pcm, dtype=np.float64).mean()) / level * 10 ** (-voice_db / 20)
                 return np.asarray(pcm + np.float32(gain) * band, np.float32)
         return pcm
+
+
+def active_share(pcm: Samples, sample_rate: int, silence_dbfs: float) -> float:
+    """Return the share of frames louder than 40 dB below the peak; -1 for silence, or a crop with NaN or infinity."""
+    peak = float(np.abs(pcm).max())
+    if not 10 ** (silence_dbfs / 20) < peak < math.inf:
+        return -1.0
+    frame = round(ACTIVE_FRAME_SECONDS * sample_rate)
+    frames = pcm[: len(pcm) // frame * frame].reshape(-1, frame)
+    power = np.einsum("ij,ij->i", frames, frames) / frame
+    return float((power > (peak * 10 ** (ACTIVE_DB / 20)) ** 2).mean())
+
+
+def peak_normalised(pcm: Samples) -> Samples:
+    """Divide by the largest magnitude; silence is returned unchanged."""
+    peak = float(np.abs(pcm).max())
+    return pcm / np.float32(peak) if peak > 0 else pcm
+
+
+def draw_crop(
+    recording: Recording, path: str, n_samples: int, sample_rate: int, config: TrainConfig, rng: np.random.Generator
+) -> tuple[Samples, float]:
+    """Draw a peak-normalised crop of `recording` that is not mostly silent, from `path`, the file or a variant of it.
+
+    Return it, float32 [n_samples], and its start in the file in seconds. A shorter recording is padded with zeros, even
+    if the file continues after it. Raises TrackError if it cannot be read or all drawn crops are silent.
+    """
+    latest = max(0.0, recording.seconds - n_samples / sample_rate)
+    n_there = min(n_samples, round(recording.seconds * sample_rate))
+    best, best_start, best_share = None, 0.0, -1.0
+    for _ in range(DRAWS_PER_CROP):
+        start = recording.start + rng.uniform(0.0, latest)
+        pcm = read_crop(path, start, n_there, sample_rate)
+        share = active_share(pcm, sample_rate, config.data.silence_dbfs)
+        if share > best_share:
+            best, best_start, best_share = pcm, start, share
+        if best_share >= config.data.min_active:
+            break
+    if best is None:
+        raise TrackError("silent", f"{DRAWS_PER_CROP} crops drawn at random are all silent")
+    return np.pad(peak_normalised(best), (0, n_samples - n_there)), best_start
+
+
+def warn_once(path: str, problem: str) -> None:
+    """Warn of a file that cannot be used, once per process and not in every epoch."""
+    if path not in _warned:
+        _warned.add(path)
+        _log.warning("%s: %s", path, problem)

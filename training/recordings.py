@@ -20,11 +20,11 @@ from tqdm import tqdm
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
 from singerembed.catalog.read import AUDIO_SUFFIXES, Catalog, Columns
-from singerembed.errors import CatalogError, TrackError
+from singerembed.errors import CatalogError, TrackError, UsageError
 from singerembed.evaluation.data import is_output
 from singerembed.output.finished import is_partitioned, read_schema
 from singerembed.output.schema import ERROR, OK, SILENT
-from singerembed.storage import exists, publishing, resolve
+from singerembed.storage import exists, publishing, resolve, writing
 from training.config import DataConfig, TrainConfig
 
 TRAIN, VALIDATION = "train", "validation"
@@ -62,6 +62,13 @@ def build_index(config: TrainConfig) -> list[Recording]:
     training = measured(_find(data.source, config), data.crop_seconds)
     if data.validation:
         held_out = measured(_find(data.validation, config), crop_seconds)
+        heard = {os.path.realpath(each.path) for each in training}
+        shared = [each.path for each in held_out if os.path.realpath(each.path) in heard]
+        if shared:
+            raise UsageError(
+                f"data.validation: {len(shared)} of its {len(held_out)} recordings are in {data.source} too (first: "
+                f"{shared[0]}). Validate on others, or leave data.validation out: then singers are held out"
+            )
     else:
         held_out_singers = _draw_singers({each.singer for each in training}, data.validation_fraction, config.seed)
         held_out = [each for each in training if each.singer in held_out_singers and each.seconds >= crop_seconds]
@@ -79,7 +86,7 @@ def build_index(config: TrainConfig) -> list[Recording]:
 def write_index(path: Path, recordings: Sequence[Recording], config: TrainConfig) -> None:
     """Write the index of `config`, atomically."""
     columns = {name: [getattr(each, name) for each in recordings] for name in _COLUMNS}
-    with publishing(str(path)) as temporary:
+    with writing(str(path)), publishing(str(path)) as temporary:
         pq.write_table(pa.table(columns).replace_schema_metadata({"asked": _index_key(config)}), temporary)
 
 
@@ -143,8 +150,8 @@ def _in_catalogue(path: str, columns: Columns, singer_column: str) -> Iterator[R
                 n_wrong, first = n_wrong + 1, first or str(track.problem)
                 continue
             seconds = math.inf if track.end is None else track.end - track.start
-            nobody = singer is None or singer == "" or (isinstance(singer, float) and math.isnan(singer))
-            yield Recording(track.location, track.track_id if nobody else str(singer), seconds, track.start)
+            name = _singer_of(singer, track.track_id) if known else track.track_id
+            yield Recording(track.location, name, seconds, track.start)
     if n_wrong:
         tqdm.write(f"left out  {n_wrong} invalid rows of {path} (first: {first})")
 
@@ -176,13 +183,19 @@ def in_output(path: str, data: DataConfig) -> Iterator[Recording]:
                 continue
             if last is not None:
                 yield last
-            singer = str(row[data.singer_column] or row["track_id"]) if known else row["track_id"]
+            singer = _singer_of(row[data.singer_column], row["track_id"]) if known else row["track_id"]
             location = resolve(base, row["path"])
             last = Recording(location, singer, length, row["start"], recording=row["track_id"])
     if last is None:
         raise CatalogError(f"{path}: a run embedded nothing in it; there is nothing to train on")
     yield last
     tqdm.write(f"read      {path}: {counts[OK]} crops, without {counts[SILENT]} silent ones and {counts[ERROR]} errors")
+
+
+def _singer_of(credit: object, track_id: str) -> str:
+    """Return a credited singer's name; a track without a credit is a singer of its own, whatever others are called."""
+    nobody = credit is None or credit == "" or (isinstance(credit, float) and math.isnan(credit))
+    return f"(nobody named) {track_id}" if nobody else str(credit)
 
 
 def measured(recordings: Sequence[Recording], min_seconds: float) -> list[Recording]:

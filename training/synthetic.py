@@ -17,6 +17,7 @@ import soundfile
 from numpy.typing import NDArray
 from scipy.signal import lfilter, sosfilt
 
+from singerembed.storage import writing
 from training.command import command
 
 SAMPLE_RATE = 44_100
@@ -156,14 +157,17 @@ def make_corpus(folder: Path, *, singers: int, recordings: int, seconds: float, 
 
 @command
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--singers", default=40, help="How many.")
-@click.option("--recordings", default=4, help="Of each singer.")
-@click.option("--seconds", default=12.0, help="Of each recording.")
+@click.option("--singers", default=40, type=click.IntRange(min=1), help="How many.")
+@click.option("--recordings", default=4, type=click.IntRange(min=1), help="Of each singer.")
+@click.option("--seconds", default=12.0, type=click.FloatRange(min=0.5), help="Of each recording.")
 @click.option("--seed", default=0, help="Another seed gives other singers.")
-@click.option("--first", default=0, help="Number of the first recording: others of the same singers.")
+@click.option(
+    "--first", default=0, type=click.IntRange(min=0), help="Number of the first recording: others of the same singers."
+)
 def main(folder: Path, singers: int, recordings: int, seconds: float, seed: int, first: int) -> None:
     """Make a corpus of synthetic singers in FOLDER, one folder for each."""
-    make_corpus(folder, singers=singers, recordings=recordings, seconds=seconds, seed=seed, first=first)
+    with writing(str(folder)):
+        make_corpus(folder, singers=singers, recordings=recordings, seconds=seconds, seed=seed, first=first)
     click.echo(f"wrote    {singers * recordings} recordings of {singers} singers to {folder}")
 
 

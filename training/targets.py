@@ -13,10 +13,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from singerembed.errors import UsageError
-from singerembed.storage import publishing
+from singerembed.storage import publishing, writing
 
 Floats = NDArray[np.float32]
 _SHRUNK = 0.1
+_NEAR_SECONDS = 5.0  # between a crop and a window that stands for it: some longer than windows are
 _COLUMNS = ("path", "centre", "embedding")
 
 
@@ -56,12 +57,15 @@ class Targets:
     def of_crop(self, path: str, start: float, seconds: float) -> Floats:
         """Return the target of a crop, [dim]: of the windows centred in it, or else of the nearest one.
 
-        Raises KeyError if there are no windows of `path`.
+        Raises KeyError if there are no windows of `path`, or none near the crop.
         """
         windows = self._windows[path]
         inside = (windows.centres >= start) & (windows.centres <= start + seconds)
         if not inside.any():
-            inside[np.abs(windows.centres - start - seconds / 2).argmin()] = True
+            distance = np.abs(windows.centres - start - seconds / 2)
+            if distance.min() > seconds / 2 + _NEAR_SECONDS:
+                raise KeyError(f"{path} has no window near {start:g} s")
+            inside[distance.argmin()] = True
         target = (windows.embeddings[inside].mean(axis=0) - self.mean) @ self.whitening
         return np.asarray(target / max(float(np.linalg.norm(target)), 1e-9), np.float32)
 
@@ -78,7 +82,7 @@ def write_targets(path: Path, windows: dict[str, Windows], teacher: str) -> None
     embeddings = np.concatenate([each.embeddings for each in windows.values()]).astype(np.float32)
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
     table = pa.table(dict(zip(_COLUMNS, (names, centres, column), strict=True)))
-    with publishing(str(path)) as temporary:
+    with writing(str(path)), publishing(str(path)) as temporary:
         pq.write_table(table.replace_schema_metadata({"teacher": teacher}), temporary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +27,7 @@ _LEVEL_DBFS = -30.0  # root mean square that the encoder expects
 _SILENT = 1e-4  # root mean square below which a window is left out
 _FRAMES_PER_SECOND = 100
 PEAK = 0.9  # of what CAM++ hears
-_LONGEST_SECONDS = 600.0  # of one recording
+_BLOCK_SECONDS = 600.0  # of a recording that is read at a time
 
 
 class Teacher(Protocol):
@@ -130,12 +131,19 @@ def main(data: str, targets: Path, name: str, hop: float, window: float, jobs: i
     teacher: Teacher = Ge2eTeacher(hop) if name == "ge2e" else CamPlusPlusTeacher(hop, window)
 
     def embed(recording: Recording) -> Windows | None:
-        samples = round(min(recording.seconds, _LONGEST_SECONDS) * teacher.sample_rate)
-        try:
-            found = teacher.windows(read_crop(recording.path, recording.start, samples, teacher.sample_rate))
-        except TrackError:
-            return None
-        return None if found is None else Windows(found.centres + recording.start, found.embeddings)
+        whole: Windows | None = None
+        for block in range(max(1, math.ceil(recording.seconds / _BLOCK_SECONDS))):
+            start = recording.start + block * _BLOCK_SECONDS
+            seconds = min(_BLOCK_SECONDS, recording.start + recording.seconds - start)
+            try:
+                pcm = read_crop(recording.path, start, round(seconds * teacher.sample_rate), teacher.sample_rate)
+            except TrackError:
+                return whole
+            found = teacher.windows(pcm)
+            if found is not None:
+                there = Windows(found.centres + start, found.embeddings)
+                whole = there if whole is None else _joined(whole, there)
+        return whole
 
     with ThreadPoolExecutor(jobs) as threads:
         made = list(tqdm(threads.map(embed, recordings), total=len(recordings), unit=" recordings", disable=None))

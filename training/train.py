@@ -85,7 +85,7 @@ def train(config: TrainConfig, out: Path) -> None:
     recordings = _recordings(config, out / INDEX, going_on=last.exists())
     try:
         trainer = build_trainer(config, out)
-    except (MisconfigurationException, ValueError) as exc:
+    except (MisconfigurationException, ValueError, TypeError) as exc:
         raise UsageError(f"the trainer section does not work on this machine: {exc}") from exc
     if devices not in {None, trainer.world_size}:
         raise UsageError(
@@ -145,7 +145,7 @@ def build_trainer(config: TrainConfig, out: Path) -> lightning.Trainer:
         accelerator=settings.accelerator,
         devices=settings.devices,
         num_nodes=settings.nodes,
-        precision=precision,  # type: ignore[arg-type]  # Lightning checks the name
+        precision=precision,
         sync_batchnorm=settings.sync_batchnorm,
         deterministic=settings.deterministic,
         check_val_every_n_epoch=settings.validate_every_epochs,

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from singerembed.cli.console import NumberRange, count_or_all, note, progress_bar, verbosity_options
+from singerembed.errors import UsageError
 
 
 @click.command()
@@ -65,7 +66,7 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
     DATA is a folder with a sub-folder for each singer, a catalogue with a singer column, or a Parquet file written by
     run, whose embeddings are then compared too. A MODEL is an engine file, a checkpoint, an official method, a folder
     or hub name of a transformers model (OWNER/NAME, OWNER/NAME@LAYER), or one of: shipped, untrained, mfcc, ge2e,
-    fast-resnet34, h-asp, wav2vec2-base, xlsr-53; the last four also as NAME=WEIGHTS. Needs the extra eval.
+    campplus, fast-resnet34, h-asp, wav2vec2-base, xlsr-53; the last four also as NAME=WEIGHTS. Needs the extra eval.
 
     \b
     singerembed evaluate singers/ --model byol.engine --model ge2e --model mfcc -o report/
@@ -79,6 +80,8 @@ def evaluate(data: str, models: tuple[str, ...], output: str | None, *, as_json:
     from singerembed.evaluation.table import as_text
     from singerembed.evaluation.write import check_folder, write_folder
 
+    if values["pairs"] and values["all_pairs"]:
+        raise UsageError("--pairs names the pairs, and --all-pairs takes all: give one of them")
     if output is not None:
         check_folder(output)
     options = EvaluationOptions(

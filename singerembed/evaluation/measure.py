@@ -29,6 +29,7 @@ from singerembed.evaluation.scoring import Moments, fit_scoring, needs_second_mo
 
 _NEAREST_QUERIES = 2000
 _INTERVAL_PAIRS = 200_000  # pairs drawn for the interval of the error rate over all pairs
+_INTERVAL_DRAWS = 20  # of so many, at most, where a condition leaves few of them
 _MIN_PAIRS_OF_VALUE = 20  # of each kind; values of a condition with fewer are not reported
 
 
@@ -92,9 +93,9 @@ def _equal_error(
             accept = None if condition is None else _block_filter(condition, rows)
             found = all_pairs(unit, crops.singer, accept)
             rate, threshold, curve = found.eer.rate, found.eer.threshold, found.curve
-            pairs = draw_pairs(crops.singer, _INTERVAL_PAIRS, options.seed, uniform=True)
-            if condition is not None:
-                pairs = pairs.select(condition(pairs.first, pairs.second))
+            pairs = _interval_pairs(crops.singer, options.seed, condition)
+            if min(pairs.labels.sum(), (~pairs.labels).sum()) < _MIN_PAIRS_OF_VALUE:
+                return Measure(rate), threshold, curve
             scores = pair_scores(unit, pairs)
         else:
             curve = error_curve(pairs.labels, scores)
@@ -103,6 +104,17 @@ def _equal_error(
         return Measure(missing=str(exc)), float("nan"), None
     singers = crops.singer[pairs.first], crops.singer[pairs.second]
     return Measure.of(rate, equal_error_interval(pairs.labels, scores, singers, seed=options.seed)), threshold, curve
+
+
+def _interval_pairs(singers: Ints, seed: int, condition: Callable[[Ints, Ints], Bools] | None) -> Pairs:
+    """Draw pairs for an interval of the error rate over all pairs; with a condition that few satisfy, more of them."""
+    drawn: list[Pairs] = []
+    for i in range(1 if condition is None else _INTERVAL_DRAWS):
+        pairs = draw_pairs(singers, _INTERVAL_PAIRS, seed + i, uniform=True)
+        drawn.append(pairs if condition is None else pairs.select(condition(pairs.first, pairs.second)))
+        if sum(map(len, drawn)) >= _INTERVAL_PAIRS // _INTERVAL_DRAWS:
+            break
+    return Pairs(*(np.concatenate([getattr(pairs, name) for pairs in drawn]) for name in ("first", "second", "labels")))
 
 
 def _block_filter(condition: Callable[[Ints, Ints], Bools], rows: Ints) -> Callable[[slice, slice], Bools]:

@@ -130,7 +130,8 @@ def effective_rank(embedding: Floats) -> float:
     rows = rows - rows.mean(axis=0)
     gram = rows.T @ rows if rows.shape[0] > rows.shape[1] else rows @ rows.T
     energy = np.clip(np.linalg.eigvalsh(gram), 0, None)
-    if energy.sum() <= 0:
+    # What is left of equal rows when their mean is subtracted is rounding.
+    if energy.sum() <= (np.finfo(np.float64).eps * np.abs(embedding).max(initial=0)) ** 2 * embedding.size:
         return float("nan")
     share = energy[energy > 0] / energy.sum()
     return float(np.exp(-(share * np.log(share)).sum()))
@@ -171,19 +172,22 @@ def equal_error_interval(
     """
     order = np.argsort(-np.asarray(scores), kind="stable")
     labels, scores = labels[order], scores[order]
-    first, second = singers[0][order], singers[1][order]
+    # Singers in no pair are not drawn: the interval must not depend on how singers are numbered.
+    present, numbers = np.unique(np.concatenate([singers[0][order], singers[1][order]]), return_inverse=True)
+    first, second = numbers[: len(order)], numbers[len(order) :]
 
     def rate(drawn: Ints) -> float:
         weights = drawn[first] * np.where(labels, 1, drawn[second])
         return equal_error_of(_curve_of_sorted(labels, scores, weights.astype(float))).rate
 
-    return bootstrap_over_singers(rate, int(max(first.max(), second.max())) + 1, replicates=replicates, seed=seed)
+    return bootstrap_over_singers(rate, len(present), replicates=replicates, seed=seed)
 
 
 def mean_interval(values: Floats, singers: Ints, *, replicates: int = REPLICATES, seed: int = 0) -> Interval:
     """Return the interval, over singers, of the mean of `values` [n]; `singers` [n] is the singer of each value."""
-    n_singers = int(singers.max()) + 1
-    sums, counts = np.bincount(singers, values, n_singers), np.bincount(singers, minlength=n_singers)
+    present, numbers = np.unique(singers, return_inverse=True)
+    n_singers = len(present)
+    sums, counts = np.bincount(numbers, values, n_singers), np.bincount(numbers, minlength=n_singers)
 
     def mean(drawn: Ints) -> float:
         if not drawn @ counts:

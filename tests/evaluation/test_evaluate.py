@@ -24,7 +24,7 @@ from tolerances import SAME_CROP_COSINE
 import singerembed
 from singerembed.cli.main import cli
 from singerembed.errors import InputError, UsageError
-from singerembed.evaluation import figures
+from singerembed.evaluation import figures, measure
 from singerembed.evaluation.baselines.base import ModelFacts
 from singerembed.evaluation.data import read_labelled
 from singerembed.evaluation.geometry import (
@@ -140,6 +140,21 @@ def test_all_pairs(corpus: Path) -> None:
     expected = equal_error_rate(singer[first] == singer[second], (found.unit @ found.unit.T)[first, second]).rate
     assert found.eer.value == pytest.approx(expected, abs=1e-9)
     assert found.eer.low <= found.eer.high
+
+
+def test_all_pairs_under_a_condition_that_few_satisfy(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interval is of pairs that satisfy it, drawn until there are enough, or there is none."""
+    monkeypatch.setattr(measure, "_INTERVAL_PAIRS", 40)
+    singers = np.repeat(np.arange(6), 5)
+
+    def rare(first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return (first < 8) & (second < 8)
+
+    pairs = measure._interval_pairs(singers, 0, rare)
+    assert len(pairs)
+    assert rare(pairs.first, pairs.second).all()
+    nothing = measure._interval_pairs(singers, 0, lambda first, _second: first < 0)
+    assert len(nothing) == 0
 
 
 def test_what_is_left_out_is_said(corpus: Path, tmp_path: Path) -> None:

@@ -151,6 +151,26 @@ def test_every_draw_has_as_many_singers_as_there_are(n_singers: int, seed: int) 
     assert interval.low == interval.high == n_singers
 
 
+def test_an_interval_does_not_depend_on_how_singers_are_numbered() -> None:
+    """Those in no pair are not drawn."""
+    rng = np.random.default_rng(0)
+    singers = np.repeat(np.arange(10), 6)
+    values = rng.uniform(size=60) + singers / 10
+    assert mean_interval(values, singers) == mean_interval(values, 90 + singers)
+    first, second = rng.integers(10, size=(2, 400))
+    labels, scores = first == second, rng.standard_normal(400) + (first == second)
+    assert equal_error_interval(labels, scores, (first, second)) == equal_error_interval(
+        labels, scores, (7 * first + 5, 7 * second + 5)
+    )
+
+
+def test_equal_rows_have_no_effective_rank() -> None:
+    """Whatever rounding leaves of them when their mean is subtracted."""
+    for value in (0.1, 1.0, 1e-12, 1e6 / 3):
+        assert np.isnan(effective_rank(np.full((3, 5), value, np.float32)))
+        assert np.isnan(effective_rank(np.full((7, 3), value)))
+
+
 def test_a_statistic_that_never_exists_has_no_interval() -> None:
     def never(_drawn: Any) -> float:
         raise ValueError

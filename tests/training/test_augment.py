@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from numpy.typing import NDArray
 from parselmouth.praat import call
 from training_audio import tone, write
 
-from singerembed.errors import UsageError
+from singerembed.errors import SingerEmbedError, UsageError
 from training import augment, pitch_worker
-from training.augment import Augmenter, PitchShifter, peak_normalised
+from training.augment import Augmenter, PitchShifter
 from training.config import AugmentConfig
+from training.reading import peak_normalised
 from training.synthetic import SAMPLE_RATE, draw_singer, sing
 
+ROOT = Path(__file__).parents[2]
 NONE = AugmentConfig(pitch_probability=0, noise_probability=0, gain_probability=0, mask_probability=0)
 
 
@@ -96,6 +99,30 @@ def test_a_worker_that_dies_leaves_the_crop(
 ) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
+
+
+def test_a_worker_that_never_works_ends_the_training(
+    voice: NDArray[np.float32], shifter: PitchShifter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go on without pitch shifts, and nobody would know."""
+    for _ in range(4):
+        with monkeypatch.context() as broken:
+            broken.setattr(sys, "executable", "/bin/false")
+            assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
+    assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is not voice  # counting begins anew
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    shifter.close()
+    for _ in range(4):
+        assert shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1) is voice
+    with pytest.raises(SingerEmbedError, match=r"could not be shifted 5 times in succession.*pitch_probability"):
+        shifter.shift(voice, SAMPLE_RATE, 1.2, 1.0, seed=1)
+
+
+def test_a_training_does_not_load_praat() -> None:
+    """Which is under the GPL, and runs in a process of its own."""
+    code = "import sys, training.train; print('parselmouth' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "False"
 
 
 def test_an_interrupt_is_not_the_workers(voice: NDArray[np.float32], shifter: PitchShifter) -> None:

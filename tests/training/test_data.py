@@ -19,9 +19,10 @@ from singerembed.errors import SingerEmbedError, UsageError
 from training import evaluate, pitch_variants
 from training.augment import PitchShifter, Samples
 from training.config import TrainConfig
-from training.data import CropDataset, PairData, PairDataset, PairKey, PairSampler, active_share, draw_crop
-from training.reading import read_crop
+from training.data import PairData, PairDataset, PairKey, PairSampler
+from training.reading import active_share, draw_crop, read_crop
 from training.recordings import TRAIN, VALIDATION, Recording, build_index
+from training.validation import CropDataset
 
 
 def pairs(config: TrainConfig, devices: int = 1) -> tuple[PairDataset, PairSampler]:
@@ -265,6 +266,43 @@ def test_validation_crops_are_the_encoders_length_and_always_the_same(corpus: Pa
     np.testing.assert_array_equal(clip, np.asarray(CropDataset(recordings, config)[4]["clips"]))
 
 
+def made_recordings(n_singers: int, of_each: int, seconds: float = 20.0) -> list[Recording]:
+    return [
+        Recording(f"{singer}/{i}.wav", str(singer), seconds, split=VALIDATION)
+        for singer in range(n_singers)
+        for i in range(of_each)
+    ]
+
+
+def test_validation_keeps_two_recordings_of_each_singer_it_draws(corpus: Path) -> None:
+    """Where there are more recordings than are compared; else the error rate would rest on a handful of pairs."""
+    config = small_config(corpus, data={"validation_crops": 4})
+    labels = CropDataset(made_recordings(5000, 4), config).labels
+    assert len(labels.singers) == 4096
+    per_singer = np.bincount(labels.singers)
+    assert (per_singer == 8).all()  # two recordings
+    assert len(per_singer) == 512
+    assert len(np.unique(labels.recordings)) == 1024
+
+
+def test_crops_of_one_recording_that_make_a_pair_do_not_overlap(corpus: Path, tmp_path: Path) -> None:
+    """Where no singer has two recordings, a pair is two crops of one; a recording too short for two has none."""
+    config = small_config(corpus, data={"validation_crops": 3})
+    recordings = []
+    for number, seconds in enumerate((3.5, 2.2, 1.9)):
+        counting = np.arange(round(seconds * RATE)) / (10 * RATE)
+        path = write(tmp_path / f"{number}.wav", np.maximum(counting, 1e-3) * tone(seconds))
+        recordings.append(Recording(path, str(number), seconds, split=VALIDATION))
+    crops = CropDataset(recordings, config, seconds=1.0)
+    assert crops.labels.singers.tolist() == [0, 0, 0, 1, 1]
+    for i in range(len(crops)):
+        stretch = crops._recordings[i]
+        assert stretch.seconds >= 1.0
+        if i and crops.labels.recordings[i] == crops.labels.recordings[i - 1]:
+            before = crops._recordings[i - 1]
+            assert stretch.start >= before.start + before.seconds - 1e-9
+
+
 def test_validation_crops_that_cannot_be_read_do_not_count(corpus: Path) -> None:
     config = small_config(corpus, data={"validation_crops": 2})
     data = PairData(build_index(config), config, devices=1)
@@ -283,14 +321,15 @@ def test_the_score_leaves_out_silent_recordings(tmp_path: Path) -> None:
     for name in ("a/0", "a/1", "b/0", "b/1"):
         write(tmp_path / f"{name}.wav", 0.1 * rng.standard_normal(RATE // 2))
     crops = evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25)
-    alone = evaluate.score(evaluate.mfcc_statistics, crops)
+    mfcc = evaluate.mfcc_statistics(crops.n_samples)
+    alone = evaluate.score(mfcc, crops)
     for name in ("c/0", "c/1"):
         write(tmp_path / f"{name}.wav", np.zeros(RATE // 2))
     assert len(beside := evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25)) == 12
-    assert evaluate.score(evaluate.mfcc_statistics, beside) == alone
+    assert evaluate.score(mfcc, beside) == alone
     shutil.rmtree(tmp_path / "b")
     with pytest.raises(UsageError, match="no two singers"):
-        evaluate.score(evaluate.mfcc_statistics, evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25))
+        evaluate.score(mfcc, evaluate.labelled_crops(str(tmp_path), 2, seconds=0.25))
 
 
 def test_both_crops_of_a_pair_are_played_at_one_speed(tmp_path: Path) -> None:

@@ -138,6 +138,15 @@ def test_refuses_a_single_row_and_unlike_shapes(name: str) -> None:
             LOSSES[name](z1, z2[:5])
 
 
+def test_uniformity_of_vectors_far_apart_is_finite() -> None:
+    z = (30 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    loss = losses.uniformity(z)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert z.grad is not None
+    assert torch.isfinite(z.grad).all()
+
+
 def test_uniformity_of_orthogonal_vectors() -> None:
     assert float(losses.uniformity(torch.eye(8))) == pytest.approx(-4.0)  # squared distance 2, t = 2
 

@@ -118,6 +118,7 @@ def test_gamma_is_what_unit_vectors_can_reach(corpus: Path) -> None:
         ("seed=4294967296", "seed"),
         ("optimiser.cosine_epochs=10", "optimiser.*warmup_epochs is to be less"),  # byol.yaml's own is 10
         ("data.crop_seconds=0.02", r"data\.crop_seconds.*0\.1"),
+        ("trainer.precision=16-true", r"trainer\.precision"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_in_a_line(override: str, message: str) -> None:
@@ -133,6 +134,14 @@ def test_a_setting_that_is_left_away_is_a_difference(corpus: Path) -> None:
     assert plain.differences(other) == ["loss.gather: None here, False there"]
     assert other.differences(plain) == ["loss.gather: False here, None there"]
     assert plain.differences(small_config(corpus, data={"workers": 3}, trainer={"max_epochs": 9})) == []
+    renamed = plain.model_copy(update={"name": "another"})  # the name of its folder, which may be moved
+    assert plain.differences(renamed) == []
+
+
+@pytest.mark.parametrize("name", ["byol", "unif-align"])
+def test_a_loss_of_unit_vectors_refuses_others(corpus: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"model\.l2_normalise: the loss of .* is one of unit vectors"):
+        build_method(small_config(corpus, name, model={"l2_normalise": False}), steps_per_epoch=1)
 
 
 def test_unknown_methods_and_options_are_refused(corpus: Path) -> None:
@@ -241,6 +250,17 @@ def test_a_low_rank_of_the_validations_embeddings_is_said_once() -> None:
             trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=7)
             callback.on_validation_end(trainer, module)
     assert ["use 3.3, fewer than 4" in str(each.message) for each in caught] == [True]
+
+
+def test_a_resumed_run_goes_on_counting_low_ranks() -> None:
+    before, after = CollapseWatch(), CollapseWatch()
+    module = cast(lightning.LightningModule, None)
+    metrics = {"validation/effective_rank": torch.tensor(3.0)}
+    trainer: Any = SimpleNamespace(callback_metrics=metrics, global_step=7)
+    before.on_validation_end(trainer, module)
+    after.load_state_dict(before.state_dict())
+    with pytest.warns(UserWarning, match="use 3.0, fewer than 4"):
+        after.on_validation_end(trainer, module)
 
 
 class _AlignmentOnly(Contrastive):

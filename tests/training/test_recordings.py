@@ -12,11 +12,12 @@ import pytest
 from training_audio import tone, write
 from training_config import small_config
 
-from singerembed.errors import CatalogError
+from singerembed.errors import CatalogError, UsageError
 from singerembed.output.schema import METADATA_KEY
 from training import train
-from training.data import CropDataset, PairDataset
+from training.data import PairDataset
 from training.recordings import TRAIN, VALIDATION, build_index, is_index_of, read_index, write_index
+from training.validation import CropDataset
 
 
 def test_a_folder_of_singers_is_split_by_singer(corpus: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_catalogue_with_a_singer_column(tmp_path: Path, suffix: str) -> None:
     catalogue.write_text("\n".join(rows[suffix]))
     columns = {"path_column": "file", "singer_column": "who", "validation_fraction": 0}
     recordings = build_index(small_config(catalogue, data=columns))
-    assert [each.singer for each in recordings] == ["Ann", "Ann", "c.wav"]
+    assert [each.singer for each in recordings] == ["Ann", "Ann", "(nobody named) c.wav"]
     assert (recordings[0].start, recordings[0].seconds) == (1.0, 2.5)
     assert recordings[1].seconds == pytest.approx(4.0)
 
@@ -101,6 +102,14 @@ def test_validation_may_be_other_data(corpus: Path, tmp_path: Path) -> None:
     assert len(recordings) == 13
 
 
+def test_validation_on_what_is_trained_on_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """Also by way of a link."""
+    (tmp_path / "link").symlink_to(corpus)
+    for validation in (corpus, tmp_path / "link"):
+        with pytest.raises(UsageError, match=rf"data.validation: 12 of its 12 recordings are in {corpus} too"):
+            build_index(small_config(corpus, data={"validation": str(validation)}))
+
+
 def test_the_index_is_read_back_as_it_was_written(corpus: Path, tmp_path: Path) -> None:
     recordings = build_index(small_config(corpus))
     path, config = tmp_path / "index.parquet", small_config(corpus)
@@ -140,7 +149,7 @@ def test_catalogue_rows_that_are_wrong_are_left_out_and_singers_may_be_numbers(
         pq.write_table(table, tmp_path / f"{name}.parquet")
         config = small_config(tmp_path / f"{name}.parquet", data={"validation_fraction": 0})
         first, second, last = (each.singer for each in build_index(config))
-        assert first == second != last == "d.wav"
+        assert first == second != last == "(nobody named) d.wav"
         assert "1 invalid rows" in (written := capsys.readouterr().out)
         assert "end 0.2 s is not after start 0.9 s" in written
 
@@ -184,7 +193,7 @@ def test_the_output_of_a_run_says_which_stretches_hold_a_voice(tmp_path: Path) -
     data = {"singer_column": "artist", "validation_fraction": 0}
     found = build_index(small_config(output_of_run(tmp_path, ROWS), data=data))
     assert [(each.singer, each.start, each.seconds, each.recording) for each in found] == [
-        ("Ann", 0.0, 8.0, "a"), ("Ann", 12.0, 4.0, "a"), ("b", 0.0, 4.0, "b"), ("Bob", 30.0, 4.0, "d"),
+        ("Ann", 0.0, 8.0, "a"), ("Ann", 12.0, 4.0, "a"), ("(nobody named) b", 0.0, 4.0, "b"), ("Bob", 30.0, 4.0, "d"),
     ]  # fmt: skip
     assert [each.path for each in found[1:]] == [
         str(tmp_path / "a.wav"), str(tmp_path / "sub" / "b.wav"), "/all/d.wav",
@@ -193,12 +202,36 @@ def test_the_output_of_a_run_says_which_stretches_hold_a_voice(tmp_path: Path) -
     assert elsewhere[0].path == "/music/a.wav"
 
 
+@pytest.mark.parametrize(
+    ("credits", "singers"),
+    [
+        ([0, 0, 7, None], ["0", "0", "7", "(nobody named) 7"]),
+        ([1.0, float("nan"), float("nan"), None], ["1.0", "(nobody named) b", "(nobody named) c", "(nobody named) 7"]),
+        (["", "Ann", "Ann", None], ["(nobody named) a", "Ann", "Ann", "(nobody named) 7"]),
+    ],
+)
+def test_tracks_without_a_credit_are_nobody_elses(tmp_path: Path, credits: list[Any], singers: list[str]) -> None:
+    """Singer 0 is one; NaN is none; a track called as an artist is not by that artist. In outputs and catalogues."""
+    names = ["a", "b", "c", "7"]
+    rows = [(name, f"{name}.wav", 0.0, 4.0, "ok", credit) for name, credit in zip(names, credits, strict=True)]
+    config = {"singer_column": "artist", "validation_fraction": 0}
+    found = build_index(small_config(output_of_run(tmp_path, rows), data=config))
+    assert [each.singer for each in found] == singers
+    for name in names:
+        write(tmp_path / f"{name}.wav", tone(4))
+    table = pa.table({"track_id": names, "path": [f"{name}.wav" for name in names], "artist": credits})
+    pq.write_table(table, tmp_path / "catalog.parquet")
+    found = build_index(small_config(tmp_path / "catalog.parquet", data=config))
+    assert [each.singer for each in found] == singers
+
+
 def test_without_credits_each_track_is_its_own_singer_and_its_stretches_are_one_group(tmp_path: Path) -> None:
     config = small_config(output_of_run(tmp_path, ROWS), data={"validation_fraction": 0})
     found = build_index(config)
     assert [each.singer for each in found] == ["a", "a", "b", "d"]
     assert PairDataset(found, config).groups == [[0, 1], [2], [3]]
-    assert CropDataset(found, config).labels.recordings[::4].tolist() == [0, 0, 1, 2]
+    # Two disjoint crops of the stretch of 8 s, one of the second stretch, and of the others there are no two.
+    assert CropDataset(found, config).labels.recordings.tolist() == [0, 0, 0]
 
 
 def test_an_output_of_nothing_but_errors_and_a_column_that_is_not_there_are_said(tmp_path: Path) -> None:

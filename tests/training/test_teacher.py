@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -60,6 +61,8 @@ def test_a_target_is_the_centred_mean_of_the_windows_in_the_crop_or_the_nearest_
         np.testing.assert_allclose(targets.of_crop("a", start, seconds), expected, rtol=1e-6)
     with pytest.raises(KeyError):
         targets.of_crop("c", 0.0, 1.0)
+    with pytest.raises(KeyError, match="a has no window near 20 s"):
+        targets.of_crop("a", 20.0, 1.0)
 
 
 def test_a_table_of_targets_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -184,6 +187,22 @@ def test_the_command_embeds_what_can_be_read_and_is_not_silent(tmp_path: Path, m
     with pytest.raises(KeyError):
         targets.of_crop("a/silent.wav", 0.0, 1.0)
     targets.of_crop("a/0.wav", 0.0, 1.0)
+
+
+def test_windows_reach_to_the_end_of_a_long_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read in blocks, each of which has windows of its own."""
+    monkeypatch.setattr(teacher, "Ge2eTeacher", _Levels)
+    monkeypatch.setattr(teacher, "_BLOCK_SECONDS", 2.0)
+    loudness = np.repeat([0.2, 0.4, 0.6], 2 * RATE)
+    write(tmp_path / "data" / "a" / "0.wav", loudness * tone(6))
+    done = CliRunner().invoke(
+        teacher.main, [str(tmp_path / "data"), str(tmp_path / "t.parquet"), "--jobs", "1", "--teacher", "ge2e"]
+    )
+    assert "12 windows of 1 of 1 files" in done.output
+    table = pq.read_table(tmp_path / "t.parquet")
+    np.testing.assert_allclose(table["centre"].to_numpy(), 0.25 + 0.5 * np.arange(12))
+    levels = np.array([row[0] for row in table["embedding"].to_pylist()])
+    assert levels[0] < 0.6 * levels[5] < 0.6 * levels[11]
 
 
 def test_ge2e_embeds_overlapping_windows_on_the_unit_sphere() -> None:

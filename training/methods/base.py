@@ -39,12 +39,15 @@ class Method(lightning.LightningModule):
     """
 
     options_type: ClassVar[type[Options]] = Options
+    on_sphere: ClassVar[bool] = False  # its loss is one of unit vectors
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__()
         self.config = config
         self.steps_per_epoch = steps_per_epoch
         self.options = self._parse_options(config.loss)
+        if self.on_sphere and not config.model.l2_normalise:
+            raise UsageError(f"model.l2_normalise: the loss of {config.method} is one of unit vectors; leave it true")
         spec = config.front_end()
         self.save_hyperparameters({"config": config.model_dump(mode="json"), "spec": spec.to_dict()}, logger=False)
         self.feature_extractor = MelSpectrogram(spec)

@@ -32,6 +32,7 @@ class Byol(Method):
     """Predicts the projection of one view by a moving average of the encoder (the teacher) from the other view."""
 
     options_type: ClassVar[type[Options]] = ByolOptions
+    on_sphere: ClassVar[bool] = True
 
     def __init__(self, config: TrainConfig, steps_per_epoch: int) -> None:
         super().__init__(config, steps_per_epoch)

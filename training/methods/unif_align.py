@@ -25,6 +25,7 @@ class UniformityAlignment(Method):
     """Minimises the distance within pairs, and spreads each view uniformly over the sphere."""
 
     options_type: ClassVar[type[Options]] = UniformityAlignmentOptions
+    on_sphere: ClassVar[bool] = True
 
     def terms(self, z1: Tensor, z2: Tensor, groups: Tensor) -> dict[str, Tensor]:
         """Return both terms; uniformity is the mean over the views."""

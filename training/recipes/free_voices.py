@@ -3,7 +3,7 @@
     apt install $(python -m training.recipes.free_voices --packages)
     python -m training.recipes.free_voices corpus --jobs 2
 
-writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and for other speakers `corpus/validation/` (for early stopping),
+writes `corpus/train/SPEAKER-TRACT/CLIP.flac`, and for other speakers `corpus/validation/` (nothing here reads it),
 `corpus/test/spoken/` and `corpus/test/sung/` (to report), all of them folders that `training.train` and
 `singerembed evaluate` read. Everything is a function of the seed.
 """

@@ -1,7 +1,7 @@
 """Trains the bundled checkpoint, `free-voices`, on the corpus of free_voices, on one GPU or on a CPU.
 
     python -m training.recipes.free_voices corpus --jobs 2
-    python -m training.teacher corpus/train targets.parquet --teacher campplus
+    python -m training.teacher corpus/train targets.parquet --teacher campplus --window 4.5
     python -m training.recipes.bands bands
     python -m training.recipes.separated corpus/train bands spleeter.engine corpus/separated
     python -m training.recipes.free_voices_training corpus/train targets.parquet new.pt --backing bands \
@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from singerembed.errors import SingerEmbedError, UsageError
 from singerembed.model.checkpoint import Checkpoint, load_checkpoint
 from singerembed.model.spec import ModelSpec
 from training import files, losses
@@ -54,7 +55,12 @@ LOG_EVERY_STEPS = 100
 @click.argument("corpus", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.argument("targets", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--minutes", default=6.0, help="Of training; the rate falls to 0 at their end.")
+@click.option(
+    "--minutes",
+    default=6.0,
+    type=click.FloatRange(0, min_open=True),
+    help="Of training; the rate falls to 0 at their end.",
+)
 @click.option("--batch-seconds", default=80.0, help="Of audio in a batch; steps count for more than their size.")
 @click.option("--rate", default=1e-3, help="Highest learning rate.")
 @click.option("--backing", type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of bands.")
@@ -88,7 +94,7 @@ def main(
     """Train on the folder CORPUS towards the table TARGETS and write a checkpoint with halved weights to TARGET."""
     torch.manual_seed(seed)
     keep_freed_memory()
-    where = torch.device(device)
+    where = _usable(device)
     folders = [corpus, separated] if separated else [corpus]
     table = read_targets(str(targets))
     voices = Corpus(folders, table, backing, where, CropTeacher(table, where) if ask_teacher else None)
@@ -107,14 +113,30 @@ def main(
         pcm, targets_of_crops = voices.draw(round(batch_seconds / seconds), round(seconds * run.spec.sample_rate))
         terms = run.step(pcm, targets_of_crops, done)
         if run.steps % LOG_EVERY_STEPS == 0:
+            if not all(math.isfinite(float(value)) for value in terms.values()):
+                raise SingerEmbedError(f"the training has diverged after {run.steps} steps: give a lower --rate")
             words = ", ".join(f"{name} {float(value):.3f}" for name, value in terms.items())
             click.echo(f"step     {run.steps} at {done:.0%}, crops of {seconds} s, {run.crops} crops: {words}")
         if snapshot <= snapshots and done > snapshot / (snapshots + 1):
             write(run.averaged(), target.with_stem(f"{target.stem}_{snapshot}"))
             snapshot += 1
+    write(run.averaged(), target.with_stem(f"{target.stem}_raw"))
     embeddings = run.embed(voices, WHITENED_ON, batch_seconds)
+    if not np.isfinite(embeddings).all():
+        raise SingerEmbedError("the training has diverged: give a lower --rate. Nothing was whitened")
     write(whitened(run.averaged(), embeddings, rank=voices.targets.shape[1]), target)
     click.echo(f"wrote    {target} after {run.steps} steps, {run.crops} crops")
+
+
+def _usable(device: str) -> torch.device:
+    """Return torch's device of that name. Raises UsageError if it cannot be used here."""
+    try:
+        where = torch.device(device)
+        torch.zeros(1, device=where)
+    except (RuntimeError, AssertionError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used here ({reason}); --device cpu can") from exc
+    return where
 
 
 class _Run:
@@ -131,7 +153,7 @@ class _Run:
         self._encoder = Encoder(self.spec, normalise=NORMALISE, dropout=0.0, stochastic_depth_prob=0.0)
         if initial:
             self._encoder.backbone.load_state_dict(load_checkpoint(str(initial)).state_dict)
-            for stage in range(FROZEN if device.type == "cpu" else 0):
+            for stage in range(FROZEN if device.type == "cpu" else 0):  # their batch norms go on taking statistics
                 self._encoder.backbone.get_submodule(f"features.{stage}").requires_grad_(False)
         self._encoder.to(device)
         self._optimiser = torch.optim.AdamW(self._encoder.parameters(), lr=rate, weight_decay=1e-2, fused=True)

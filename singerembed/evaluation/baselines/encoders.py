@@ -55,16 +55,26 @@ def checkpoint_model(source: str, name: str) -> EngineModel:
 
 
 def untrained_model(name: str) -> EngineModel:
-    """Return the encoder with random weights of a fixed seed, to show what the architecture alone achieves.
+    """Return the encoder with random weights, to show what the architecture alone achieves."""
+    _require_torch("the untrained encoder")
+    import torch
+
+    from singerembed.engine.torch import TorchEngine
+
+    with torch.random.fork_rng(devices=[]):  # torch's encoder is made with weights that are drawn
+        return EngineModel(TorchEngine(untrained_checkpoint(), silence_dbfs=-np.inf), name)
+
+
+def untrained_checkpoint() -> Checkpoint:
+    """Return random weights of a fixed seed. Needs torch.
 
     The statistics of its batch norms are computed on synthetic tones. With the initial ones (mean 0, variance 1) the
     signal vanishes from layer to layer, until all embeddings are equal up to rounding.
     """
-    _require_torch("the untrained encoder")
     import torch
     from torchvision.models import efficientnet_b0
 
-    from singerembed.engine.torch import TorchEngine, load_encoder
+    from singerembed.engine.torch import load_encoder
 
     spec = ModelSpec(name=f"random weights, seed {UNTRAINED_SEED}", method="untrained")
     with torch.random.fork_rng(devices=[]):
@@ -76,8 +86,7 @@ def untrained_model(name: str) -> EngineModel:
                 module.momentum = 1.0
         with torch.inference_mode():
             encoder(torch.from_numpy(MelExtractor(spec, -np.inf).log_mel(_tones(spec)).mel))
-        checkpoint = Checkpoint(spec, encoder.net.state_dict(), "untrained", {})
-        return EngineModel(TorchEngine(checkpoint, silence_dbfs=-np.inf), name)
+        return Checkpoint(spec, encoder.net.state_dict(), "untrained", {})
 
 
 def _tones(spec: ModelSpec) -> NDArray[np.float32]:

@@ -24,8 +24,10 @@ class MfccModel:
     batch = 16
     workers = 1
 
-    def __init__(self, name: str) -> None:
-        spec = ModelSpec(name="mfcc", method="mfcc", mel_sample_rate=44_100, mel_fmax=16_000.0)
+    def __init__(self, name: str, crop_samples: int = ModelSpec.crop_samples) -> None:
+        spec = ModelSpec(
+            name="mfcc", method="mfcc", crop_samples=crop_samples, mel_sample_rate=44_100, mel_fmax=16_000.0
+        )
         self._mel = MelExtractor(spec, -np.inf)
         k, n = np.arange(1, N_COEFFICIENTS + 1)[:, np.newaxis], np.arange(spec.n_mels)[np.newaxis]
         self._dct = np.sqrt(2 / spec.n_mels) * np.cos(np.pi * k * (2 * n + 1) / (2 * spec.n_mels))
