@@ -15,7 +15,8 @@ from training.recordings import Recording
 def recording_numbers(recordings: Sequence[Recording]) -> NDArray[np.int64]:
     """Return the number of the recording that each is a stretch of, int64 [n]."""
     numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(each.recording or f"\0{i}", len(numbers)) for i, each in enumerate(recordings)])
+    names = (each.recording or f"\0{i}" for i, each in enumerate(recordings))
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
 
 
 def groups(recordings: Sequence[Recording], *, by_singer: bool) -> list[list[int]]:
