@@ -20,7 +20,8 @@ class Rate:
     high: float
 
     def text(self, unit: str = "") -> str:
-        return f"{self.median:,.0f} ({self.low:,.0f} to {self.high:,.0f}){unit}"
+        spread = "" if self.low == self.high else f" ({self.low:,.0f} to {self.high:,.0f})"  # none of one round
+        return f"{self.median:,.0f}{spread}{unit}"
 
 
 def rate_of(work: Work, seconds: float, threads: int = 1) -> float:

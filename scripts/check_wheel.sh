@@ -6,9 +6,11 @@
 #
 # The wheel's platform tag follows the C library of this machine; .github/workflows/wheels.yml builds in manylinux images.
 set -euo pipefail
+[ $# -le 1 ] && [[ ${1:-dist} != -* ]] || { echo "usage: scripts/check_wheel.sh [FOLDER]" >&2; exit 2; }
+[ $# = 0 ] || wheels=$(realpath -m "$1")
 cd "$(dirname "$0")/.."
 root=$PWD
-wheels=${1:-dist}
+wheels=${wheels:-$root/dist}
 python=${PYTHON:-python3}
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 

@@ -8,6 +8,7 @@ without a GPU it exits with an error. torch and torchaudio are measured if they 
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from numpy.typing import NDArray
+from gpu_kernels import MEL_VALUES, SPEC, NoiseBatch
 
 import singerembed
 from singerembed.engine.base import Engine
@@ -38,18 +39,20 @@ from singerembed.engine.load import load_engine
 from singerembed.errors import SingerEmbedError
 from singerembed.jobs import units
 from singerembed.jobs.options import RunOptions
-from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, cuda_mel
-from singerembed.model.spec import ModelSpec
+from singerembed.storage import publishing
 
-SPEC = ModelSpec(name="timing", method="untrained")
+sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
+from benchmarks.measure import Rate
+
 BATCH = 256  # crops; more bytes than a cache of the second level holds
 REPEATS = 20
 LAUNCHES = 20
-# Instructions of one lane per frame of the mel kernel of the first measurement, so that shares of the limit stay
-# comparable; docs/gpu.md has the derivation, and the count of today.
+# Instructions per frame, summed over all 32 lanes, of the mel kernel of the first measurement, so that shares of the
+# limit stay comparable; docs/gpu.md has the derivation, and the count of today.
 INSTRUCTIONS_A_FRAME = 47_400
 LANES_OF_A_MULTIPROCESSOR = 128  # FP32, compute capability 8.6 and later; 8.0 has 64
 TRACKS, CROPS_A_TRACK = {"wav": 1024, "mp3": 128}, 45  # of the whole job: 51 and 6 hours
+_WHOLE_JOBS = 3  # of each kind
 _WORKER, _INSTANT = "--whole-job", "instant"
 
 
@@ -58,19 +61,25 @@ class Row:
     """A line of the table."""
 
     what: str
-    crops_per_second: float
-    spread: float  # (longest - shortest) / median of the repeats
+    crops_per_second: Rate
     note: str = ""
 
 
 def main() -> int:
     """Run all measurements; print each row as it comes, and write the table after each."""
-    if sys.argv[1] == _WORKER:
-        print(whole_job_seconds(*sys.argv[2:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument(_WORKER, nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.whole_job:
+        print(whole_job_seconds(*arguments.whole_job))
         return 0
+    if not arguments.folder:
+        parser.error("give the folder to write to")
     try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
         with opened() as device:
-            table = Table(device, Path(sys.argv[1]))
+            table = Table(device, arguments.folder)
             for one in kernel_rows(device):
                 table.add(one)
     except SingerEmbedError as exc:
@@ -86,17 +95,19 @@ class Table:
     """The rows so far, on stdout and in a file named after the GPU."""
 
     def __init__(self, device: CudaDevice, folder: Path) -> None:
-        slug = re.sub(r"[^a-z0-9]+", "-", device.name.lower()).strip("-")
+        name = re.sub(r" \(\d+\)$", "", device.name)  # the device's number says nothing about the times
+        slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         self._path = folder / f"gpu-{slug}.json"
         self._content = {"command": "scripts/gpu_check.sh", "gpu": device.name, **device_facts(device)}
         self._rows: list[Row] = []
 
     def add(self, one: Row) -> None:
         """Print and write one more row."""
-        print(f"{one.what:<52} {one.crops_per_second:>12,.0f} crops/s  ±{one.spread:4.0%}  {one.note}", flush=True)
+        print(f"{one.what:<52} {one.crops_per_second.text():>32} crops/s  {one.note}", flush=True)
         self._rows.append(one)
         content = {**self._content, "rows": [vars(row) for row in self._rows]}
-        self._path.write_text(json.dumps(content, indent=1) + "\n")
+        with publishing(str(self._path)) as temporary:
+            Path(temporary).write_text(json.dumps(content, indent=1, default=vars) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -111,8 +122,8 @@ def opened() -> Iterator[CudaDevice]:
 
 def row(what: str, seconds: Sequence[float], crops: int, note: str = "") -> Row:
     """Return the table's line for repeats that took `seconds` each for `crops` crops."""
-    median = statistics.median(seconds)
-    return Row(what, crops / median, (max(seconds) - min(seconds)) / median, note)
+    rate = Rate(crops / statistics.median(seconds), crops / max(seconds), crops / min(seconds))
+    return Row(what, rate, note)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -162,49 +173,26 @@ def timed(device: CudaDevice, stream: int, work: Callable[[], None]) -> list[flo
 
 def kernel_rows(device: CudaDevice) -> Iterator[Row]:
     """Measure copy, level and mel of a batch, for both types of samples."""
-    stream = device.stream()
     for sample_type in (np.float32, np.int16):
-        yield from kernel_rows_of(device, stream, sample_type)
+        yield from kernel_rows_of(device, sample_type)
 
 
-def kernel_rows_of(device: CudaDevice, stream: int, sample_type: Any) -> Iterator[Row]:
+def kernel_rows_of(device: CudaDevice, sample_type: type[np.float32 | np.int16]) -> Iterator[Row]:
     """Measure copy, level and mel of a batch of samples of one type."""
-    kernels, name, is_int16 = cuda_mel(SPEC), np.dtype(sample_type).name, sample_type is np.int16
-    size = SPEC.crop_samples * np.dtype(sample_type).itemsize
-    pinned = device.pinned(BATCH * size)
-    pcm: NDArray[Any] = pinned.array.view(sample_type).reshape(BATCH, SPEC.crop_samples)
-    noise = np.random.default_rng(0).uniform(-0.9, 0.9, SPEC.crop_samples)
-    pcm[:] = noise * (32767 if is_int16 else 1)
-    levels, crops = np.zeros(BATCH, DEVICE_LEVEL), np.zeros(BATCH, DEVICE_CROP)
-    values = SPEC.n_mels * SPEC.n_frames
-    sizes = pcm.nbytes, levels.nbytes, crops.nbytes, kernels.scratch_bytes(BATCH), BATCH * values * 2
-    buffers = [device.allocate(n) for n in sizes]
-    pcm_at, levels_at, crops_at, scratch_at, mel_at = (buffer.address for buffer in buffers)
-
-    def level() -> None:
-        kernels.level(pcm_at, is_int16=is_int16, crops=BATCH, levels=levels_at, stream=stream)
-
-    def mel() -> None:
-        kernels.mel(crops_at, crops=BATCH, scratch=scratch_at, out=mel_at, stream=stream, half=True)
-
-    copied = timed(device, stream, lambda: device.upload(pcm_at, pcm, stream))
-    speed = BATCH * size / statistics.median(copied)
+    batch, name, sample_bytes = NoiseBatch(device, BATCH, sample_type), sample_type.__name__, sample_type().itemsize
+    copied = timed(device, batch.stream, batch.upload)
+    speed = BATCH * SPEC.crop_samples * sample_bytes / statistics.median(copied)
     yield row(f"copy to the device, {name}", copied, BATCH, f"{speed / 1e9:.1f} GB/s")
-    leveled = timed(device, stream, level)
-    share = BATCH / statistics.median(leveled) / memory_limit(device, size // SPEC.crop_samples, 0)
+    leveled = timed(device, batch.stream, batch.level)
+    share = BATCH / statistics.median(leveled) / memory_limit(device, sample_bytes, 0)
     yield row(f"level kernel, {name}", leveled, BATCH, f"{share:.0%} of the memory's bandwidth")
-    device.download(levels, levels_at, stream)
-    device.synchronize()
-    crops["pcm"], crops["scale"], crops["is_int16"] = pcm_at + np.arange(BATCH) * size, levels["scale"], is_int16
-    device.upload(crops_at, crops, stream)
-    seconds = timed(device, stream, mel)
-    limits = {"arithmetic": arithmetic_limit(device), "memory": memory_limit(device, size // SPEC.crop_samples, values)}
+    batch.list_crops()
+    seconds = timed(device, batch.stream, batch.mel)
+    limits = {"arithmetic": arithmetic_limit(device), "memory": memory_limit(device, sample_bytes, MEL_VALUES)}
     which = min(limits, key=lambda limit: limits[limit])
     share = BATCH / statistics.median(seconds) / limits[which]
     yield row(f"mel kernels, {name} to FP16", seconds, BATCH, f"{share:.0%} of the limit by {which}")
-    for buffer in buffers:
-        buffer.free()
-    pinned.free()
+    batch.free()
 
 
 def torch_mel_rows() -> Iterator[Row]:
@@ -215,7 +203,6 @@ def torch_mel_rows() -> Iterator[Row]:
 
     if not torch.cuda.is_available():
         return
-    sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
     from training.model import MelSpectrogram
 
     pcm = torch.rand(BATCH, SPEC.crop_samples, device="cuda") - 0.5
@@ -358,21 +345,29 @@ def whole_jobs(catalogs: dict[str, Path], what: str, engine: str) -> Iterator[Ro
         for i, half in enumerate(halves):
             half.write_text("\n".join([lines[0], *lines[1 + i :: 2]]) + "\n")
         for parts in ([catalog], halves):
-            command = [sys.executable, __file__, _WORKER, engine]
-            running = [subprocess.Popen([*command, str(part)], stdout=subprocess.PIPE, text=True) for part in parts]
-            outputs = [process.communicate()[0] for process in running]
-            if any(process.returncode for process in running):
+            try:
+                seconds = [seconds_at_once(engine, parts) for _ in range(_WHOLE_JOBS)]
+            except subprocess.CalledProcessError:
                 print(f"whole job, {what}, {suffix}: failed", flush=True)
                 return
-            seconds = max(float(output.splitlines()[-1]) for output in outputs)
             cores = f"{os.cpu_count()} cores, {len(parts)} process{'es' * (len(parts) - 1)}"
             crops = TRACKS[suffix] * CROPS_A_TRACK
-            yield row(f"whole job, {suffix}, {what}", [seconds], crops, f"{cores}; start not counted")
+            yield row(f"whole job, {suffix}, {what}", seconds, crops, f"{cores}; start not counted")
+
+
+def seconds_at_once(engine: str, catalogs: list[Path]) -> float:
+    """Return the seconds of the longest of runs that start together in processes of their own, one a catalogue."""
+    commands = [[sys.executable, __file__, _WORKER, engine, str(catalog)] for catalog in catalogs]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    outputs = [process.communicate()[0] for process in running]
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, process.args)
+    return max(float(output.splitlines()[-1]) for output in outputs)
 
 
 def whole_job_seconds(engine: str, catalog: str) -> float:
     """Return the seconds of `singerembed run` after the engine was opened; a folder is a release for torch."""
-    sys.path.append(str(Path(__file__).parents[1]))  # behind the installed package
     from benchmarks.fakes import InstantEngine
 
     opened_at = [0.0]

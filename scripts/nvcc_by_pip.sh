@@ -3,6 +3,7 @@
 #
 #   CUDACXX=$(scripts/nvcc_by_pip.sh FOLDER) python -m pip wheel .
 set -euo pipefail
+[ $# = 1 ] && [[ $1 != -* ]] || { echo "usage: scripts/nvcc_by_pip.sh FOLDER" >&2; exit 2; }
 folder=$1 version=13.0
 python3 -m pip install --quiet --disable-pip-version-check --upgrade --target "$folder" \
     "nvidia-cuda-nvcc==$version.*" "nvidia-cuda-crt==$version.*" "nvidia-nvvm==$version.*" \
