@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 import soundfile
 from numpy.typing import NDArray
 
+from benchmarks.command import errors_on_one_line
+from benchmarks.voices import RATE, Voice, read_voices
 from singerembed.evaluation.scoring import Moments, fit_scoring
 from singerembed.jobs.run import run
 from singerembed.search.copies import LEVEL_DB, MIN_CROPS, NEAR_COPY
@@ -59,27 +61,25 @@ def mastered(samples: Floats, rate: int) -> Floats:
 
 def write_copies(catalog: str, folder: Path) -> str:
     """Write joined recordings, their copies, and a catalogue of both; return its path."""
-    recordings = dict[str, list[Path]]()
-    with Path(catalog).open(encoding="utf-8", newline="") as source:
-        for row in csv.DictReader(source):
-            recordings.setdefault(row["singer"], []).append(Path(catalog).parent / row["path"])
+    recordings = dict[str, list[Voice]]()
+    for recording in read_voices(catalog):
+        recordings.setdefault(recording.singer, []).append(recording)
     path = folder / "copies.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["track_id", "path", "kind"])
-        for singer, paths in recordings.items():
-            parts, rates = zip(*(soundfile.read(each) for each in paths), strict=True)
-            samples, rate = np.concatenate(parts), rates[0]
-            original = folder / f"{singer}.flac"
-            soundfile.write(original, samples, rate)
-            soundfile.write(folder / f"{singer}.master.flac", mastered(samples, rate), rate)
-            vorbis = folder / f"{singer}.vorbis.ogg"
-            with soundfile.SoundFile(vorbis, "w", rate, 1, format="OGG", subtype="VORBIS") as ogg:
+        for number, (singer, voices) in enumerate(recordings.items()):
+            samples = np.concatenate([voice.samples() for voice in voices])
+            original, master = folder / f"{number}.flac", folder / f"{number}.master.flac"
+            soundfile.write(original, samples, RATE)
+            soundfile.write(master, mastered(samples, RATE), RATE)
+            vorbis = folder / f"{number}.vorbis.ogg"
+            with soundfile.SoundFile(vorbis, "w", RATE, 1, format="OGG", subtype="VORBIS") as ogg:
                 for first in range(0, len(samples), 8192):  # all at once overflows libsndfile's stack
                     ogg.write(samples[first : first + 8192])
-            kinds = [("original", original), ("vorbis", vorbis), ("mastered anew", folder / f"{singer}.master.flac")]
+            kinds = [("original", original), ("vorbis", vorbis), ("mastered anew", master)]
             for codec, kbit, container in FORMATS:
-                target = folder / f"{singer}.{codec}.{kbit}.{container}"
+                target = folder / f"{number}.{codec}.{kbit}.{container}"
                 encode(str(original), target, codec, kbit, container)
                 kinds.append((f"{codec} {kbit}", target))
             writer.writerows([singer, target.name, kind] for kind, target in kinds)
@@ -161,6 +161,7 @@ def report_others(output: str) -> None:
             print(f"    {int((cosine >= NEAR_COPY).sum()):,} are near by cosine; {counts}", flush=True)
 
 
+@errors_on_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("catalog")

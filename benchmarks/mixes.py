@@ -1,6 +1,6 @@
 """What a band costs, and what separation gives back: equal error rates on made mixes, and where nobody sings.
 
-python -m benchmarks.mixes CATALOG SEPARATOR [--engine FILE] [--song-column song] [--folder DIR]
+python -m benchmarks.mixes CATALOG SEPARATOR [--engine FILE] [--song-column song] [--font FILE.sf2] [--folder DIR]
 
 CATALOG is a CSV of isolated voices with the columns path and singer. Each recording is mixed with a band of its own
 (bands.py) at +6, 0 and -6 dB; pairs of crops of one song are left out. Results of `--folder` are kept and used again.
@@ -10,42 +10,37 @@ from __future__ import annotations
 
 import argparse
 import csv
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from benchmarks.command import errors_on_one_line
+from benchmarks.voices import RATE, Voice, digest, make_once, read_voices
 from singerembed.evaluation.metrics import equal_error_rate
 from singerembed.jobs.options import DEFAULT_MIN_VOCALS_DB, RunOptions
 from singerembed.jobs.run import run
-from training.recipes.bands import RATE, band, mixed
+from training.recipes import bands
 
 LEVELS = {"clean": None, "+6 dB": 6.0, "0 dB": 0.0, "-6 dB": -6.0}
 EVERY_CROP_DB = -199.0
-_LABELS = ("singer", "song")
+FIRST_SEED = 0
 
 
-def read_catalog(path: str, song_column: str) -> list[tuple[str, str, str]]:
-    with Path(path).open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [(str(Path(path).parent / row["path"]), row["singer"], row.get(song_column) or row["path"]) for row in rows]
-
-
-def make(recordings: list[tuple[str, str, str]], folder: Path) -> None:
+def make(recordings: list[Voice], folder: Path) -> None:
     """Write the mixes, the voices and the bands alone, and a catalogue of each."""
     names = {name: folder / name.replace(" ", "") for name in [*LEVELS, "band alone"]}
     for path in names.values():
-        path.mkdir(parents=True, exist_ok=True)
-    for i, (source, _, _) in enumerate(recordings):
-        pcm, rate = soundfile.read(source, dtype="float32", always_2d=True)
-        voice = soxr.resample(pcm.mean(axis=1), rate, RATE)
-        accompaniment = band(len(voice) / RATE, seed=i)
+        path.mkdir(parents=True)
+    for i, recording in enumerate(recordings):
+        voice = recording.samples()
+        accompaniment = bands.band(len(voice) / RATE, seed=FIRST_SEED + i)
         for name, level in LEVELS.items():
-            mix = voice if level is None else mixed(voice, accompaniment, level)
+            mix = voice if level is None else bands.mixed(voice, accompaniment, level)
             soundfile.write(names[name] / f"{i:04d}.flac", mix, RATE)
         alone = 0.9 * accompaniment / np.abs(accompaniment).max()
         soundfile.write(names["band alone"] / f"{i:04d}.flac", alone, RATE)
@@ -53,7 +48,7 @@ def make(recordings: list[tuple[str, str, str]], folder: Path) -> None:
         with (path / "catalog.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "singer", "song"])
-            writer.writerows([f"{i:04d}.flac", *facts] for i, (_, *facts) in enumerate(recordings))
+            writer.writerows([f"{i:04d}.flac", each.singer, each.song] for i, each in enumerate(recordings))
 
 
 def embed(folder: Path, engine: str | None, separator: str | None) -> dict[str, Any]:
@@ -87,17 +82,21 @@ def error_rate(rows: dict[str, Any], wanted: set[tuple[object, object]], limit: 
     return 100 * rate, len(kept)
 
 
+@errors_on_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("catalog")
     parser.add_argument("separator")
     parser.add_argument("--engine")
     parser.add_argument("--song-column", default="song")
+    parser.add_argument("--font", default=bands.SOUND_FONT)
     parser.add_argument("--folder", default="mixes", type=Path)
     arguments = parser.parse_args()
-    recordings = read_catalog(arguments.catalog, arguments.song_column)
-    if not (arguments.folder / "bandalone" / "catalog.csv").exists():
-        make(recordings, arguments.folder)
+    bands.SOUND_FONT = arguments.font
+    recordings = read_voices(arguments.catalog, arguments.song_column)
+    made_of = {"catalog": digest(arguments.catalog), "font": arguments.font, "first_seed": FIRST_SEED}
+    made_of["song_column"] = arguments.song_column
+    make_once(arguments.folder, made_of, partial(make, recordings))
 
     ratios: dict[str, NDArray[np.float64]] = {}
     wanted: set[tuple[object, object]] = set()

@@ -10,19 +10,20 @@ rival is the same run with a detector that takes every crop for sung, so that cr
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pyarrow.parquet as pq
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from benchmarks.command import errors_on_one_line
 from benchmarks.measure import processor_seconds
+from benchmarks.voices import digest, make_once, read_voices
 from singerembed.engine.file import read_separator_file
 from singerembed.engine.separator import Separator
 from singerembed.jobs.options import RunOptions
@@ -46,17 +47,14 @@ _CALLS = 9
 def voices_of(catalog: str) -> list[NDArray[np.float32]]:
     """The recordings of each singer, one after another, mono at 44.1 kHz, repeated to 96 s."""
     found: dict[str, list[NDArray[np.float32]]] = {}
-    with Path(catalog).open(encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            pcm, rate = soundfile.read(Path(catalog).parent / row["path"], dtype="float32", always_2d=True)
-            found.setdefault(row["singer"], []).append(soxr.resample(pcm.mean(axis=1), rate, bands.RATE))
+    for recording in read_voices(catalog):
+        found.setdefault(recording.singer, []).append(recording.samples())
     seconds = sum(length for length, _ in SECTIONS)
     return [np.resize(np.concatenate(found[singer]), seconds * bands.RATE) for singer in sorted(found)]
 
 
 def make(voices: list[NDArray[np.float32]], case: str, folder: Path) -> None:
     """Write the tracks of `case` and a catalogue of them to `folder`."""
-    folder.mkdir(parents=True)
     is_sung = np.concatenate([np.full(length * bands.RATE, sung) for length, sung in SECTIONS])
     for i, whole in enumerate(voices):
         voice = whole if case.startswith("all sung") else np.zeros_like(whole)
@@ -78,6 +76,7 @@ def separations(folder: Path, options: RunOptions, name: str) -> tuple[int, int,
     return len(status) - status.count("silent"), status.count("ok"), seconds
 
 
+@errors_on_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("catalog")
@@ -89,6 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     bands.SOUND_FONT = arguments.font
     voices = voices_of(arguments.catalog)
+    made_of = {"catalog": digest(arguments.catalog), "font": arguments.font, "first_seed": FIRST_SEED}
     options = RunOptions(crops=arguments.crops, separate=arguments.separator, restart=True)
 
     separator, detector = (
@@ -108,8 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for case in arguments.case or CASES:
             folder = (arguments.folder or Path(temporary)) / case.replace(" ", "")
-            if not folder.exists():
-                make(voices, case, folder)
+            make_once(folder, made_of | {"case": case}, partial(make, voices, case))
             tried, heard, seconds = separations(folder, options, "looked")
             with patch.object(VocalDetector, "score", lambda _self, _crop: 1.0):
                 in_order, heard_in_order, seconds_in_order = separations(folder, options, "in_order")
