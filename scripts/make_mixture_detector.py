@@ -8,15 +8,14 @@ Writes singerembed/data/mixture.npz. Needs scikit-learn.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from linear_detector import fit
 from numpy.typing import NDArray
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.preprocessing import StandardScaler
 
 from singerembed.model.mel import LOUD, MelExtractor, mix_down
 from singerembed.model.mixture import mixture_features
@@ -41,20 +40,21 @@ def features_of(folder: Path) -> NDArray[np.float32]:
         mel = extractor.log_mel(np.ascontiguousarray(crops))
         if (mel.state == LOUD).any():
             found.append(mixture_features(mel.mel))
+    if not found:
+        raise SystemExit(f"Error: {folder} holds no FLAC files with sound. benchmarks/mixes.py makes such folders")
     return np.concatenate(found)
 
 
 def main() -> None:
-    """Fit, write, and print the detection rates."""
-    made, other = map(Path, sys.argv[1:3])
+    """Fit, print the detection rates, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("made", type=Path)
+    parser.add_argument("other", type=Path)
+    arguments = parser.parse_args()
+    made, other = arguments.made, arguments.other
     clean, mixed = features_of(made / CLEAN), np.concatenate([features_of(made / level) for level in MIXED])
-    scale = StandardScaler().fit(np.concatenate([clean, mixed]))
-    fitted = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=5000).fit(
-        scale.transform(np.concatenate([clean, mixed])), np.repeat([0, 1], [len(clean), len(mixed)])
-    )
-    weights = fitted.coef_[0] / scale.scale_
-    bias = float(fitted.intercept_[0] - scale.mean_ @ weights)
-    np.savez(TARGET, weights=weights.astype(np.float32), bias=np.float32(bias))
+    detector = fit(np.concatenate([clean, mixed]), np.repeat([0, 1], [len(clean), len(mixed)]), STRENGTH)
+    weights, bias = detector
     of_clean = features_of(other / CLEAN) @ weights + bias
     print(f"clean voices: {len(of_clean)} crops, {(of_clean > 0).mean():.1%} called mixed")
     for level in (*MIXED, *OTHERS):
@@ -62,6 +62,7 @@ def main() -> None:
         labels = np.repeat([0, 1], [len(of_clean), len(of_mixed)])
         area = roc_auc_score(labels, np.concatenate([of_clean, of_mixed]))
         print(f"{level}: {len(of_mixed)} crops, {(of_mixed > 0).mean():.1%} found, area under the ROC curve {area:.3f}")
+    detector.write(TARGET)
 
 
 if __name__ == "__main__":
