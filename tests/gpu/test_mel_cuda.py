@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from conftest import Golden
 from numpy.typing import NDArray
-from tolerances import LEVEL, LOG_MEL_CUDA, MEL_CUDA, MEL_OFFICIAL, RMS_CUDA
+from tolerances import LEVEL, LOG_MEL_CUDA, MEL_CUDA, MEL_OFFICIAL, RMS_CUDA, VOICE_ENERGY
 
 from singerembed.engine.cuda_driver import CudaDevice
-from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD, MelExtractor, Pcm, cuda_mel
+from singerembed.engine.device import VoiceMix
+from singerembed.model.mel import DEVICE_CROP, DEVICE_LEVEL, LOUD, MelExtractor, Pcm, cuda_mel, mix_down
 from singerembed.model.spec import ModelSpec
 
 pytest_plugins = ["gpu_device"]  # no conftest.py here: it would take the place of tests/conftest.py in imports
@@ -93,3 +94,27 @@ def test_half_is_the_nearest_half(device: CudaDevice, golden: Golden, spec: Mode
     _, as_float = run(device, spec, golden.pcm)
     _, as_half = run(device, spec, golden.pcm, half=True)
     np.testing.assert_array_equal(as_half, as_float.astype(np.float16))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_voice_is_mixed_down_as_on_the_cpu(device: CudaDevice, channels: int) -> None:
+    """Also where its channels cancel, and where the recording ends within the crop."""
+    crop, segment, first, samples = 176_400, 4410, 48_636, 150_001
+    voice = np.random.default_rng(0).standard_normal((channels, 265_216)).astype(np.float32)
+    voice[-1, first + segment : first + 3 * segment] = -voice[0, first + segment : first + 3 * segment]
+    mono, energies, stream = np.empty(crop, np.float32), np.empty(crop // segment, np.float32), device.stream()
+    with memory(device, voice.nbytes, mono.nbytes, energies.nbytes) as (voice_at, mono_at, energies_at):
+        device.upload(voice_at, voice, stream)
+        sizes = {"channels": channels, "stride": voice.shape[1], "first": first, "samples": samples}
+        device.mix_voice(
+            VoiceMix(voice=voice_at, crop_samples=crop, segment=segment, mono=mono_at, energies=energies_at, **sizes),
+            stream,
+        )
+        device.download(mono, mono_at, stream)
+        device.download(energies, energies_at, stream)
+        device.synchronize()
+    wanted = np.ascontiguousarray(voice[:, first : first + samples].T)
+    np.testing.assert_array_equal(mono[:samples], mix_down(wanted, segment)[0])
+    assert not mono[samples:].any()
+    energy = np.square(wanted, dtype=np.float64).sum()
+    np.testing.assert_allclose(energies.sum(dtype=np.float64), energy, rtol=VOICE_ENERGY)
