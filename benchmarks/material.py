@@ -64,17 +64,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {
             name: _version(name)
-            for name in (
-                "singerembed",
-                "numpy",
-                "scipy",
-                "onnxruntime",
-                "torch",
-                "torchvision",
-                "openvino",
-                "nnAudio",
-                "librosa",
-            )
+            for name in ("singerembed", "numpy", "onnxruntime", "torch", "openvino", "nnAudio", "librosa")
         },
     }
 
