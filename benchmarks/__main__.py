@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.job import job
 from benchmarks.material import crops, machine, make_library, sgemm
-from benchmarks.measure import Rate, compare
-from benchmarks.rivals import OfficialPipeline, encoder_rivals, mel_rivals
+from benchmarks.measure import compare, print_table
+from benchmarks.rivals import encoder_rivals, mel_rivals
 from singerembed.audio.limits import TimeLimit
 from singerembed.audio.recording import open_recording
 from singerembed.engine.build import export_onnx
@@ -28,12 +29,10 @@ from singerembed.engine.load import bundled_engine_path
 from singerembed.engine.machine import available_cores
 from singerembed.engine.native import NativeEngine
 from singerembed.engine.onnxruntime import OnnxRuntimeEngine
-from singerembed.jobs.run import run
 from singerembed.model.checkpoint import load_checkpoint
 from singerembed.model.mel import MelExtractor, available_isas
 
 ENCODER_FLOP = 2 * 0.3456e9  # per crop: 0.3456 G multiply-adds, counted by layer
-_JOB_REPEATS = 6  # of the library in the catalogue: a run of several seconds, long compared with start-up
 GROWTH_TRACKS = (10, 100, 1_000, 10_000, 100_000)
 
 
@@ -51,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds, rounds = (0.5, 3) if arguments.quick else (2.0, 7)
     wanted = arguments.only or ["mel", "encoder", "decode", "job", "growth"]
-    results: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])}
+    results |= {"machine": machine(), "instruction_sets": available_isas()}
     print(json.dumps(results["machine"], indent=1), file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = arguments.checkpoint or _untrained_checkpoint(Path(folder))
@@ -78,12 +78,6 @@ def _untrained_checkpoint(folder: Path) -> str:
     return str(path)
 
 
-def _table(title: str, rates: dict[str, Rate], ours: str, unit: str) -> None:
-    print(f"\n## {title}\n\n| | {unit} | {ours} is faster by |\n| --- | --- | --- |")
-    for name, rate in rates.items():
-        print(f"| {name} | {rate.text()} | {rates[ours].median / rate.median:.2f} |")
-
-
 def mel(seconds: float, rounds: int) -> dict[str, Any]:
     """Measure power mel spectrograms on one core."""
     torch.set_num_threads(1)
@@ -96,7 +90,7 @@ def mel(seconds: float, rounds: int) -> dict[str, Any]:
         rivals[f"singerembed, {isa}, int16 to normalised log-mel"] = (lambda e=extractor: len(e.log_mel(pcm).mel), 1)
     rivals |= {name: (work, 1) for name, work in mel_rivals(spec, one).items()}
     rates = compare(rivals, seconds, rounds)
-    _table("Mel, one core", rates, f"singerembed, {available_isas()[-1]}, int16 to normalised log-mel", "crops/s")
+    print_table("Mel, one core", rates, f"singerembed, {available_isas()[-1]}, int16 to normalised log-mel", "crops/s")
     return rates
 
 
@@ -125,7 +119,7 @@ def encoder(checkpoint_path: str, seconds: float, rounds: int) -> dict[str, Any]
     rivals["ONNX Runtime, one shared session, a thread a core"] = (work, cores)
     rivals |= {name: (rival, 1) for name, rival in encoder_rivals(model, checkpoint, log_mel, cores).items()}
     rates = compare(rivals, seconds, rounds)
-    _table(f"Encoder, {cores} cores", rates, ours, "crops/s")
+    print_table(f"Encoder, {cores} cores", rates, ours, "crops/s")
     flops, architecture = sgemm(cores)
     shares = {name: rate.median * ENCODER_FLOP / flops for name, rate in rates.items()}
     print(f"\nsgemm ({architecture}) does {flops / 1e9:.0f} GFLOP/s, which is {flops / ENCODER_FLOP:.0f} crops/s.")
@@ -153,67 +147,6 @@ def _decode_all(path: str) -> int:
         while n := len(reader.read(4 * 176_400)):
             samples += n
     return samples // 176_400
-
-
-def job(folder: Path, checkpoint_path: str, rounds: int) -> dict[str, Any]:
-    """Measure a whole run over a library of mixed codecs, on all cores, against the official pipeline."""
-    (folder / "job").mkdir()
-    cores = available_cores()
-    torch.set_num_threads(cores)
-    catalog = make_library(folder / "job", 4, 61)
-    paths = sorted(p for p in catalog.parent.iterdir() if p != catalog)
-    header, *rows = catalog.read_text(encoding="utf-8").splitlines()
-    catalog.write_text("\n".join([header, *rows * _JOB_REPEATS]) + "\n", encoding="utf-8")
-    checkpoint = load_checkpoint(checkpoint_path)
-    from singerembed.engine.build import build_engine
-
-    engine = str(folder / "job.engine")
-    build_engine(checkpoint_path, engine)
-    few = paths[:4]
-    best = max((1, 4, 16), key=lambda batch: _official_rate(OfficialPipeline(checkpoint, batch), few))
-    official = OfficialPipeline(checkpoint, best)
-    outputs: Iterator[int] = iter(range(1_000_000))
-
-    def ours() -> int:
-        output = folder / f"{next(outputs)}.parquet"
-        n = run(str(catalog), str(output), engine=engine).counts.crops
-        output.unlink()
-        return n
-
-    name, rival = f"singerembed run, {cores} workers", f"official pipeline, torch on {cores} threads, batch {best}"
-    rates = compare({name: (ours, 1), rival: (lambda: len(official.run(few)), 1)}, 0.1, rounds)
-    _table("The whole job: wav, flac, mp3 and ogg mixed", rates, name, "crops/s")
-    start_up = _start_up(catalog, engine, folder)
-    print(f"\nA command over one short recording takes {start_up:.2f} s from its start to its end.")
-    return {"rates": rates, "official_batch": best, "start_up_seconds": start_up}
-
-
-def _official_rate(pipeline: OfficialPipeline, paths: list[Path]) -> float:
-    pipeline.run(paths[:1])
-    started = time.perf_counter()
-    return len(pipeline.run(paths)) / (time.perf_counter() - started)
-
-
-def _start_up(catalog: Path, engine: str, folder: Path) -> float:
-    one = folder / "job" / "one.csv"
-    one.write_text("path,end\n0.wav,4\n", encoding="utf-8")
-    times = []
-    for i in range(5):
-        command = [
-            sys.executable,
-            "-m",
-            "singerembed",
-            "run",
-            str(one),
-            str(folder / f"s{i}.parquet"),
-            "--engine",
-            engine,
-            "-q",
-        ]
-        started = time.perf_counter()
-        subprocess.run(command, check=True)
-        times.append(time.perf_counter() - started)
-    return sorted(times)[len(times) // 2]
 
 
 def growth(folder: Path, quick: bool) -> dict[str, Any]:

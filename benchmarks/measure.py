@@ -24,6 +24,13 @@ class Rate:
         return f"{self.median:,.0f}{spread}{unit}"
 
 
+def print_table(title: str, rates: Mapping[str, Rate], ours: str, unit: str) -> None:
+    """Print a Markdown table of `rates`, and how many times as fast as each the one named `ours` is."""
+    print(f"\n## {title}\n\n| | {unit} | {ours} is faster by |\n| --- | --- | --- |")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate.text()} | {rates[ours].median / rate.median:.2f} |")
+
+
 def rate_of(work: Work, seconds: float, threads: int = 1) -> float:
     """Return the work per second of `threads` threads that call `work` for `seconds`."""
     done = [0] * threads

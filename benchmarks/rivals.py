@@ -20,11 +20,11 @@ Floats = NDArray[np.float32]
 class OfficialPipeline:
     """The steps of the official code, with its libraries: soundfile, NumPy, nnAudio, torch, torchvision."""
 
-    def __init__(self, checkpoint: Checkpoint, batch: int) -> None:
+    def __init__(self, checkpoint: Checkpoint) -> None:
         from nnAudio.features import MelSpectrogram
 
         spec = checkpoint.spec
-        self._spec, self._batch = spec, batch
+        self._spec = spec
         self._mel = MelSpectrogram(n_fft=spec.n_fft, hop_length=spec.hop_samples, n_mels=spec.n_mels, verbose=False)
         self._encoder = load_encoder(checkpoint)
 
@@ -36,15 +36,15 @@ class OfficialPipeline:
             result: Floats = self._encoder(log_mel / log_mel.max()).numpy()
             return result
 
-    def run(self, paths: list[Path]) -> Floats:
-        """Embed all consecutive crops of recordings."""
+    def run(self, paths: list[Path], batch: int) -> Floats:
+        """Embed all consecutive crops of recordings, `batch` at a time."""
         embeddings = []
         for path in paths:
             pcm, _ = soundfile.read(path)
             mono = pcm.mean(axis=1).astype(np.float32)
             n = len(mono) // self._spec.crop_samples
             crops = mono[: n * self._spec.crop_samples].reshape(n, -1)
-            embeddings += [self.embed(crops[i : i + self._batch]) for i in range(0, n, self._batch)]
+            embeddings += [self.embed(crops[i : i + batch]) for i in range(0, n, batch)]
         return np.concatenate(embeddings)
 
 
