@@ -1,7 +1,8 @@
 """Measures many tracks on Ray on this machine: `python -m benchmarks.scale`.
 
 Only engine and decoder are fakes (fakes.py); catalogue, scheduler, actors, part files, fsync, merge and index are real.
-`--parts-only N` measures only the last step: memory and time of merging, or indexing, N small parts.
+`--parts-only N` measures only the last step: memory and time of merging, or indexing, N small parts; `--parts` that of
+1,000, 10,000 and 100,000.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from singerembed.output.finished import part_path
 from singerembed.output.parts import PartStore
 from singerembed.output.schema import Counts, output_schema
 
-_PART_COUNTS = (1_000, 10_000, 100_000)
+_PART_COUNTS = [1_000, 10_000, 100_000]
+_FORMS = ["file", "partitioned"]
 
 
 class _Watch(Listener):
@@ -50,40 +52,44 @@ class _Watch(Listener):
 
 
 def main() -> None:
-    """Run each form in a new process, and print its results as JSON."""
+    """Run each form in a new process, print its results as JSON, and write them with --json."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--tracks", type=int, default=1_000_000)
     parser.add_argument("--unit-minutes", type=float, default=240.0)
     parser.add_argument("--workers", type=int, default=2, help="Processes of one thread each.")
-    parser.add_argument("--form", choices=["file", "partitioned"], help="Only this one.")
-    parser.add_argument("--parts-only", type=int, metavar="N", help="Only the last step, over N parts of 10 rows.")
-    parser.add_argument("--parts", action="store_true", help="The last step over 1 000, 10 000 and 100 000 parts.")
+    parser.add_argument("--form", choices=_FORMS, help="Only this one.")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--parts-only", type=int, metavar="N", help="Only the last step, over N parts of 10 rows.")
+    which.add_argument("--parts", action="store_true", help="The last step over 1 000, 10 000 and 100 000 parts.")
     parser.add_argument("--json", metavar="FILE", help="Write the figures to FILE.")
+    parser.add_argument("--in-this-process", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.form:
-        partitioned = arguments.form == "partitioned"
-        if arguments.parts_only:
-            print(json.dumps(_last_step(arguments.parts_only, partitioned=partitioned)))
-        else:
-            figures = _whole(arguments.tracks, arguments.unit_minutes, arguments.workers, partitioned=partitioned)
-            print(json.dumps(figures))
+    if arguments.in_this_process:
+        print(json.dumps(_one(arguments)))
         return
     results: dict[str, Any] = {"machine": machine()}
-    for form in ("file", "partitioned"):
-        command = [sys.executable, "-m", "benchmarks.scale", "--form", form]
-        if arguments.parts:
-            for n in _PART_COUNTS:
-                results[f"{n} parts, {form}"] = _figures([*command, "--parts-only", str(n)])
-        else:
+    counts = _PART_COUNTS if arguments.parts else [arguments.parts_only] if arguments.parts_only else []
+    for form in [arguments.form] if arguments.form else _FORMS:
+        command = [sys.executable, "-m", "benchmarks.scale", "--in-this-process", "--form", form]
+        for n in counts:
+            results[f"{n} parts, {form}"] = _figures([*command, "--parts-only", str(n)])
+        if not counts:
             more = ["--tracks", arguments.tracks, "--unit-minutes", arguments.unit_minutes]
             results[form] = _figures([*command, *map(str, more), "--workers", str(arguments.workers)])
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
+def _one(arguments: argparse.Namespace) -> dict[str, Any]:
+    partitioned = arguments.form == "partitioned"
+    if arguments.parts_only:
+        return _last_step(arguments.parts_only, partitioned=partitioned)
+    return _whole(arguments.tracks, arguments.unit_minutes, arguments.workers, partitioned=partitioned)
+
+
 def _figures(command: list[str]) -> dict[str, Any]:
     figures: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    print(" ".join(command[3:]), json.dumps(figures), flush=True)
+    print(" ".join(command[4:]), json.dumps(figures), flush=True)
     return figures
 
 

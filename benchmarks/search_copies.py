@@ -24,7 +24,7 @@ from singerembed.search.store import StoredVectors
 
 BLOCK = 4000  # tracks that are made at a time
 COPIES = 100  # one track in as many is a copy
-MORE = 10_000  # tracks that a grown index has more
+MORE = 10_000  # tracks at most that a grown index has more
 
 
 def _made(mixture: Mixture, n_crops: int, first: int, n: int, level_db: float) -> tuple[Floats, Floats]:
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--level-db", type=float, default=2.0)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     n = arguments.tracks
     mixture = Mixture(arguments.output, max(2, n * arguments.crops // CROPS_A_SINGER), 1.0)
     started = time.process_time()
@@ -79,7 +80,8 @@ def main() -> None:
     print(f"made {n:,} tracks of {arguments.crops} crops in {time.process_time() - started:.0f} s", flush=True)
     number = np.arange(n)
     made = {i: i - 1 for i in number[number % BLOCK % COPIES == COPIES - 1].tolist()}
-    for what, first in (("new", 0), (f"grown by {MORE:,}", n - MORE)):
+    more = min(MORE, n // 2)
+    for what, first in (("new", 0), (f"grown by {more:,}", n - more)):
         started, busy = time.monotonic(), time.process_time()
         found = find_copies(library, np.ones(n, bool), first)
         seconds, cpu = time.monotonic() - started, time.process_time() - busy

@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--more", type=int, default=10_000)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     mixture = Mixture(arguments.output, max(2, arguments.rows // CROPS_A_SINGER), 1.0)
     path = arguments.folder / "made.index"
     shutil.rmtree(path, ignore_errors=True)

@@ -25,6 +25,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from benchmarks.command import errors_on_one_line
+from singerembed.errors import UsageError
+
 BLOCK = 20_000  # rows that are made, or compared, at a time
 CROPS_A_SINGER = 50
 K = 10
@@ -88,17 +91,30 @@ def make_rows(mixture: Mixture, path: Path, n: int) -> NDArray[np.float16]:
     return np.memmap(path, np.float16, "r", shape=(n, mixture.dim))
 
 
+class Nearest:
+    """The rows nearest to each query among blocks of scores, which come one after another."""
+
+    def __init__(self, n_queries: int, k: int) -> None:
+        self._k, self._n = k, 0
+        self.rows, self._scores = np.zeros((n_queries, 0), np.int64), np.zeros((n_queries, 0), np.float32)
+
+    def add(self, scores: Floats) -> None:
+        """Take the scores of the next rows, [queries, n]; `rows` holds the best of all, the best first."""
+        k = min(self._k, scores.shape[1])
+        top = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+        rows = np.hstack([self.rows, top + self._n])
+        found = np.hstack([self._scores, np.take_along_axis(scores, top, axis=1)])
+        order = np.argsort(-found, axis=1, kind="stable")[:, : self._k]
+        self.rows, self._scores = np.take_along_axis(rows, order, axis=1), np.take_along_axis(found, order, axis=1)
+        self._n += scores.shape[1]
+
+
 def exact(rows: NDArray[np.float16], queries: Floats, k: int = K) -> NDArray[np.int64]:
     """Return the rows nearest to each query, [queries, k]."""
-    best, score = np.zeros((len(queries), 0), np.int64), np.zeros((len(queries), 0), np.float32)
+    nearest = Nearest(len(queries), k)
     for first in range(0, len(rows), BLOCK):
-        found = queries @ rows[first : first + BLOCK].astype(np.float32).T
-        top = np.argpartition(-found, k, axis=1)[:, :k]
-        best = np.hstack([best, top + first])
-        score = np.hstack([score, np.take_along_axis(found, top, axis=1)])
-        order = np.argsort(-score, axis=1, kind="stable")[:, :k]
-        best, score = np.take_along_axis(best, order, axis=1), np.take_along_axis(score, order, axis=1)
-    return best
+        nearest.add(queries @ rows[first : first + BLOCK].astype(np.float32).T)
+    return nearest.rows
 
 
 def ranked_again(rows: NDArray[np.float16], query: Floats, candidates: NDArray[np.int64], k: int) -> NDArray[np.int64]:
@@ -222,17 +238,17 @@ def _lancedb(rows: NDArray[np.float16], folder: Path) -> Built:
 
 
 METHODS: dict[str, Callable[[NDArray[np.float16], Path], Built]] = {
-    "faiss IVF, SQ8 of 64 principal components": _faiss("PCA64,IVF{lists},SQ8"),
-    "faiss IVF, SQ8 of 128 principal components": _faiss("PCA128,IVF{lists},SQ8"),
-    "faiss IVF, float16 of 64 principal components": _faiss("PCA64,IVF{lists},SQfp16"),
-    "faiss IVF, float16 of 128 principal components": _faiss("PCA128,IVF{lists},SQfp16"),
-    "faiss IVF, PQ of 125 bytes": _faiss("IVF{lists},PQ125"),
-    "faiss IVF, OPQ and PQ of 64 bytes": _faiss("OPQ64_256,IVF{lists},PQ64"),
-    "faiss HNSW, SQ8 of 128 principal components": _faiss("PCA128,HNSW32_SQ8"),
-    "usearch HNSW, float16": _usearch("f16"),
-    "usearch HNSW, int8": _usearch("i8"),
-    "hnswlib, float32": _hnswlib,
-    "voyager, 8-bit floats": _voyager,
+    "faiss IVF SQ8 of 64 principal components": _faiss("PCA64,IVF{lists},SQ8"),
+    "faiss IVF SQ8 of 128 principal components": _faiss("PCA128,IVF{lists},SQ8"),
+    "faiss IVF float16 of 64 principal components": _faiss("PCA64,IVF{lists},SQfp16"),
+    "faiss IVF float16 of 128 principal components": _faiss("PCA128,IVF{lists},SQfp16"),
+    "faiss IVF PQ of 125 bytes": _faiss("IVF{lists},PQ125"),
+    "faiss IVF OPQ and PQ of 64 bytes": _faiss("OPQ64_256,IVF{lists},PQ64"),
+    "faiss HNSW SQ8 of 128 principal components": _faiss("PCA128,HNSW32_SQ8"),
+    "usearch HNSW float16": _usearch("f16"),
+    "usearch HNSW int8": _usearch("i8"),
+    "hnswlib float32": _hnswlib,
+    "voyager 8-bit floats": _voyager,
     "lancedb IVF_PQ": _lancedb,
 }
 
@@ -256,7 +272,7 @@ def measure(name: str, rows: NDArray[np.float16], queries: Floats, truth: NDArra
             times.append(time.perf_counter() - started)
             right += len(set(found.tolist()) & set(wanted.tolist()))
         milliseconds = np.quantile(times, [0.5, 0.95]) * 1000
-        recall = right / (K * len(queries))
+        recall = right / truth.size
         result["settings"].append(
             {"effort": effort, "recall": recall, "ms": [round(float(ms), 2) for ms in milliseconds]}
         )
@@ -270,15 +286,27 @@ def _resident() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
 
+def methods_named(parts: str) -> list[str]:
+    """Return the methods whose name holds one of `parts`, separated by commas. Raises UsageError for one in none."""
+    wanted = [part.strip() for part in parts.split(",")]
+    for part in wanted:
+        if not any(part in name for name in METHODS):
+            raise UsageError(f"no method is named like {part!r}; there are: {', '.join(METHODS)}")
+    return [name for name in METHODS if any(part in name for part in wanted)]
+
+
+@errors_on_one_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output")
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--methods", default="", help="parts of names of methods, separated by commas; default all")
+    parser.add_argument("--methods", default="", help="parts of names, separated by commas; default all")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--flatten", type=float, default=1.0, help="power of the singular values: below 1, more rank")
     arguments = parser.parse_args()
+    names = methods_named(arguments.methods)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     mixture = Mixture(arguments.output, max(2, arguments.rows // CROPS_A_SINGER), arguments.flatten)
     rows = make_rows(mixture, arguments.folder / f"{arguments.rows}-{arguments.flatten:g}.f16", arguments.rows)
     queries = mixture.rows(QUERIES, seed=0)
@@ -292,13 +320,16 @@ def main() -> None:
         [round(float(held[n - 1]), 5) for n in (8, 16, 32, 64, 128, 256)],
     )
     results = []
-    for name in METHODS:
-        if any(part in name for part in arguments.methods.split(",")):
+    for name in names:
+        try:
             results.append(measure(name, rows, queries, truth, arguments.folder))
-            print(json.dumps(results[-1]), flush=True)
+        except ImportError as exc:
+            print(f"{name}: left out, as {exc.name or exc} is not installed", flush=True)
+            continue
+        print(json.dumps(results[-1]), flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB, {os.cpu_count()} cores")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

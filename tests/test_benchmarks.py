@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from benchmarks.vector_index import METHODS, Nearest, methods_named
 from benchmarks.voices import make_once, read_voices
-from singerembed.errors import InputError, OutputError
+from singerembed.errors import InputError, OutputError, UsageError
 
 
 def test_voices_are_mono_at_full_scale_whatever_the_file_is(tmp_path: Path) -> None:
@@ -46,3 +47,21 @@ def test_a_folder_is_made_once_and_of_one_thing(tmp_path: Path) -> None:
     assert len(calls) == 2
     with pytest.raises(OutputError, match="another catalogue or sound font"):
         make_once(made, {"font": "b"}, make)
+
+
+def test_the_nearest_rows_of_blocks_are_those_of_all_rows() -> None:
+    scores = np.random.default_rng(0).random((3, 45), np.float32)
+    nearest = Nearest(3, 10)
+    for first in (0, 20, 40):  # the last has fewer rows than are wanted
+        nearest.add(scores[:, first : first + 20])
+    np.testing.assert_array_equal(nearest.rows, np.argsort(-scores, axis=1)[:, :10])
+
+
+def test_methods_are_chosen_by_parts_of_their_names() -> None:
+    assert methods_named("") == list(METHODS)
+    assert methods_named("voyager, int8, lancedb") == [
+        "usearch HNSW int8", "voyager 8-bit floats", "lancedb IVF_PQ",
+    ]  # fmt: skip
+    assert all(methods_named(name) == [name] for name in METHODS)
+    with pytest.raises(UsageError, match="annoy"):
+        methods_named("SQ8,annoy")
