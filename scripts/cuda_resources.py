@@ -8,8 +8,11 @@ beyond what was measured to pay.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -17,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "mel_cuda.cu"
+NVCC = os.environ.get("CUDACXX", "nvcc")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 MOST_SPILLED = 8  # bytes, stores and loads: one register of the mel kernel for 9.0 (docs/gpu.md)
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\d+)'")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers.*?(\d+) bytes smem")
-_KERNEL = re.compile(r"\d(level|mel|normalise)_kernel(?:I([sft]))?")
+_KERNEL = re.compile(r"\d(level|mel|normalise|voice)_kernel(?:I([sft]))?")
 _VARIANTS = {"s": "int16", "f": "float", "t": "half", None: ""}
 
 
@@ -31,7 +35,7 @@ def compile_report(architecture: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         target = str(Path(folder) / "kernels.cubin")
         options = ["-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas=-v", "-cubin", "-o", target]
-        command = ["nvcc", *options, str(SOURCE)]
+        command = [NVCC, *options, str(SOURCE)]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
@@ -56,11 +60,16 @@ def parse(report: str) -> list[dict[str, Any]]:
 
 def main() -> int:
     """Write the report, and print kernels that spill."""
-    version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    arguments = parser.parse_args()
+    if shutil.which(NVCC) is None:
+        raise SystemExit(f"Error: {NVCC} cannot be run. Put nvcc on the PATH, or name it by CUDACXX")
+    version = subprocess.run([NVCC, "--version"], check=True, capture_output=True, text=True).stdout
     kernels = [kernel for architecture in ARCHITECTURES for kernel in parse(compile_report(architecture))]
     nvcc = re.search(r"V[\d.]+", version)
     content = {"command": "python scripts/cuda_resources.py", "nvcc": nvcc and nvcc[0], "kernels": kernels}
-    Path(sys.argv[1]).write_text(json.dumps(content, indent=1) + "\n")
+    arguments.report.write_text(json.dumps(content, indent=1) + "\n")
     spilling = [kernel for kernel in kernels if kernel["spill_bytes"] > MOST_SPILLED]
     for kernel in spilling:
         print(f"spills registers: {kernel}", file=sys.stderr)
