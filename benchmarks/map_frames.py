@@ -6,9 +6,9 @@ time per frame of our map is printed too.
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 import tempfile
 from importlib import resources
 from pathlib import Path
@@ -81,8 +81,11 @@ def make_page(n: int) -> str:
     )
 
 
-def main(counts: list[int]) -> None:
+def main() -> None:
     """Print a table with one row per number of points."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("points", type=int, nargs="*", default=[1000, 5000, 20_000])
+    counts = parser.parse_args().points
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or ""
     software = ("use-angle=swiftshader", "enable-unsafe-swiftshader")  # for Plotly's WebGL
@@ -105,4 +108,4 @@ def main(counts: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(n) for n in sys.argv[1:]] or [1000, 5000, 20_000])
+    main()

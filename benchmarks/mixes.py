@@ -20,8 +20,8 @@ import soundfile
 from numpy.typing import NDArray
 
 from benchmarks.command import errors_on_one_line
+from benchmarks.trials import Trials
 from benchmarks.voices import RATE, Voice, digest, make_once, read_voices
-from singerembed.evaluation.metrics import equal_error_rate
 from singerembed.jobs.options import DEFAULT_MIN_VOCALS_DB, RunOptions
 from singerembed.jobs.run import run
 from training.recipes import bands
@@ -72,14 +72,8 @@ def error_rate(rows: dict[str, Any], wanted: set[tuple[object, object]], limit: 
     embedding: NDArray[np.float64] = np.array([rows["embedding"][i] for i in kept], np.float64)
     embedding -= embedding.mean(axis=0)
     unit = embedding / np.linalg.norm(embedding, axis=1, keepdims=True)
-    singer, song = (
-        np.unique([str(rows[name][i]) for i in kept], return_inverse=True)[1] for name in ("singer", "song")
-    )
-    first, second = np.triu_indices(len(kept), 1)
-    apart = (song[first] != song[second]) | (singer[first] != singer[second])
-    first, second = first[apart], second[apart]
-    rate = equal_error_rate(singer[first] == singer[second], (unit @ unit.T)[first, second]).rate
-    return 100 * rate, len(kept)
+    trials = Trials(*([rows[name][i] for i in kept] for name in ("singer", "song")))
+    return trials.rate(unit @ unit.T), len(kept)
 
 
 @errors_on_one_line()
@@ -94,8 +88,12 @@ def main() -> None:
     arguments = parser.parse_args()
     bands.SOUND_FONT = arguments.font
     recordings = read_voices(arguments.catalog, arguments.song_column)
-    made_of = {"catalog": digest(arguments.catalog), "font": arguments.font, "first_seed": FIRST_SEED}
-    made_of["song_column"] = arguments.song_column
+    made_of: dict[str, object] = {
+        "catalog": digest(arguments.catalog),
+        "font": arguments.font,
+        "first_seed": FIRST_SEED,
+    }
+    made_of |= {"song_column": arguments.song_column}
     make_once(arguments.folder, made_of, partial(make, recordings))
 
     ratios: dict[str, NDArray[np.float64]] = {}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from singerembed.evaluation.metrics import equal_error_rate
+from benchmarks.trials import Trials
 from singerembed.evaluation.scoring import Moments, Scoring, fit_scoring
 
 Floats = NDArray[np.float32]
@@ -58,14 +58,9 @@ def normalised_scores(scores: Floats, cohort: int | None = None) -> NDArray[np.f
     return np.asarray(((scores - mean[:, np.newaxis]) / deviation[:, np.newaxis] + (scores - mean) / deviation) / 2)
 
 
-def report(name: str, scores: Floats, singer: NDArray[np.int64], song: NDArray[np.int64]) -> None:
-    first, second = np.triu_indices(len(scores), 1)
-    apart = song[first] != song[second]
-    first, second = first[apart], second[apart]
-    rate = equal_error_rate(singer[first] == singer[second], scores[first, second]).rate
-    hidden = np.where(song[:, np.newaxis] == song, -np.inf, scores)
-    right = (singer[hidden.argmax(axis=1)] == singer).mean()
-    print(f"{name:<34} EER {100 * rate:5.1f} %   nearest crop of another song right {100 * right:5.1f} %")
+def report(name: str, scores: Floats, trials: Trials) -> None:
+    right = trials.nearest(scores)
+    print(f"{name:<34} EER {trials.rate(scores):5.1f} %   nearest crop of another song right {right:5.1f} %")
 
 
 def main() -> None:
@@ -77,18 +72,15 @@ def main() -> None:
     table = pq.read_table(arguments.output)
     table = table.filter(table["embedding"].is_valid())
     rows = np.stack(table["embedding"].to_numpy()).astype(np.float32)
-    names = table[arguments.singer_column].to_pylist()
-    singer = np.unique(names, return_inverse=True)[1]
-    songs = [f"{a}\0{b}" for a, b in zip(names, table[arguments.song_column].to_pylist(), strict=True)]
-    song = np.unique(songs, return_inverse=True)[1]
+    trials = Trials(*(table[name].to_pylist() for name in (arguments.singer_column, arguments.song_column)))
     for kind in ("cosine", "centred", "whitened"):
-        report(kind, unlabelled(kind, rows), singer, song)
-    report("lda", lda(rows, singer), singer, song)
+        report(kind, unlabelled(kind, rows), trials)
+    report("lda", lda(rows, trials.singer), trials)
     for kind in ("cosine", "centred"):
         scores = unlabelled(kind, rows)
         for cohort in (20, None):
             normalised = normalised_scores(scores, cohort).astype(np.float32)
-            report(f"{kind}, as-norm with {cohort or 'all'}", normalised, singer, song)
+            report(f"{kind}, as-norm with {cohort or 'all'}", normalised, trials)
 
 
 if __name__ == "__main__":

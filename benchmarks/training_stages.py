@@ -1,4 +1,4 @@
-"""Measures each stage of training on one thread: `python benchmarks/training_stages.py DATA [--seconds 4]`.
+"""Measures each stage of training on one thread: `python -m benchmarks.training_stages DATA [--seconds 4]`.
 
 Prints JSON: machine, versions, and clips per second of each stage, as median, minimum and maximum over repetitions.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from training.augment import Augmenter
+from training.command import command
 from training.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from training.data import PairDataset, PairKey, draw_crop
 from training.methods import build_method
@@ -39,7 +40,7 @@ def rate(run: Callable[[], object], clips: int, repetitions: int) -> dict[str, f
     return {"median": round(statistics.median(rates), 1), "min": round(min(rates), 1), "max": round(max(rates), 1)}
 
 
-@click.command()
+@command
 @click.argument("data")
 @click.option("--seconds", default=4.0, show_default=True, help="Of a clip.")
 @click.option("--batch", default=16, show_default=True, help="Clips at a time, in the network.")

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
-_EXTENSION = "_csrc"
 
 
 class Room(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from benchmarks.trials import Trials
 from benchmarks.vector_index import METHODS, Nearest, methods_named
 from benchmarks.voices import make_once, read_voices
 from singerembed.errors import InputError, OutputError, UsageError
@@ -65,3 +66,13 @@ def test_methods_are_chosen_by_parts_of_their_names() -> None:
     assert all(methods_named(name) == [name] for name in METHODS)
     with pytest.raises(UsageError, match="annoy"):
         methods_named("SQ8,annoy")
+
+
+def test_crops_of_one_song_are_not_compared_unless_two_singers_sing_it() -> None:
+    trials = Trials(["a", "a", "a", "b"], ["one", "one", "two", "two"])
+    assert sorted(zip(trials.first, trials.second, trials.same, strict=True)) == [
+        (0, 2, True), (0, 3, False), (1, 2, True), (1, 3, False), (2, 3, False),
+    ]  # fmt: skip
+    scores = np.array([[1, 1, 0.8, 0.1], [1, 1, 0.8, 0.1], [0.8, 0.8, 1, 0.2], [0.1, 0.1, 0.2, 1]])
+    assert trials.rate(scores) == 0
+    assert trials.nearest(scores) == 75  # b has no other song
