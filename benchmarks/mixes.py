@@ -88,12 +88,12 @@ def main() -> None:
     arguments = parser.parse_args()
     bands.SOUND_FONT = arguments.font
     recordings = read_voices(arguments.catalog, arguments.song_column)
-    made_of: dict[str, object] = {
+    made_of = {
         "catalog": digest(arguments.catalog),
+        "song_column": arguments.song_column,
         "font": arguments.font,
         "first_seed": FIRST_SEED,
     }
-    made_of |= {"song_column": arguments.song_column}
     make_once(arguments.folder, made_of, partial(make, recordings))
 
     ratios: dict[str, NDArray[np.float64]] = {}
