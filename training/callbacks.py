@@ -81,7 +81,9 @@ class LastCheckpoint(Callback):
         # Running statistics too: with precision 16 a step that overflowed leaves weights alone, and not them.
         tensors = ((name, value) for name, value in pl_module.state_dict().items() if value.is_floating_point())
         broken = [name for name, value in tensors if not torch.isfinite(value).all()]
-        if broken:
+        # Running statistics differ between devices, and all of them have to stop.
+        if trainer.strategy.reduce_boolean_decision(bool(broken), all=False):
+            broken = broken or ["one on another device"]
             raise SingerEmbedError(
                 f"the training has diverged: at step {trainer.global_step}, {len(broken)} of the network's tensors hold"
                 f" NaN or infinity (first: {broken[0]}). {self._path} is left as it was, if there is one. Go on from it"

@@ -147,7 +147,10 @@ def test_a_checkpoint_is_written_beside_its_name_and_a_full_disk_leaves_the_one_
 def test_weights_that_hold_nan_end_the_run_and_are_not_kept() -> None:
     kept: list[Path] = []
     trainer: Any = SimpleNamespace(
-        global_step=4, num_training_batches=8, save_checkpoint=lambda path, **_: kept.append(path)
+        global_step=4,
+        num_training_batches=8,
+        save_checkpoint=lambda path, **_: kept.append(path),
+        strategy=SimpleNamespace(reduce_boolean_decision=lambda found, **_: found),
     )
     callback = LastCheckpoint(Path("last.ckpt"), every_steps=2)
     network: Any = torch.nn.Linear(2, 2)
