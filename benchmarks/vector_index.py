@@ -146,7 +146,7 @@ def _faiss(factory: str) -> Callable[[NDArray[np.float16], Path], Built]:
         faiss.write_index(index, str(path))
         is_ivf = "IVF" in factory
         last = faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
-        inner = faiss.extract_index_ivf(index) if is_ivf else last
+        inner: Any = faiss.extract_index_ivf(index) if is_ivf else last
 
         def search(query: Floats, effort: int) -> NDArray[np.int64]:
             if is_ivf:
