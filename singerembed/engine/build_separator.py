@@ -157,9 +157,11 @@ def export_of_samples(network: SpleeterNet, spec: SpectrogramSpec) -> bytes:
     """Export to ONNX: mixture [channels, hops, samples of a hop] -> the voice, of the same shape."""
     from singerembed.engine.spleeter import SpleeterOfSamples
 
-    shape = separator_gpu.separator_tensors(spec).input_of(separator_gpu.separator_tensors(spec).smallest)
+    tensors = separator_gpu.separator_tensors(spec)
     of_samples = SpleeterOfSamples(network, spec).eval()
-    return _export(of_samples, shape, 1, separator_gpu.INPUT_NAME, separator_gpu.OUTPUT_NAME)
+    return _export(
+        of_samples, tensors.input_of(tensors.smallest), 1, separator_gpu.MIXTURE_NAME, separator_gpu.VOICE_NAME
+    )
 
 
 def _export(network: Any, shape: tuple[int, ...], open_axis: int, source: str, result: str) -> bytes:

@@ -16,16 +16,14 @@ from numpy.typing import NDArray
 
 from singerembed.engine.file import SeparatorFile
 from singerembed.engine.onnxruntime import new_session
-from singerembed.engine.separator_gpu import INPUT_NAME as MIXTURE_NAME
-from singerembed.engine.separator_gpu import OUTPUT_NAME as VOICE_NAME
-from singerembed.engine.separator_gpu import CropMix, DeviceVoice, SegmentRunner, open_plan
+from singerembed.engine.separator_gpu import MIXTURE_NAME, VOICE_NAME, CropMix, DeviceVoice, SegmentRunner, open_plan
 from singerembed.engine.tensorrt import LIBRARIES
 from singerembed.errors import EngineError
 from singerembed.model.separator_spec import SeparatorSpec, SpectrogramSpec, WaveformSpec
 
-_FRAMES_AT_ONCE = 32  # of the transforms: what fits into a processor's second cache
 INPUT_NAME = "magnitude"  # of a network that masks a spectrogram
 OUTPUT_NAME = "mask"
+_FRAMES_AT_ONCE = 32  # of the transforms: what fits into a processor's second cache
 _AT_ONCE_ON_GPU = 2  # segments: while one is computed, another is copied; more would only hold device memory
 
 

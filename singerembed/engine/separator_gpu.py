@@ -29,8 +29,8 @@ from singerembed.model.mel import DEVICE_LEVEL
 from singerembed.model.separator_spec import SeparatorSpec, SpectrogramSpec, WaveformSpec
 from singerembed.model.spec import ModelSpec
 
-INPUT_NAME = "mixture"  # of Spleeter from samples to samples
-OUTPUT_NAME = "voice"
+MIXTURE_NAME = "mixture"  # of Spleeter from samples to samples
+VOICE_NAME = "voice"
 LANES = 6  # some are filled or read by callers while others are computed
 
 AnyDevice = TypeVar("AnyDevice", bound=Device)
@@ -103,7 +103,7 @@ class _Lane:
 
 
 class SegmentRunner:
-    """A separator's network on one GPU. `run` is thread-safe."""
+    """A separator's network on one GPU. `run` and `voice` are thread-safe."""
 
     def __init__(
         self,
@@ -162,7 +162,7 @@ class SegmentRunner:
             raise
 
     def close(self) -> None:
-        """Free the device. Calls of `run` in progress raise EngineError."""
+        """Free the device, when all voices on it are released. Calls in progress raise EngineError."""
         self._fail(EngineError("the separator was closed"))
         self._thread.join()
 
@@ -346,9 +346,9 @@ def separator_tensors(spec: SeparatorSpec) -> Tensors:
     shape = (spec.channels, -1, spec.hop_samples)
     crop = spec.segment_samples(ModelSpec(name="", method="").crop_samples)
     return Tensors(
-        input_name=INPUT_NAME,
+        input_name=MIXTURE_NAME,
         input_shape=shape,
-        output_name=OUTPUT_NAME,
+        output_name=VOICE_NAME,
         output_shape=shape,
         smallest=spec.frame_multiple - 1 + spec.n_fft // spec.hop_samples,
         usual=crop // spec.hop_samples,

@@ -307,7 +307,7 @@ def test_an_exported_encoder_is_centred_on_the_data_that_is_named(
 
 
 def test_no_path_of_a_configuration_keeps_its_folders() -> None:
-    config = {"data": {"source": "/home/me/voices/"}, "augment": {"channel": [{"ir_path": "/home/me/rooms"}, "x\\y"]}}
+    config = {"data": {"source": "/library/voices/"}, "augment": {"channel": [{"ir_path": "/library/rooms"}, "x\\y"]}}
     assert export._without_folders(config) == {
         "data": {"source": "voices"}, "augment": {"channel": [{"ir_path": "rooms"}, "y"]},
     }  # fmt: skip
